@@ -1,0 +1,49 @@
+"""What the web and the model server share: pixels to text and back, the log's form, and waiting with growing pauses."""
+
+import base64
+import binascii
+import logging
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Image = npt.NDArray[np.generic]
+
+
+def base64_encode_image(a: Image) -> str:
+    """Return the bytes of array `a`, in C order, as base64 text, which JSON can carry."""
+    return base64.b64encode(np.ascontiguousarray(a).data).decode("ascii")
+
+
+def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Image:
+    """Return the array of `dtype` and `shape` that base64 text `a` holds (read-only, no copy).
+
+    Raises ValueError when `a` is not base64 or holds another number of bytes than the shape needs.
+    """
+    try:
+        data = base64.b64decode(a, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"the image is not base64: {error}") from error
+    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if len(data) != expected:
+        raise ValueError(f"the image has {len(data)} bytes, but {shape} of {dtype} takes {expected}")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def log_to_stderr() -> None:
+    """One line an event, with its time, on standard error: whoever started the program decides where that goes."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+
+def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
+    """Yield seconds to wait between attempts, doubling up to `longest`.
+
+    Each is shortened by up to a fifth at random, so that many processes that lost the same Redis do not all come back
+    at the same instant.
+    """
+    pause = first
+    while True:
+        yield pause * random.uniform(0.8, 1.0)
+        pause = min(pause * 2, longest)

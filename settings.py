@@ -1,0 +1,111 @@
+"""Every knob of the service: its name, default, meaning and unit.
+
+A variable of the same name in the environment wins over a line `NAME=value` in the file `.env` beside this module, and
+that over the default. A value that makes no sense stops the program with exit code 2 and one line that names the
+variable, the value and what is allowed: a service that starts with a guess is worse than one that does not start.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from environs import Env, EnvError
+from marshmallow import ValidationError
+from marshmallow.validate import OneOf, Range, Regexp
+
+EXIT_BAD_SETTING = 2  # restarting with the same settings is of no use; supervisors are told so
+
+env = Env()
+env.read_env(str(Path(__file__).with_name(".env")), recurse=False)
+
+
+def refuse(name: str, value: object, allowed: str) -> NoReturn:
+    """Stop the program with the one line that says which setting is wrong and what it may be."""
+    shown = re.sub(r"//.*@", "//***@", str(value))  # a password in REDIS_URL is not for the log
+    print(f"{name}={shown} makes no sense: it must be {allowed}.", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_SETTING)
+
+
+def _read(read: Callable[..., Any], name: str, default: Any, allowed: str, validate: Any = None) -> Any:
+    try:
+        return read(name, default, validate=validate)
+    except (EnvError, ValidationError):
+        return refuse(name, env.str(name), allowed)
+
+
+def _whole(name: str, default: int, low: int, high: int) -> int:
+    value: int = _read(env.int, name, default, f"a whole number from {low} to {high}", Range(low, high))
+    return value
+
+
+def _seconds(name: str, default: float, low: float, high: float) -> float:
+    value: float = _read(env.float, name, default, f"a number of seconds from {low:g} to {high:g}", Range(low, high))
+    return value
+
+
+def _one_of(name: str, default: str, choices: list[str]) -> str:
+    value: str = _read(env.str, name, default, "one of " + ", ".join(choices), OneOf(choices))
+    return value
+
+
+def _matching(name: str, default: str, pattern: str, allowed: str) -> str:
+    value: str = _read(env.str, name, default, allowed, Regexp(rf"(?:{pattern})\Z", re.ASCII))
+    return value
+
+
+# Where Redis is. REDIS_URL, if set, wins over the three others: redis://user:password@host:port/db, rediss:// for TLS,
+# or unix:///path?db=0.
+REDIS_HOST = _matching("REDIS_HOST", "localhost", r"[^\s/@]+", "a host name or an address")
+REDIS_PORT = _whole("REDIS_PORT", 6379, 1, 65535)
+REDIS_DB = _whole("REDIS_DB", 0, 0, 1_000_000)
+REDIS_URL = _matching("REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://")
+
+# What is put on the queue: pixels and channels (3 is RGB, 1 is grey), and how each value is stored. The tutorial's
+# float32 takes four times the bytes for the same pixels: the model's own preprocessing is the model server's.
+IMAGE_WIDTH = _whole("IMAGE_WIDTH", 224, 1, 4096)
+IMAGE_HEIGHT = _whole("IMAGE_HEIGHT", 224, 1, 4096)
+IMAGE_CHANS = _whole("IMAGE_CHANS", 3, 1, 3)
+IMAGE_DTYPE = _one_of("IMAGE_DTYPE", "uint8", ["uint8", "float32"])
+# The filter of the resize, by Pillow's names. bicubic is what the tutorial's one-argument `resize` means in today's
+# Pillow; in 2018 it meant nearest.
+IMAGE_RESAMPLE = _one_of(
+    "IMAGE_RESAMPLE", "bicubic", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+)
+
+# The Redis list that jobs wait in; also the prefix of every other key.
+IMAGE_QUEUE = _matching("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "made of letters, digits, '_', '.' and '-'")
+# The most images in one batch.
+BATCH_SIZE = _whole("BATCH_SIZE", 32, 1, 1024)
+# Seconds: the longest that one poll of the queue (server) or of a result key (client) blocks. An arrival ends the
+# poll at once, so these cost no latency; they bound how late a stop or a lost connection is noticed.
+SERVER_SLEEP = _seconds("SERVER_SLEEP", 0.25, 0.01, 5)
+CLIENT_SLEEP = _seconds("CLIENT_SLEEP", 0.25, 0.01, 5)
+# Seconds from upload to answer; then 504, and the job is never computed. Apache's own limit is 300
+# (deploy/apache/000-default.conf): the service must be the one that says what went wrong.
+REQUEST_TIMEOUT = _seconds("REQUEST_TIMEOUT", 60, 0.5, 240)
+# Seconds that a request which is not yet queued waits for a Redis that does not answer; then 503.
+REDIS_TIMEOUT = _seconds("REDIS_TIMEOUT", min(30.0, REQUEST_TIMEOUT / 2), 0.1, 240)
+# Jobs that may wait; beyond it 503.
+MAX_QUEUE = _whole("MAX_QUEUE", 1000, 1, 1_000_000)
+# Bytes of a request's body and pixels of an image; beyond either 413.
+MAX_UPLOAD_BYTES = _whole("MAX_UPLOAD_BYTES", 16 * 2**20, 1024, 2**30)
+MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 50_000_000, 1, 1_000_000_000)
+
+# A name in keras.applications, or the path of a .keras file.
+MODEL = _matching("MODEL", "ResNet50", r"\w+|.+\.keras", "a name in keras.applications or the path of a .keras file")
+# imagenet, random (seeded; for load tests), or the path of a weights file.
+MODEL_WEIGHTS = _matching(
+    "MODEL_WEIGHTS", "imagenet", r"imagenet|random|.+\.(h5|keras)", "imagenet, random, or the path of a .h5 or .keras file"
+)
+# A file with one class a line. Empty: ImageNet's for keras.applications, else <model>.labels.txt beside the .keras file.
+LABELS = env.str("LABELS", "")
+# Predictions in an answer.
+TOP = _whole("TOP", 5, 1, 1000)
+
+if IMAGE_CHANS == 2:
+    refuse("IMAGE_CHANS", IMAGE_CHANS, "3 (RGB) or 1 (grey)")
+for _name in ("REDIS_TIMEOUT", "CLIENT_SLEEP"):
+    if globals()[_name] >= REQUEST_TIMEOUT:
+        refuse(_name, globals()[_name], f"less than REQUEST_TIMEOUT, which is {REQUEST_TIMEOUT:g}")
