@@ -47,3 +47,17 @@ def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
     while True:
         yield pause * random.uniform(0.8, 1.0)
         pause = min(pause * 2, longest)
+
+
+class Refusal(Exception):
+    """The program can't run as it is set up; the message is one line that says what to set."""
+
+
+class ServiceError(Exception):
+    """A request that can't be answered as asked: what the client is told, and the HTTP status that says so.
+
+    The message is one plain sentence that says what to do; what a library said stays in the log.
+    """
+
+    status = 500
+    code = "internal_error"

@@ -60,7 +60,9 @@ def _matching(name: str, default: str, pattern: str, allowed: str) -> str:
 REDIS_HOST = _matching("REDIS_HOST", "localhost", r"[^\s/@]+", "a host name or an address")
 REDIS_PORT = _whole("REDIS_PORT", 6379, 1, 65535)
 REDIS_DB = _whole("REDIS_DB", 0, 0, 1_000_000)
-REDIS_URL = _matching("REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://")
+REDIS_URL = _matching(
+    "REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://"
+)
 
 # What is put on the queue: pixels and channels (3 is RGB, 1 is grey), and how each value is stored. The tutorial's
 # float32 takes four times the bytes for the same pixels: the model's own preprocessing is the model server's.
@@ -70,9 +72,7 @@ IMAGE_CHANS = _whole("IMAGE_CHANS", 3, 1, 3)
 IMAGE_DTYPE = _one_of("IMAGE_DTYPE", "uint8", ["uint8", "float32"])
 # The filter of the resize, by Pillow's names. bicubic is what the tutorial's one-argument `resize` means in today's
 # Pillow; in 2018 it meant nearest.
-IMAGE_RESAMPLE = _one_of(
-    "IMAGE_RESAMPLE", "bicubic", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-)
+IMAGE_RESAMPLE = _one_of("IMAGE_RESAMPLE", "bicubic", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
 
 # The Redis list that jobs wait in; also the prefix of every other key.
 IMAGE_QUEUE = _matching("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "made of letters, digits, '_', '.' and '-'")
@@ -97,9 +97,12 @@ MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 50_000_000, 1, 1_000_000_000)
 MODEL = _matching("MODEL", "ResNet50", r"\w+|.+\.keras", "a name in keras.applications or the path of a .keras file")
 # imagenet, random (seeded; for load tests), or the path of a weights file.
 MODEL_WEIGHTS = _matching(
-    "MODEL_WEIGHTS", "imagenet", r"imagenet|random|.+\.(h5|keras)", "imagenet, random, or the path of a .h5 or .keras file"
+    "MODEL_WEIGHTS",
+    "imagenet",
+    r"imagenet|random|.+\.(h5|keras)",
+    "imagenet, random, or the path of a .h5 or .keras file",
 )
-# A file with one class a line. Empty: ImageNet's for keras.applications, else <model>.labels.txt beside the .keras file.
+# A file with one class a line. Empty: ImageNet's for keras.applications, else <model>.labels.txt beside the model.
 LABELS = env.str("LABELS", "")
 # Predictions in an answer.
 TOP = _whole("TOP", 5, 1, 1000)

@@ -1,0 +1,534 @@
+"""The whole Redis protocol between the web and the model servers, both sides of it.
+
+Every key begins with IMAGE_QUEUE, here `image_queue`. Values are JSON, never pickle.
+
+key                              type         holds
+image_queue                      list         jobs that wait: RPUSH by the web, taken from the head, first in, first out
+image_queue:taken:<server>       list         jobs that a model server has taken and not yet answered, in that order
+image_queue:server:<server>      string, TTL  heartbeat of a model server: what it serves
+image_queue:result:<id>          list, TTL    the one answer to a job; a list, so that the wait for it can block
+image_queue:accepted:<id>        string, TTL  the job was pushed; it makes a second push of it do nothing
+
+A job is      {"id", "image" (base64), "deadline" (unix seconds), "crashes" (only if in flight when a server died)}.
+An answer is  {"predictions": [{"label", "probability"}, ...]} or {"error": {"code", "message"}}.
+
+Nothing is lost because somebody owns a job at each moment. Until its deadline the web does: it pushes the job again
+when Redis has forgotten it. In the queue it is Redis'. While it is computed it is in the taken list of its server, and
+when that server's heartbeat stops, any other server, or the same one started again, puts it back at the head of the
+queue. A job may be computed twice, which is harmless: the web takes the first answer, and the second expires.
+
+A job that was in flight when a server died may be what killed it, so it is then computed alone: if it kills again, it
+is answered `model_failed`, and the images that were in its batch the first time are not blamed.
+
+Deadlines are compared on different machines, so their clocks must agree to well within REQUEST_TIMEOUT (NTP does).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, cast
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import OutOfMemoryError, RedisError
+from redis.retry import Retry
+
+import settings
+from helpers import Image, Refusal, ServiceError, pauses
+
+log = logging.getLogger(__name__)
+
+Answer = dict[str, Any]
+
+KILLED = "The model server died twice while it had this image; send another."
+
+# Seconds beyond a blocking poll after which a connection counts as dead. Without it a cut cable is never noticed;
+# below a second a busy Redis would be taken for a dead one.
+SOCKET_GRACE = 5
+# Seconds that an answer outlives its deadline: the web polls until then, and Redis forgets it for us.
+RESULT_GRACE = 2
+# Seconds from now beyond which a deadline is rubbish: an hour is far above the longest REQUEST_TIMEOUT.
+LATEST_DEADLINE = 3600
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+OLDEST_REDIS = 7  # scripts with flags: taking and answering must work when Redis is out of memory
+
+ACCEPT = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 1 end
+local most = tonumber(ARGV[2])
+if most >= 0 and redis.call('LLEN', KEYS[1]) >= most then return 0 end
+redis.call('RPUSH', KEYS[1], ARGV[1])
+redis.call('SET', KEYS[2], '', 'PX', ARGV[3])
+return 1
+"""
+
+TAKE = """#!lua flags=allow-oom
+local jobs = {}
+for i = 1, tonumber(ARGV[1]) do
+    local job = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT')
+    if not job then break end
+    jobs[i] = job
+end
+return jobs
+"""
+
+# A server whose heartbeat lapsed may have lost its taken list to another one, so the head of the list need not be the
+# batch that it answers: its answers stand, but the list is left alone.
+ANSWER = """#!lua flags=allow-oom
+for i = 3, #KEYS do
+    redis.call('DEL', KEYS[i])
+    redis.call('RPUSH', KEYS[i], ARGV[2 * i - 4])
+    redis.call('PEXPIRE', KEYS[i], ARGV[2 * i - 3])
+end
+local alive = redis.call('EXISTS', KEYS[2])
+if alive == 1 then redis.call('LTRIM', KEYS[1], ARGV[1], -1) end
+return alive
+"""
+
+# Back to where they came from, in order: the last of what was taken goes first.
+GIVE_BACK = """#!lua flags=allow-oom
+for i = 1, tonumber(ARGV[1]) do
+    if not redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') then break end
+end
+"""
+
+# Several servers may find the same dead one: whoever comes second finds its list gone.
+RECOVER = """#!lua flags=allow-oom
+if redis.call('LLEN', KEYS[2]) ~= tonumber(ARGV[1]) then return 0 end
+local next = 2
+for i = 3, #KEYS do
+    redis.call('RPUSH', KEYS[i], ARGV[next])
+    redis.call('PEXPIRE', KEYS[i], ARGV[next + 1])
+    next = next + 2
+end
+for i = #ARGV, next, -1 do redis.call('LPUSH', KEYS[1], ARGV[i]) end
+redis.call('DEL', KEYS[2])
+return 1
+"""
+ALL = 1_000_000  # more than any server has taken
+
+
+class QueueFull(ServiceError):
+    """MAX_QUEUE jobs wait already."""
+
+    status, code = 503, "queue_full"
+
+
+class RedisDown(ServiceError):
+    """Redis did not answer for REDIS_TIMEOUT, so the job could not be queued."""
+
+    status, code = 503, "redis_down"
+
+
+class NoModelServer(ServiceError):
+    """Nothing computes, and no more can be queued."""
+
+    status, code = 503, "no_model_server"
+
+
+class ResultTimeout(ServiceError):
+    """The job was queued, and its deadline passed without an answer."""
+
+    status, code = 504, "timeout"
+
+
+class DeclaredDead(Exception):
+    """The heartbeat lapsed, so others may have taken what this server had; it must join again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image on its way: `image` is base64 text, `deadline` unix seconds, `crashes` the servers that it saw die."""
+
+    id: str
+    image: str
+    deadline: float
+    crashes: int = 0
+
+    @classmethod
+    def parse(cls, raw: bytes | str) -> "Job":
+        """Return the job that `raw` holds. Raises ValueError when there is no id to answer to.
+
+        Where there is one and the rest is wrong, the job has no image, so that it is answered with an error in its
+        turn like any image that can't be decoded.
+        """
+        try:
+            fields = json.loads(raw)
+            if not ID.fullmatch(fields["id"]):
+                raise ValueError("bad id")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise ValueError(f"not a job with an id ({type(error).__name__})") from error
+        image, deadline, crashes = fields.get("image"), fields.get("deadline"), fields.get("crashes", 0)
+        latest = time.time() + LATEST_DEADLINE
+        if isinstance(image, str) and _is_count(crashes) and isinstance(deadline, int | float) and deadline <= latest:
+            return cls(fields["id"], image, deadline, crashes)
+        return cls(fields["id"], "", time.time() + RESULT_GRACE)
+
+    def dump(self) -> str:
+        """Return the JSON that goes onto the queue."""
+        crashes = {"crashes": self.crashes} if self.crashes else {}
+        return json.dumps({"id": self.id, "deadline": self.deadline, **crashes, "image": self.image})
+
+    @property
+    def expired(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return time.time() >= self.deadline
+
+
+@dataclass
+class Batch:
+    """What was taken together.
+
+    `entries` is its length in the taken list, where expired jobs and rubbish count too; `images` are those of the
+    `jobs`, decoded, or None where that failed.
+    """
+
+    jobs: list[Job] = field(default_factory=list)
+    entries: int = 0
+    images: list[Image | None] = field(default_factory=list)
+
+    def __iadd__(self, later: "Batch") -> "Batch":
+        self.jobs += later.jobs
+        self.entries += later.entries
+        self.images += later.images
+        return self
+
+    @property
+    def suspect(self) -> bool:
+        """Whether this is a job that was in flight when a server died: it is computed alone."""
+        return any(job.crashes for job in self.jobs)
+
+
+def connect() -> Redis:
+    """Return a client whose every wait has a limit, and which never repeats a command by itself.
+
+    redis-py 8 by default repeats a command whose reply was lost, which loses or doubles what it moved, and allows 100
+    connections, where each waiting request holds one.
+    """
+    options: dict[str, Any] = {
+        "protocol": 2,  # RESP3's HELLO is refused by older proxies, and nothing here needs it
+        "socket_timeout": max(settings.CLIENT_SLEEP, settings.SERVER_SLEEP) + SOCKET_GRACE,
+        "socket_connect_timeout": SOCKET_GRACE,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": 10_000,
+    }
+    if settings.REDIS_URL:
+        return Redis.from_url(settings.REDIS_URL, **options)
+    return Redis(settings.REDIS_HOST, settings.REDIS_PORT, settings.REDIS_DB, **options)
+
+
+class ImageQueue:
+    """What both sides need: the keys, the connection, and who is alive."""
+
+    def __init__(self) -> None:
+        self.redis = connect()
+        self.key = settings.IMAGE_QUEUE
+        self._complained = 0.0
+        self._complaining = Lock()
+
+    def taken_key(self, server: str) -> str:
+        """Name of the list of jobs that `server` has taken."""
+        return f"{self.key}:taken:{server}"
+
+    def server_key(self, server: str) -> str:
+        """Name of the heartbeat of `server`."""
+        return f"{self.key}:server:{server}"
+
+    def result_key(self, job_id: str) -> str:
+        """Name of the list that the answer to a job goes to."""
+        return f"{self.key}:result:{job_id}"
+
+    def accepted_key(self, job_id: str) -> str:
+        """Name of the mark that a job was pushed."""
+        return f"{self.key}:accepted:{job_id}"
+
+    @property
+    def address(self) -> str:
+        """Where Redis is, for people: never with the password."""
+        at = self.redis.connection_pool.connection_kwargs
+        return cast(str, at.get("path")) or f"{at.get('host')}:{at.get('port')}"
+
+    def live_servers(self) -> dict[str, dict[str, Any]]:
+        """Return what each live model server says of itself, by its name. Raises RedisError."""
+        keys = sorted(self.redis.scan_iter(self.server_key("*"), count=1000))
+        beats = self.redis.mget(keys) if keys else []
+        return {_last_part(key): json.loads(beat) for key, beat in zip(keys, beats, strict=True) if beat}
+
+    def waiting(self) -> int:
+        """Return the number of jobs that wait. Raises RedisError."""
+        return self.redis.llen(self.key)
+
+    def check(self) -> None:
+        """Raise RedisError when Redis does not answer, Refusal when it is too old."""
+        version = self.redis.info("server")["redis_version"]
+        if int(version.split(".")[0]) < OLDEST_REDIS:
+            raise Refusal(f"Redis at {self.address} is version {version}, but {OLDEST_REDIS} or newer is needed.")
+
+    def complain(self, error: Exception, pause: float) -> None:
+        """Log that Redis does not answer: one line per attempt, and one for all threads that attempt at once."""
+        with self._complaining:
+            if time.monotonic() < self._complained + pause / 2:
+                return
+            self._complained = time.monotonic()
+        log.warning("Redis at %s does not answer (%s); trying again in %.1f s", self.address, _reason(error), pause)
+
+
+class WebQueue(ImageQueue):
+    """The web's side: hand in an image, get its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._accept = self.redis.register_script(ACCEPT)
+
+    def ask(self, image: str, deadline: float) -> Answer:
+        """Queue `image` (base64 text) and return its answer, at the latest at `deadline` (unix seconds).
+
+        Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
+        """
+        job = Job(uuid.uuid4().hex, image, deadline)
+        text = job.dump()
+        del image
+        give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
+        accepted = pushed = False
+        error: RedisError | None = None
+        pause = pauses()
+        while time.time() < (deadline if accepted else give_up):
+            try:
+                if not pushed:
+                    self._push(job, text, unlimited=accepted)
+                    accepted = pushed = True
+                answer = self._poll(job)
+                if answer is not None:
+                    return answer
+                error = None
+            except RedisError as problem:
+                # Redis may come back without the job: the next round pushes it again, unless Redis still has it.
+                error, pushed = problem, False
+                seconds = next(pause)
+                self.complain(problem, seconds)
+                time.sleep(min(seconds, max(0.0, deadline - time.time())))
+        if not accepted:
+            raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
+        raise ResultTimeout(self._why_late(error))
+
+    def _push(self, job: Job, text: str, *, unlimited: bool) -> None:
+        most = -1 if unlimited else settings.MAX_QUEUE
+        ttl = max(1, int((job.deadline - time.time()) * 1000))
+        if not self._accept([self.key, self.accepted_key(job.id)], [text, most, ttl]):
+            if self.live_servers():
+                raise QueueFull(f"{settings.MAX_QUEUE} images wait already, so try again in a few seconds.")
+            raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
+
+    def _poll(self, job: Job) -> Answer | None:
+        # Not 0, which would block for ever.
+        seconds = min(settings.CLIENT_SLEEP, max(0.01, job.deadline - time.time()))
+        reply = self.redis.blpop([self.result_key(job.id)], seconds)
+        return None if reply is None else cast(Answer, json.loads(reply[1]))
+
+    def _why_late(self, error: RedisError | None) -> str:
+        waited = f"No answer came within {settings.REQUEST_TIMEOUT:g} seconds"
+        try:
+            alive = error is None and bool(self.live_servers())
+        except RedisError as problem:
+            error = problem
+        if error:
+            return f"{waited}, because the queue can't be reached; try again later."
+        if not alive:
+            return f"{waited}, because no model server is alive; try again when one is started."
+        return f"{waited}, because the model servers are busy; try again later."
+
+
+class ServerQueue(ImageQueue):
+    """A model server's side: join, take batches, answer them, leave.
+
+    Not for several threads, but for take(), which one other thread may call while a batch is computed.
+    """
+
+    def __init__(self, about: dict[str, Any], ttl: float) -> None:
+        """Claim a name. `about` is what the heartbeat says of the server, `ttl` seconds its life without a beat."""
+        super().__init__()
+        self.about = about
+        self.ttl = ttl
+        self._slot, self.name = claim_name(self.key)
+        self.taken = self.taken_key(self.name)
+        self.heartbeat = self.server_key(self.name)
+        self._take = self.redis.register_script(TAKE)
+        self._answer = self.redis.register_script(ANSWER)
+        self._return = self.redis.register_script(GIVE_BACK)
+        self._recover = self.redis.register_script(RECOVER)
+        self._next_beat = 0.0
+        self._alone = False
+
+    def join(self, *, crashed: bool) -> None:
+        """Put back what a server of this name had taken, then be alive.
+
+        `crashed` says that a process died with these jobs in flight, which counts against them. Raises RedisError, and
+        Refusal when Redis is too old or another model is served on this queue: half of the answers would be wrong.
+        """
+        self.check()
+        for name, about in self.live_servers().items():
+            if name != self.name and any(about[key] != self.about[key] for key in ("model", "weights")):
+                raise Refusal(
+                    f"Model server {name} serves {about['model']} ({about['weights']}) on the queue {self.key}: stop "
+                    f"it, or set IMAGE_QUEUE to another name for {self.about['model']} ({self.about['weights']})."
+                )
+        if crashed:
+            self._recover_from(self.name)
+        else:
+            self._give_back(ALL)
+        self.redis.set(self.heartbeat, json.dumps(self.about), px=int(self.ttl * 1000))
+        self._next_beat = time.monotonic() + self.ttl / 5
+
+    def leave(self) -> None:
+        """Put back what was taken and not computed, and be gone at once. Raises RedisError."""
+        self._give_back(ALL)
+        self.redis.delete(self.heartbeat)
+
+    def beat(self) -> None:
+        """Renew the heartbeat when a fifth of its life is over, and bring back the jobs of servers that died.
+
+        Raises DeclaredDead when the heartbeat had lapsed, RedisError.
+        """
+        if time.monotonic() < self._next_beat:
+            return
+        if not self.redis.set(self.heartbeat, json.dumps(self.about), px=int(self.ttl * 1000), xx=True):
+            raise DeclaredDead
+        self._next_beat = time.monotonic() + self.ttl / 5
+        self.recover()
+
+    def recover(self) -> None:
+        """Put the jobs of every server without a heartbeat back at the head of the queue. Raises RedisError."""
+        for key in self.redis.scan_iter(self.taken_key("*"), count=1000, _type="list"):
+            server = _last_part(key)
+            if server != self.name and not self.redis.exists(self.server_key(server)):
+                self._recover_from(server)
+
+    def take(self, most: int, wait: float = 0, *, ahead: bool = False) -> Batch:
+        """Move up to `most` jobs from the queue to the taken list and return them. Raises RedisError.
+
+        Blocks up to `wait` seconds for the first job, and not at all for more. Expired jobs and rubbish are dropped.
+        Suspects come alone, and never when taking `ahead`, that is while another batch is computed: if that one killed
+        the server, they would be blamed.
+        """
+        if self._alone:
+            most = 1
+        raw = list(self._take([self.key, self.taken], [most]))
+        if not raw and wait:
+            raw = self._wait_for_one(wait)
+            if raw and most > 1:
+                raw += self._take([self.key, self.taken], [most - 1])
+        parsed = [self._parse(entry) for entry in raw]
+        keep = self._before_suspect(parsed, ahead=ahead)
+        if keep < len(raw):
+            self._give_back(len(raw) - keep)
+        jobs = [job for job in parsed[:keep] if job and not job.expired]
+        return Batch(jobs, keep)
+
+    def answer(self, jobs: list[Job], answers: Iterable[Answer], entries: int) -> None:
+        """Hand out the `answers` to `jobs`, one each in the same order, and forget the batch, in one transaction.
+
+        The batch is the first `entries` of the taken list. Raises ValueError when there are more or fewer answers than
+        jobs, DeclaredDead when the heartbeat had lapsed (the answers were handed out all the same), RedisError.
+        """
+        keys, args = [self.taken, self.heartbeat], [str(entries)]
+        for job, answer in zip(jobs, answers, strict=True):
+            keys.append(self.result_key(job.id))
+            args += [json.dumps(answer, allow_nan=False), str(_ttl(job))]
+        if not self._answer(keys, args):
+            raise DeclaredDead
+
+    def _wait_for_one(self, wait: float) -> list[bytes]:
+        try:
+            job = self.redis.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
+        except OutOfMemoryError:
+            # Moving is refused like any write, though it needs no memory; the script is allowed to.
+            return list(self._take([self.key, self.taken], [1]))
+        return [] if job is None else [cast(bytes, job)]
+
+    def _before_suspect(self, parsed: list[Job | None], *, ahead: bool) -> int:
+        """Return how many of the entries may be computed together."""
+        first = next((i for i, job in enumerate(parsed) if job and job.crashes and not job.expired), None)
+        self._alone = first is not None
+        if first is None:
+            return len(parsed)
+        return first or (0 if ahead else 1)
+
+    def _give_back(self, count: int) -> None:
+        self._return([self.key, self.taken], [count])
+
+    def _recover_from(self, dead: str) -> None:
+        """Mark what `dead` had in flight and put it back, but answer what was in flight at a crash before."""
+        taken = self.taken_key(dead)
+        entries = self.redis.lrange(taken, 0, -1)
+        jobs = [job for job in map(self._parse, entries) if job and not job.expired]
+        killers = [job for job in jobs if job.crashes]
+        suspects = [replace(job, crashes=1) for job in jobs if not job.crashes]
+        answers = [part for job in killers for part in (json.dumps(failed(KILLED)), _ttl(job))]
+        keys = [self.key, taken, *(self.result_key(job.id) for job in killers)]
+        if entries and self._recover(keys, [len(entries), *answers, *(job.dump() for job in suspects)]):
+            log.warning("%s died: %d images go back to the queue, %d are given up", dead, len(suspects), len(killers))
+
+    def _parse(self, raw: bytes | str) -> Job | None:
+        try:
+            return Job.parse(raw)
+        except ValueError as error:
+            log.error("dropped %d bytes from the queue: %s", len(raw), error)
+            return None
+
+
+def failed(message: str) -> Answer:
+    """Return the answer to a job that the model could not compute."""
+    return {"error": {"code": "model_failed", "message": message}}
+
+
+def claim_name(key: str) -> tuple[socket.socket, str]:
+    """Return a name for this model server that no live one has, and the socket that holds it.
+
+    The name is the same when a server is started again after a crash, so that it finds the jobs that it had taken
+    without waiting for its heartbeat to lapse. It has the host's name, a mark of this boot and network namespace, and
+    the lowest number that is free: a socket bound in Linux' abstract namespace, which the kernel frees however the
+    process ends, and which leaves no file.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    mark = hashlib.sha256(f"{boot}{namespace}".encode()).hexdigest()[:6]
+    for number in range(1000):
+        slot = socket.socket(socket.AF_UNIX)
+        try:
+            slot.bind(f"\0keras-rest-api/{_redis_mark()}/{key}/{number}")
+        except OSError:
+            slot.close()
+            continue
+        return slot, f"{re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname())}-{mark}-{number}"
+    raise Refusal("1000 model servers of this queue run on this host: no name is left.")
+
+
+def _redis_mark() -> str:
+    where = settings.REDIS_URL or f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
+    return hashlib.sha256(where.encode()).hexdigest()[:12]
+
+
+def _last_part(key: bytes) -> str:
+    return key.decode("utf-8", "replace").rpartition(":")[2]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _ttl(job: Job) -> int:
+    return int(1000 * (max(0.0, job.deadline - time.time()) + RESULT_GRACE))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).rstrip(".").splitlines()[0]

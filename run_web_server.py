@@ -1,0 +1,267 @@
+"""The web: takes a client's image, prepares it, queues it for the model server and returns the answer as JSON.
+
+Apache loads `app` through keras_rest_api_app.wsgi. For debugging, Flask's own server runs it:
+
+    python run_web_server.py [--port 5000]
+"""
+
+import argparse
+import logging
+import os
+import threading
+import time
+import warnings
+from typing import IO, Any
+
+import flask
+import numpy as np
+from PIL import Image, ImageOps
+from redis.exceptions import RedisError
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+import settings
+from helpers import Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
+from helpers import Image as Pixels
+from image_queue import WebQueue
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
+WHITE = (255, 255, 255, 255)
+
+# Pillow's own guard against decompression bombs; ours below it has an exact limit and an answer of its own.
+Image.MAX_IMAGE_PIXELS = settings.MAX_IMAGE_PIXELS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+app = flask.Flask(__name__)
+# Room for the form around the image.
+app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
+
+queue = WebQueue()
+# Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of threads waiting, no
+# more of them than there are cores may do so at once.
+preparing = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+class MissingImage(ServiceError):
+    """The form has no file named `image`."""
+
+    status, code = 400, "missing_image"
+
+
+class BadImage(ServiceError):
+    """The file is not an image that can be decoded."""
+
+    status, code = 400, "bad_image"
+
+
+class TooLarge(ServiceError):
+    """Too many bytes or pixels."""
+
+    status, code = 413, "too_large"
+
+
+class ModelFailed(ServiceError):
+    """The model server could not classify this image."""
+
+    status, code = 500, "model_failed"
+
+
+@app.get("/")
+def homepage() -> str:
+    """Say that the service is there."""
+    return "Welcome to the PyImageSearch Keras REST API!"
+
+
+@app.post("/predict")
+def predict() -> flask.Response:
+    """Classify the image in the multipart field `image`."""
+    image = prepare_upload()
+    deadline = time.time() + settings.REQUEST_TIMEOUT
+    answer = queue.ask(base64_encode_image(image), deadline)
+    if "error" in answer:
+        raise ModelFailed(answer["error"]["message"])
+    return flask.jsonify({"success": True, "predictions": answer["predictions"]})
+
+
+@app.get("/livez")
+def livez() -> flask.Response:
+    """Answer while the process does."""
+    return flask.jsonify({"live": True})
+
+
+@app.get("/readyz")
+def readyz() -> tuple[flask.Response, int] | flask.Response:
+    """Say whether requests would be answered: Redis is there, and a warmed-up model server is alive."""
+    try:
+        servers = queue.live_servers()
+        waiting = queue.waiting()
+    except RedisError:
+        return not_ready("redis_down", "Redis does not answer, so start it or check REDIS_HOST and REDIS_PORT.")
+    if not servers:
+        return not_ready(
+            "no_model_server", "No model server is alive, so start run_model_server.py or wait until it is."
+        )
+    return flask.jsonify({"ready": True, "model_servers": servers, "queue_length": waiting})
+
+
+def prepare_upload() -> Pixels:
+    """Return the request's image, prepared. Raises MissingImage, BadImage, TooLarge."""
+    upload = flask.request.files.get("image")
+    if upload is None:
+        raise MissingImage(
+            "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg."
+        )
+    # The stream is closed so that hundreds of waiting requests do not keep their uploads.
+    with preparing, upload.stream:
+        return prepare_image(open_image(upload.stream), (settings.IMAGE_WIDTH, settings.IMAGE_HEIGHT))
+
+
+def open_image(stream: IO[bytes]) -> Image.Image:
+    """Return the image in `stream`, its header read and nothing decoded. Raises MissingImage, BadImage, TooLarge."""
+    if not stream.read(1):
+        raise MissingImage("The file in the form field `image` is empty, so send an image.")
+    stream.seek(0)
+    try:
+        image = Image.open(stream, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise too_many_pixels() from error
+    except Exception as error:  # hostile headers raise anything
+        log.info("bad image: %r", error)
+        raise BadImage(f"This is not an image that can be read, so send a {', '.join(FORMATS)} file.") from error
+    if image.width * image.height > settings.MAX_IMAGE_PIXELS:
+        raise too_many_pixels()
+    return image
+
+
+def prepare_image(image: Image.Image, target: tuple[int, int]) -> Pixels:
+    """Return `image` as pixels (height, width, IMAGE_CHANS) of IMAGE_DTYPE, in 0 to 255, at `target` (width, height).
+
+    It is turned upright by its EXIF orientation, laid onto white where it is transparent, and its first frame counts.
+    Raises BadImage when it can't be decoded, TooLarge when it turns out larger than its header said.
+    """
+    try:
+        # A large JPEG is decoded at a half, a quarter or an eighth, which takes a fraction of the time; never below
+        # what is asked for, in either direction, since EXIF may turn it.
+        image.draft(None, (max(target), max(target)))
+        image.load()
+        image = to_colour(ImageOps.exif_transpose(image))
+        image = image.resize(target, Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
+    except Image.DecompressionBombError as error:
+        raise too_many_pixels() from error
+    except Exception as error:  # hostile contents raise anything, of which nothing is the client's to read
+        log.info("bad image: %r", error)
+        raise BadImage("The image is damaged or cut off and can't be decoded, so send it again whole.") from error
+    return np.asarray(image, dtype=settings.IMAGE_DTYPE).reshape(target[1], target[0], settings.IMAGE_CHANS)
+
+
+def to_colour(image: Image.Image) -> Image.Image:
+    """Return `image`, of any mode that Pillow knows, as RGB (or grey where IMAGE_CHANS is 1)."""
+    if image.mode.startswith(("I", "F")):
+        image = to_eight_bits(image)
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, WHITE)
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert("RGB" if settings.IMAGE_CHANS == 3 else "L")
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a greyscale `image` of 16 or 32 bits, or of floats, in 8 bits.
+
+    16 bits are scaled by their range. The others have no range of their own, so what is there, from the darkest to the
+    brightest value, is stretched to it.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
+    scaled = (values - low) * (255 / max(high - low, 1e-9))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def too_many_pixels() -> TooLarge:
+    """Return the error for an image beyond MAX_IMAGE_PIXELS."""
+    return TooLarge(f"The image has more than {settings.MAX_IMAGE_PIXELS} pixels, so send it smaller.")
+
+
+@app.errorhandler(ServiceError)
+def service_error(error: ServiceError) -> tuple[flask.Response, int]:
+    """Answer what the service itself found wrong."""
+    return error_response(error.status, error.code, str(error))
+
+
+@app.errorhandler(RequestEntityTooLarge)
+def too_large(_error: RequestEntityTooLarge) -> tuple[flask.Response, int]:
+    """Answer an upload beyond MAX_UPLOAD_BYTES, or a form of too many parts."""
+    limit = f"The request may have {settings.MAX_UPLOAD_BYTES} bytes and one image, so send a smaller one."
+    return error_response(TooLarge.status, TooLarge.code, limit)
+
+
+@app.errorhandler(HTTPException)
+def http_error(error: HTTPException) -> tuple[flask.Response, int]:
+    """Answer what Flask found wrong, such as a path that is not there."""
+    response, status = error_response(
+        error.code or 500, error.name.lower().replace(" ", "_"), MESSAGES.get(error.code, error.name)
+    )
+    response.headers.extend((name, value) for name, value in error.get_headers() if name == "Allow")
+    return response, status
+
+
+@app.errorhandler(Exception)
+def unexpected_error(error: Exception) -> tuple[flask.Response, int]:
+    """Answer a fault of ours: the traceback is for the log, not for the client."""
+    log.error("%s %s", flask.request.method, flask.request.path, exc_info=error)
+    return error_response(
+        500, ServiceError.code, "Something went wrong on the server, so try again or tell its operator."
+    )
+
+
+MESSAGES = {
+    400: "The request is not valid HTTP for this service, so check how it is made.",
+    404: "There is nothing at this address, so post the image to /predict.",
+    405: "This address does not take this method, so post the image to /predict.",
+}
+
+
+def error_response(status: int, code: str, message: str, **more: Any) -> tuple[flask.Response, int]:
+    """Return the one JSON shape of every error."""
+    response = flask.jsonify({"success": False, "error": {"code": code, "message": message}, **more})
+    if status == 503:
+        response.headers["Retry-After"] = str(RETRY_AFTER)
+    return response, status
+
+
+def not_ready(code: str, message: str) -> tuple[flask.Response, int]:
+    """Return the answer of /readyz when a part is missing."""
+    return error_response(503, code, message, ready=False)
+
+
+def watch_for_redis() -> None:
+    """Say when Redis is not there at start, once per attempt, until it is."""
+    for pause in pauses():
+        try:
+            return queue.check()
+        except RedisError as error:
+            queue.complain(error, pause)
+            time.sleep(pause)
+        except Refusal as error:
+            return log.error("%s", error)
+
+
+def start() -> flask.Flask:
+    """Return the app, with its log and its watch for Redis running."""
+    log_to_stderr()
+    threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
+    return app
+
+
+def main() -> None:
+    """Run Flask's own server, for debugging."""
+    parser = argparse.ArgumentParser(description="Run the web on Flask's own server, for debugging.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
+    arguments = parser.parse_args()
+    start().run(arguments.host, arguments.port, threaded=True)
+
+
+if __name__ == "__main__":
+    main()
