@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-Image = npt.NDArray[np.generic]
+Pixels = npt.NDArray[np.generic]
 
 
-def base64_encode_image(a: Image) -> str:
+def base64_encode_image(a: Pixels) -> str:
     """Return the bytes of array `a`, in C order, as base64 text, which JSON can carry."""
     return base64.b64encode(np.ascontiguousarray(a).data).decode("ascii")
 
 
-def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Image:
+def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
     """Return the array of `dtype` and `shape` that base64 text `a` holds (read-only, no copy).
 
     Raises ValueError when `a` is not base64 or holds another number of bytes than the shape needs.

@@ -43,7 +43,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
 import settings
-from helpers import Image, Refusal, ServiceError, pauses
+from helpers import Pixels, Refusal, ServiceError, pauses
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class Batch:
 
     jobs: list[Job] = field(default_factory=list)
     entries: int = 0
-    images: list[Image | None] = field(default_factory=list)
+    images: list[Pixels | None] = field(default_factory=list)
 
     def __iadd__(self, later: "Batch") -> "Batch":
         self.jobs += later.jobs

@@ -19,7 +19,7 @@ import numpy as np
 from redis.exceptions import RedisError
 
 import settings
-from helpers import Image, Refusal, base64_decode_image, log_to_stderr, pauses
+from helpers import Pixels, Refusal, base64_decode_image, log_to_stderr, pauses
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ModelServer:
         batch.images = [self._decode(job) for job in batch.jobs]
         return batch
 
-    def _decode(self, job: Job) -> Image | None:
+    def _decode(self, job: Job) -> Pixels | None:
         try:
             return base64_decode_image(job.image, settings.IMAGE_DTYPE, self.classifier.shape)
         except ValueError as error:

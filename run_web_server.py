@@ -20,9 +20,8 @@ from redis.exceptions import RedisError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import settings
-from helpers import Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
-from helpers import Image as Pixels
-from image_queue import WebQueue
+from helpers import Pixels, Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
+from image_queue import QueueFull, WebQueue
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ Image.MAX_IMAGE_PIXELS = settings.MAX_IMAGE_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 app = flask.Flask(__name__)
-# Room for the form around the image.
 app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 
 queue = WebQueue()
@@ -113,9 +111,13 @@ def prepare_upload() -> Pixels:
         raise MissingImage(
             "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg."
         )
-    # The stream is closed so that hundreds of waiting requests do not keep their uploads.
-    with preparing, upload.stream:
-        return prepare_image(open_image(upload.stream), (settings.IMAGE_WIDTH, settings.IMAGE_HEIGHT))
+    if not preparing.acquire(timeout=settings.REQUEST_TIMEOUT):
+        raise QueueFull("Too many images are being prepared, so try again in a few seconds.")
+    try:
+        with upload.stream:  # closed, so that hundreds of waiting requests do not keep their uploads
+            return prepare_image(open_image(upload.stream), (settings.IMAGE_WIDTH, settings.IMAGE_HEIGHT))
+    finally:
+        preparing.release()
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
@@ -146,7 +148,7 @@ def prepare_image(image: Image.Image, target: tuple[int, int]) -> Pixels:
         # what is asked for, in either direction, since EXIF may turn it.
         image.draft(None, (max(target), max(target)))
         image.load()
-        image = to_colour(ImageOps.exif_transpose(image))
+        image = to_colour(upright(image))
         image = image.resize(target, Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
     except Image.DecompressionBombError as error:
         raise too_many_pixels() from error
@@ -154,6 +156,15 @@ def prepare_image(image: Image.Image, target: tuple[int, int]) -> Pixels:
         log.info("bad image: %r", error)
         raise BadImage("The image is damaged or cut off and can't be decoded, so send it again whole.") from error
     return np.asarray(image, dtype=settings.IMAGE_DTYPE).reshape(target[1], target[0], settings.IMAGE_CHANS)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return `image` turned as its EXIF orientation says, or as it is where that can't be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a camera's odd EXIF is no reason to refuse a good photo
+        log.info("EXIF ignored: %r", error)
+        return image
 
 
 def to_colour(image: Image.Image) -> Image.Image:
@@ -191,16 +202,18 @@ def service_error(error: ServiceError) -> tuple[flask.Response, int]:
 
 @app.errorhandler(RequestEntityTooLarge)
 def too_large(_error: RequestEntityTooLarge) -> tuple[flask.Response, int]:
-    """Answer an upload beyond MAX_UPLOAD_BYTES, or a form of too many parts."""
-    limit = f"The request may have {settings.MAX_UPLOAD_BYTES} bytes and one image, so send a smaller one."
+    """Answer an upload beyond MAX_UPLOAD_BYTES, or a form of very many fields."""
+    limit = f"A request may have {settings.MAX_UPLOAD_BYTES} bytes, so send a smaller image."
     return error_response(TooLarge.status, TooLarge.code, limit)
 
 
 @app.errorhandler(HTTPException)
 def http_error(error: HTTPException) -> tuple[flask.Response, int]:
     """Answer what Flask found wrong, such as a path that is not there."""
+    status = error.code or 500
+    code = error.name.lower().replace(" ", "_")
     response, status = error_response(
-        error.code or 500, error.name.lower().replace(" ", "_"), MESSAGES.get(error.code, error.name)
+        status, code, MESSAGES.get(status, f"{error.name}: check how the request is made.")
     )
     response.headers.extend((name, value) for name, value in error.get_headers() if name == "Allow")
     return response, status
@@ -239,12 +252,14 @@ def watch_for_redis() -> None:
     """Say when Redis is not there at start, once per attempt, until it is."""
     for pause in pauses():
         try:
-            return queue.check()
+            queue.check()
+            return
         except RedisError as error:
             queue.complain(error, pause)
             time.sleep(pause)
         except Refusal as error:
-            return log.error("%s", error)
+            log.error("%s", error)
+            return
 
 
 def start() -> flask.Flask:
