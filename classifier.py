@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Before Keras loads its backend: TensorFlow else logs a page at start, and takes all of a GPU that others may share.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Before Keras loads its backend: TensorFlow else logs a page at start (without a GPU also that it found none, as an
+# error), and takes all of a GPU that others may share.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if Path("/dev/nvidiactl").exists() else "3")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import keras
@@ -168,6 +169,14 @@ def load() -> Classifier:
     if settings.MODEL.endswith(".keras"):
         return _from_file(Path(settings.MODEL))
     return _from_applications(settings.MODEL)
+
+
+def fetch() -> None:
+    """Download what MODEL with its ImageNet weights needs, unless Keras has it cached; exit with one line if not."""
+    try:
+        _from_applications(settings.MODEL)
+    except Refusal as refusal:
+        raise SystemExit(str(refusal)) from None
 
 
 def describe() -> dict[str, str]:

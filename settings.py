@@ -109,6 +109,10 @@ TOP = _whole("TOP", 5, 1, 1000)
 
 if IMAGE_CHANS == 2:
     refuse("IMAGE_CHANS", IMAGE_CHANS, "3 (RGB) or 1 (grey)")
+# Of bin/serve: the port of its Apache, and how many model servers it runs.
+PORT = _whole("PORT", 8080, 1, 65535)
+MODEL_SERVERS = _whole("MODEL_SERVERS", 1, 1, 64)
+
 for _name in ("REDIS_TIMEOUT", "CLIENT_SLEEP"):
     if globals()[_name] >= REQUEST_TIMEOUT:
         refuse(_name, globals()[_name], f"less than REQUEST_TIMEOUT, which is {REQUEST_TIMEOUT:g}")

@@ -245,8 +245,7 @@ class StressTest:
                 self.take(min(wait, TICK))
             if self.stopped:
                 return
-            if not start(self.send_one, requests.Session(), thread):
-                self.not_sent(thread, "no_thread")
+            self.start(self.send_one, thread)
 
     def at_once(self) -> None:
         """Let all threads send at the same instant or, where the system has not that many, none."""
@@ -254,26 +253,37 @@ class StressTest:
         for thread in range(self.total):
             if self.stopped:
                 return
-            if not start(self.send_together, barrier, requests.Session(), thread):
+            if not self.start(self.send_together, thread, barrier):
                 barrier.abort()
-                self.not_sent(thread, "no_thread")
 
     def closed_loop(self, clients: int) -> None:
         """Let so many clients share out the requests, each waiting for its answer before it sends again."""
-        numbers: SimpleQueue[int] = SimpleQueue()
-        for number in range(self.total):
-            numbers.put(number)
-        for _ in range(min(clients, self.total)):
-            if not start(self.send_many, numbers, requests.Session()):
-                with suppress(Empty):  # a failure, lest the figures of fewer clients pass for those of all
-                    self.not_sent(numbers.get_nowait(), "no_thread")
+        rest: SimpleQueue[int] = SimpleQueue()
+        for thread in range(clients, self.total):
+            rest.put(thread)
+        for thread in range(min(clients, self.total)):
+            self.start(self.send_many, thread, rest)
+
+    def start(self, send: Callable[..., None], thread: int, *arguments: object) -> bool:
+        """Start a thread; where the system has no more of them, count that and return False."""
+        arguments = (requests.Session(), thread, *arguments)  # made here: the threads are for sending only
+        try:
+            threading.Thread(target=send, args=arguments, daemon=True).start()
+        except RuntimeError:
+            self.not_sent(thread, "no_thread")
+            return False
+        return True
+
+    def not_sent(self, thread: int, code: str) -> None:
+        """Count a request that could not even be sent."""
+        self.inbox.put(Result(thread, time.perf_counter(), 0.0, None, code))
 
     def send_one(self, session: requests.Session, thread: int) -> None:
         """Send one request on a connection of its own."""
         with session:
             self.inbox.put(self.target.post(session, thread))
 
-    def send_together(self, barrier: threading.Barrier, session: requests.Session, thread: int) -> None:
+    def send_together(self, session: requests.Session, thread: int, barrier: threading.Barrier) -> None:
         """Send one request as soon as every other thread is ready to."""
         try:
             barrier.wait(START_LIMIT)
@@ -282,15 +292,12 @@ class StressTest:
         else:
             self.send_one(session, thread)
 
-    def send_many(self, numbers: "SimpleQueue[int]", session: requests.Session) -> None:
+    def send_many(self, session: requests.Session, thread: int, rest: "SimpleQueue[int]") -> None:
         """Send requests on one kept connection until none is left."""
         with session, suppress(Empty):
             while not self.stopped:
-                self.inbox.put(self.target.post(session, numbers.get_nowait()))
-
-    def not_sent(self, thread: int, code: str) -> None:
-        """Count a request that could not even be sent."""
-        self.inbox.put(Result(thread, time.perf_counter(), 0.0, None, code))
+                self.inbox.put(self.target.post(session, thread))
+                thread = rest.get_nowait()
 
     def take(self, wait_s: float) -> bool:
         """Report the next result; False where none came in time."""
@@ -316,15 +323,6 @@ class StressTest:
     def finished(self) -> bool:
         """Tell whether there is nothing left to wait for."""
         return self.stopped or len(self.results) >= self.total
-
-
-def start(body: Callable[..., None], *arguments: object) -> bool:
-    """Start a thread; False where the system has no more of them."""
-    try:
-        threading.Thread(target=body, args=arguments, daemon=True).start()
-    except RuntimeError:
-        return False
-    return True
 
 
 def allow_open_files(count: int) -> None:
