@@ -1,0 +1,238 @@
+"""What the tests run on: a Redis, an Apache and model servers of their own, on free ports, which end with them.
+
+A missing program skips the tests that need it, with the reason; where CI=true it fails them.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from redis import Redis
+from redis.exceptions import RedisError
+
+ROOT = Path(__file__).resolve().parents[1]
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+START_LIMIT = 240  # seconds that a model server may take to start on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# The modules under test read their settings when they are imported, so this comes before that.
+os.environ.update(
+    REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), MODEL=str(ROOT / "models/digits.keras"), PYTHONUNBUFFERED="1"
+)
+for name in ("REDIS_URL", "IMAGE_QUEUE", "LABELS", "MODEL_WEIGHTS"):
+    os.environ.pop(name, None)
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+    """Return the first true value of `condition`, or fail with `what`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds} s: {what}")
+        time.sleep(0.02)
+
+
+def need(program: str) -> str:
+    """Return the path of `program`; without it skip, or fail where CI=true."""
+    path = shutil.which(program, path=PATH)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{program} is not installed")
+    return path
+
+
+class Process:
+    """A program that is running: its log, and the means to end it."""
+
+    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+        self.log_path = log
+        with log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, "PATH": PATH, **environment}, stdout=output, stderr=output
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        wait_until(lambda: self.log.count(text) >= times or not self.alive, f"{text!r} in {self.log}", START_LIMIT)
+        assert self.log.count(text) >= times, self.log
+
+    def send(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.alive:
+            self.send(number)
+        try:
+            return self.popen.wait(60)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise
+
+
+@contextmanager
+def running(command: list[str], log: Path, **environment: str) -> Iterator[Process]:
+    process = Process(command, log, **environment)
+    try:
+        yield process
+    finally:
+        process.send(signal.SIGCONT)
+        process.stop()
+
+
+def run_redis(log: Path, port: int, *options: str) -> Any:
+    server = next(filter(shutil.which, ("redis-server", "valkey-server")), "redis-server")
+    command = [need(server), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(log.parent)]
+    return running([*command, *options], log)
+
+
+@pytest.fixture(scope="session")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of the Redis of this test run."""
+    port = int(os.environ["REDIS_PORT"])
+    with run_redis(tmp_path_factory.mktemp("redis") / "log", port) as process:
+        client = Redis(port=port, socket_timeout=5)
+        wait_until(lambda: process.alive and answers(client), "Redis answers")
+        yield port
+
+
+def answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except RedisError:
+        return False
+
+
+@pytest.fixture
+def redis(redis_port: int) -> Iterator[Redis]:
+    """A client of the test run's Redis, on a database that is empty before and after."""
+    client = Redis(port=redis_port, socket_timeout=5)
+    yield client
+    client.flushdb()
+
+
+@contextmanager
+def run_model_server(log: Path, **environment: str) -> Iterator[Process]:
+    """Run a model server until it is ready."""
+    with running([sys.executable, "run_model_server.py"], log, **environment) as process:
+        process.wait_for_log("* Model loaded")
+        yield process
+
+
+@contextmanager
+def run_apache(**environment: str) -> Iterator[str]:
+    """Run the production site in a private Apache; give its URL."""
+    need("apache2")
+    directory = Path(tempfile.mkdtemp(prefix="keras-rest-api-test-"))
+    port = free_port()
+    environment = {"APACHE_DEFINES": "WEB_PROCESSES=2 WEB_THREADS=320"} | environment
+    options = {"RUN_DIR": str(directory), "APP_PORT": str(port)} | environment
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with running([str(ROOT / "deploy/apache/run-private")], directory / "log", **options) as process:
+            wait_until(lambda: responds(url) or not process.alive, f"Apache answers: {process.log}")
+            assert process.alive, process.log
+            yield url
+    finally:
+        shutil.rmtree(directory)
+
+
+def responds(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/livez", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+class Service:
+    """A whole service: Apache at `url`, and its model servers."""
+
+    def __init__(self, url: str, servers: list[Process]) -> None:
+        self.url = url
+        self.servers = servers
+
+    def post(self, image: bytes, **options: Any) -> requests.Response:
+        return requests.post(f"{self.url}/predict", files={"image": image}, **({"timeout": 120} | options))
+
+    def predictions(self, image: bytes) -> list[dict[str, Any]]:
+        response = self.post(image)
+        assert response.status_code == 200, response.text
+        predictions: list[dict[str, Any]] = response.json()["predictions"]
+        return predictions
+
+    def label(self, image: bytes) -> str:
+        label: str = self.predictions(image)[0]["label"]
+        return label
+
+
+@contextmanager
+def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterator[Service]:
+    """Run Apache and `servers` model servers on a queue of their own, until ready."""
+    environment = {"IMAGE_QUEUE": f"queue-{free_port()}", **environment}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                running([sys.executable, "run_model_server.py"], directory / f"server-{i}", **environment)
+            )
+            for i in range(servers)
+        ]
+        url = stack.enter_context(run_apache(**environment))
+        for process in processes:
+            process.wait_for_log("* Model loaded")
+        wait_until(lambda: len(ready(url).get("model_servers", {})) == servers, f"{servers} model servers are alive")
+        yield Service(url, processes)
+
+
+def ready(url: str) -> dict[str, Any]:
+    answer: dict[str, Any] = requests.get(f"{url}/readyz", timeout=10).json()
+    return answer
+
+
+@pytest.fixture(scope="session")
+def service(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service with the bundled model and the default settings."""
+    with run_service(tmp_path_factory.mktemp("service")) as running_service:
+        yield running_service
+
+
+def assert_error(response: Any, status: int, code: str) -> str:
+    """Check the one shape that every error has; return its message."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/json"
+    body = json.loads(response.content)
+    assert body["success"] is False
+    assert set(body["error"]) == {"code", "message"}
+    assert body["error"]["code"] == code
+    message: str = body["error"]["message"]
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message

@@ -1,0 +1,198 @@
+"""One image in every format and mode that the service takes, each with the pixels that it should be seen as.
+
+The expected pixels come from the array that the file was made of, or from Pillow's plain decoding where a format loses
+something, never from the code under test.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Array = npt.NDArray[np.uint8]
+SIZE = (260, 190)
+
+
+def colours(seed: int, size: tuple[int, int] = SIZE) -> Array:
+    """A smooth picture with a few edges, (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return np.asarray(small.resize(size, Image.Resampling.BICUBIC))
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def on_white(rgb: Array, alpha: Array) -> Array:
+    share = alpha[..., None] / 255
+    return np.rint(rgb * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def grey_as_rgb(grey: Array) -> Array:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+@dataclass
+class Sample:
+    """A file, and the RGB pixels (height, width, 3), upright and on white, that it shows."""
+
+    name: str
+    data: bytes
+    pixels: Array
+
+
+def samples() -> list[Sample]:
+    """Return one sample for each of the formats and modes."""
+    return [Sample(make.__name__, *make(seed)) for seed, make in enumerate(MAKERS)]
+
+
+Made = tuple[bytes, Array]
+MAKERS: list[Callable[[int], Made]] = []
+
+
+def maker(function: Callable[[int], Made]) -> Callable[[int], Made]:
+    MAKERS.append(function)
+    return function
+
+
+def decoded(data: bytes) -> Array:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def lossless(form: str, **options: Any) -> Callable[[int], Made]:
+    def make(seed: int) -> Made:
+        rgb = colours(seed)
+        return saved(Image.fromarray(rgb), form, **options), rgb
+
+    return make
+
+
+def jpeg(mode: str, **options: Any) -> Callable[[int], Made]:
+    def make(seed: int) -> Made:
+        data = saved(Image.fromarray(colours(seed)).convert(mode), "JPEG", quality=95, **options)
+        return data, decoded(data)
+
+    return make
+
+
+for name, function in {
+    "png": lossless("PNG"),
+    "bmp": lossless("BMP"),
+    "tiff": lossless("TIFF"),
+    "tiff_lzw": lossless("TIFF", compression="tiff_lzw"),
+    "webp": lossless("WEBP", lossless=True),
+    "jpeg": jpeg("RGB"),
+    "jpeg_progressive": jpeg("RGB", progressive=True),
+    "jpeg_grey": jpeg("L"),
+    "jpeg_cmyk": jpeg("CMYK"),
+}.items():
+    function.__name__ = name
+    maker(function)
+
+
+@maker
+def jpeg_turned_by_exif(seed: int) -> Made:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees clockwise"
+    data = saved(Image.fromarray(colours(seed)), "JPEG", quality=95, exif=exif)
+    return data, np.rot90(decoded(data), -1)
+
+
+@maker
+def png_with_alpha(seed: int) -> Made:
+    rgb = colours(seed)
+    alpha = colours(seed + 100)[..., 0]
+    return saved(Image.fromarray(np.dstack([rgb, alpha])), "PNG"), on_white(rgb, alpha)
+
+
+@maker
+def png_grey_with_alpha(seed: int) -> Made:
+    grey, alpha = colours(seed)[..., 0], colours(seed)[..., 1]
+    return saved(Image.fromarray(np.dstack([grey, alpha]), "LA"), "PNG"), on_white(grey_as_rgb(grey), alpha)
+
+
+@maker
+def png_with_palette(seed: int) -> Made:
+    image = Image.fromarray(colours(seed)).quantize(64)
+    return saved(image, "PNG"), np.asarray(image.convert("RGB"))
+
+
+@maker
+def png_with_a_transparent_palette_entry(seed: int) -> Made:
+    image = Image.fromarray(colours(seed)).quantize(16)
+    index = np.asarray(image)
+    rgb = np.asarray(image.convert("RGB"))
+    alpha = np.where(index == 3, 0, 255).astype(np.uint8)
+    return saved(image, "PNG", transparency=3), on_white(rgb, alpha)
+
+
+@maker
+def png_with_a_transparent_colour(seed: int) -> Made:
+    rgb = colours(seed).copy()
+    rgb[:60] = (10, 20, 30)
+    white = rgb.copy()
+    white[:60] = 255
+    return saved(Image.fromarray(rgb), "PNG", transparency=(10, 20, 30)), white
+
+
+@maker
+def png_black_and_white(seed: int) -> Made:
+    image = Image.fromarray(colours(seed)).convert("1")
+    return saved(image, "PNG"), grey_as_rgb(np.asarray(image).astype(np.uint8) * 255)
+
+
+@maker
+def png_of_16_bits(seed: int) -> Made:
+    grey = colours(seed)[..., 0]
+    return saved(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), grey_as_rgb(grey)
+
+
+@maker
+def tiff_of_16_bits(seed: int) -> Made:
+    grey = colours(seed)[..., 0]
+    return saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"), grey_as_rgb(grey)
+
+
+@maker
+def tiff_of_floats(seed: int) -> Made:
+    grey = colours(seed)[..., 0].copy()
+    grey[0, :2] = (0, 255)
+    return saved(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"), grey_as_rgb(grey)
+
+
+@maker
+def tiff_cmyk(seed: int) -> Made:
+    image = Image.fromarray(colours(seed)).convert("CMYK")
+    return saved(image, "TIFF"), np.asarray(image.convert("RGB"))
+
+
+@maker
+def gif(seed: int) -> Made:
+    image = Image.fromarray(colours(seed)).quantize(128)
+    return saved(image, "GIF"), np.asarray(image.convert("RGB"))
+
+
+@maker
+def gif_animated(seed: int) -> Made:
+    first, second = (Image.fromarray(colours(seed + more)).quantize(128) for more in (0, 200))
+    return saved(first, "GIF", save_all=True, append_images=[second]), np.asarray(first.convert("RGB"))
+
+
+@maker
+def webp_with_alpha(seed: int) -> Made:
+    rgb, alpha = colours(seed), colours(seed + 100)[..., 0]
+    data = saved(Image.fromarray(np.dstack([rgb, alpha])), "WEBP", lossless=True, exact=True)
+    return data, on_white(rgb, alpha)
+
+
+@maker
+def webp_animated(seed: int) -> Made:
+    first, second = (Image.fromarray(colours(seed + more)) for more in (0, 200))
+    return saved(first, "WEBP", save_all=True, append_images=[second], lossless=True), np.asarray(first)

@@ -1,0 +1,424 @@
+"""The Redis protocol, both sides, on a real Redis."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import free_port, run_redis, wait_until
+from redis import Redis
+
+import image_queue
+import settings
+from helpers import Refusal, ServiceError
+from image_queue import DeclaredDead, Job, ServerQueue, WebQueue, failed
+
+ABOUT = {"model": "digits", "weights": "digits.keras"}
+ANSWER = {"predictions": [{"label": "three", "probability": 0.75}]}
+
+
+@pytest.fixture
+def web(redis: Redis) -> WebQueue:
+    return WebQueue()
+
+
+@pytest.fixture
+def server(redis: Redis) -> Iterator[ServerQueue]:
+    queue = ServerQueue(ABOUT, 5)
+    queue.join(crashed=False)
+    yield queue
+    queue._slot.close()
+
+
+@pytest.fixture
+def second(redis: Redis) -> Iterator[ServerQueue]:
+    queue = ServerQueue(ABOUT, 5)
+    queue.join(crashed=False)
+    yield queue
+    queue._slot.close()
+
+
+def push(redis: Redis, *ids: str, **fields: Any) -> None:
+    for job_id in ids:
+        job = {"id": job_id, "image": "aW1hZ2U=", "deadline": time.time() + 30} | fields
+        redis.rpush(settings.IMAGE_QUEUE, json.dumps(job))
+
+
+def ids(batch: Any) -> list[str]:
+    return [job.id for job in batch.jobs]
+
+
+def waiting_ids(redis: Redis) -> list[str]:
+    return [json.loads(job)["id"] for job in redis.lrange(settings.IMAGE_QUEUE, 0, -1)]
+
+
+def result_of(redis: Redis, job_id: str) -> Any:
+    results = redis.lrange(f"{settings.IMAGE_QUEUE}:result:{job_id}", 0, -1)
+    assert len(results) <= 1
+    return json.loads(results[0]) if results else None
+
+
+def die(queue: ServerQueue) -> None:
+    """What kill -9 leaves behind once the heartbeat has lapsed."""
+    queue.redis.delete(queue.heartbeat)
+
+
+def in_background(call: Callable[[], Any]) -> Any:
+    return ThreadPoolExecutor(1).submit(call)
+
+
+def test_an_image_gets_its_answer(web: WebQueue, server: ServerQueue) -> None:
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+
+    batch = server.take(32, wait=10)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert batch.jobs[0].image == "aW1hZ2U="
+    assert asked.result(10) == ANSWER
+
+
+def test_first_in_is_first_out_and_a_batch_has_its_limit(redis: Redis, server: ServerQueue) -> None:
+    push(redis, "a", "b", "c", "d", "e")
+
+    assert ids(server.take(3)) == ["a", "b", "c"]
+    assert ids(server.take(3)) == ["d", "e"]
+    assert ids(server.take(3)) == []
+
+
+def test_taking_waits_for_the_first_job_only(redis: Redis, server: ServerQueue) -> None:
+    taken = in_background(lambda: server.take(32, wait=4))
+    wait_until(lambda: redis.info("clients")["blocked_clients"], "the server waits")
+    started = time.monotonic()
+
+    push(redis, "a")
+
+    assert ids(taken.result(10)) == ["a"]
+    assert time.monotonic() - started < 2
+
+
+def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+    asked = [in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3)) for _ in range(2)]
+    wait_until(lambda: web.waiting() == 2, "two jobs wait")
+    batch = server.take(1)
+    push(redis, "nobody-waits")
+    last = server.take(2)
+    server.answer(batch.jobs + last.jobs, [ANSWER] * 3, 3)
+    push(redis, "waiting")
+    server.take(1)
+    push(redis, "waiting-too")
+
+    kinds = {}
+    for key in map(bytes.decode, redis.keys("*")):
+        assert key.startswith(settings.IMAGE_QUEUE)
+        kinds[re.sub(r":[^:]*$", "", key)] = redis.pttl(key)
+    eternal = {kind for kind, ttl in kinds.items() if ttl == -1}
+    assert eternal == {settings.IMAGE_QUEUE, f"{settings.IMAGE_QUEUE}:taken"}
+    assert {f"{settings.IMAGE_QUEUE}:{part}" for part in ("server", "result", "accepted")} <= set(kinds)
+    for each in asked:
+        each.result(10)
+
+
+def test_an_expired_job_is_dropped_unanswered(redis: Redis, server: ServerQueue) -> None:
+    push(redis, "late", deadline=time.time() - 1)
+    push(redis, "in-time")
+
+    batch = server.take(32)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert ids(batch) == ["in-time"]
+    assert result_of(redis, "late") is None
+    assert redis.llen(server.taken) == 0
+
+
+def test_answers_that_are_not_one_per_image_are_not_handed_out(redis: Redis, server: ServerQueue) -> None:
+    push(redis, "a", "b")
+    batch = server.take(32)
+
+    with pytest.raises(ValueError, match="zip"):
+        server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert result_of(redis, "a") is None
+    assert redis.llen(server.taken) == 2
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [b"not json", b"[]", b"7", b"null", b"{}", b'{"id": 7}', b'{"id": "\\ud800"}', b'{"id": ""}', b"\xff" * 9,
+     b"[" * 100_000, b'{"id": "' + b"x" * 100 + b'"}'],
+)  # fmt: skip
+def test_rubbish_without_an_id_is_dropped(redis: Redis, server: ServerQueue, rubbish: bytes) -> None:
+    redis.rpush(settings.IMAGE_QUEUE, rubbish)
+    push(redis, "good")
+
+    batch = server.take(32)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert ids(batch) == ["good"]
+    assert redis.llen(server.taken) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"image": 7}, {"image": None}, {"deadline": "soon"}, {"deadline": float("nan")}, {"deadline": float("inf")},
+     {"deadline": 1e300}, {"crashes": "many"}, {"crashes": -1}],
+)  # fmt: skip
+def test_rubbish_with_an_id_can_be_answered(redis: Redis, server: ServerQueue, wrong: dict[str, Any]) -> None:
+    push(redis, "wrong", **wrong)
+
+    batch = server.take(32)
+    assert [job.image for job in batch.jobs] == [""]
+    server.answer(batch.jobs, [failed("No.")], batch.entries)
+
+    assert result_of(redis, "wrong") == failed("No.")
+
+
+def test_jobs_of_a_dead_server_go_back_to_the_head_in_order(
+    redis: Redis, server: ServerQueue, second: ServerQueue
+) -> None:
+    push(redis, "a", "b", "c", "d")
+    server.take(3)
+
+    die(server)
+    second.recover()
+
+    assert waiting_ids(redis) == ["a", "b", "c", "d"]
+    assert redis.llen(server.taken) == 0
+
+
+def test_jobs_of_a_live_server_stay_with_it(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
+    push(redis, "a", "b")
+    server.take(2)
+
+    second.recover()
+
+    assert waiting_ids(redis) == []
+    assert redis.llen(server.taken) == 2
+
+
+def test_a_dead_servers_jobs_go_back_once_however_many_find_it(redis: Redis, server: ServerQueue) -> None:
+    push(redis, *(f"job{i}" for i in range(40)))
+    server.take(40)
+    die(server)
+    others = [ServerQueue(ABOUT, 5) for _ in range(6)]
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda other: other.recover(), others))
+
+    assert waiting_ids(redis) == [f"job{i}" for i in range(40)]
+
+
+def test_a_server_started_again_finds_its_own_jobs_without_waiting(redis: Redis) -> None:
+    killed = ServerQueue(ABOUT, 60)
+    killed.join(crashed=True)
+    push(redis, "a", "b")
+    killed.take(2)
+    killed._slot.close()  # as the kernel does when the process dies
+
+    again = ServerQueue(ABOUT, 60)
+    again.join(crashed=True)
+
+    assert again.name == killed.name
+    assert waiting_ids(redis) == ["a", "b"]
+
+
+def test_two_live_servers_never_share_a_name(server: ServerQueue, second: ServerQueue) -> None:
+    assert server.name != second.name
+
+
+def test_after_a_crash_each_job_is_computed_alone(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
+    push(redis, "a", "b", "c")
+    server.take(2)
+    die(server)
+    second.recover()
+
+    batches = [second.take(32) for _ in range(3)]
+
+    assert [ids(batch) for batch in batches] == [["a"], ["b"], ["c"]]
+    assert [batch.suspect for batch in batches] == [True, True, False]
+
+
+def test_no_suspect_is_taken_while_another_batch_is_computed(redis: Redis, server: ServerQueue) -> None:
+    push(redis, "a")
+    push(redis, "suspect", crashes=1)
+    push(redis, "b")
+
+    assert ids(server.take(32, ahead=True)) == ["a"]
+    assert ids(server.take(32, ahead=True)) == []
+    assert waiting_ids(redis) == ["suspect", "b"]
+
+
+def test_a_job_in_flight_at_two_crashes_is_given_up(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
+    push(redis, "killer", "innocent")
+    server.take(2)
+    die(server)
+    second.recover()
+    assert ids(second.take(32)) == ["killer"]
+
+    die(second)
+    server.join(crashed=False)
+    server.recover()
+
+    assert result_of(redis, "killer")["error"]["code"] == "model_failed"
+    assert waiting_ids(redis) == ["innocent"]
+
+
+def test_leaving_puts_back_what_was_not_computed_and_blames_nobody(redis: Redis, server: ServerQueue) -> None:
+    push(redis, "a", "b")
+    server.take(2)
+
+    server.leave()
+
+    assert [json.loads(job).get("crashes") for job in redis.lrange(settings.IMAGE_QUEUE, 0, -1)] == [None, None]
+    assert waiting_ids(redis) == ["a", "b"]
+    assert server.live_servers() == {}
+
+
+def test_a_late_answer_is_handed_out_and_leaves_the_lists_alone(
+    redis: Redis, server: ServerQueue, second: ServerQueue
+) -> None:
+    push(redis, "a")
+    frozen = server.take(1)
+    die(server)
+    second.recover()
+    push(redis, "b")
+    server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it knew
+
+    with pytest.raises(DeclaredDead):
+        server.answer(frozen.jobs, [ANSWER], frozen.entries)
+
+    assert result_of(redis, "a") == ANSWER
+    assert [json.loads(job)["id"] for job in redis.lrange(server.taken, 0, -1)] == ["b"]
+
+
+def test_a_lapsed_heartbeat_is_noticed_by_the_server_itself(server: ServerQueue) -> None:
+    die(server)
+    server._next_beat = 0
+
+    with pytest.raises(DeclaredDead):
+        server.beat()
+
+
+def test_another_model_on_the_same_queue_is_refused(redis: Redis, server: ServerQueue) -> None:
+    other = ServerQueue({"model": "ResNet50", "weights": "imagenet"}, 5)
+
+    with pytest.raises(Refusal, match="IMAGE_QUEUE"):
+        other.join(crashed=False)
+
+
+def test_racing_requests_never_overfill_the_queue(monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue,
+                                                  server: ServerQueue) -> None:  # fmt: skip
+    monkeypatch.setattr(settings, "MAX_QUEUE", 5)
+    outcomes = []
+
+    def ask() -> None:
+        try:
+            web.ask("aW1hZ2U=", time.time() + 1)
+        except ServiceError as error:
+            outcomes.append(error.code)
+
+    threads = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+
+    assert sorted(outcomes) == ["queue_full"] * 35 + ["timeout"] * 5
+
+
+def test_a_full_queue_without_a_model_server_says_so(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue
+) -> None:
+    monkeypatch.setattr(settings, "MAX_QUEUE", 1)
+    push(redis, "a")
+
+    with pytest.raises(image_queue.NoModelServer):
+        web.ask("aW1hZ2U=", time.time() + 5)
+
+
+@pytest.mark.parametrize(
+    ("alive", "cause"), [(False, "no model server is alive"), (True, "the model servers are busy")]
+)
+def test_a_timeout_names_its_cause(web: WebQueue, server: ServerQueue, alive: bool, cause: str) -> None:
+    if not alive:
+        die(server)
+
+    with pytest.raises(image_queue.ResultTimeout, match=cause):
+        web.ask("aW1hZ2U=", time.time() + 0.5)
+
+
+def test_pushing_twice_makes_one_job(redis: Redis, web: WebQueue) -> None:
+    job = Job("same", "aW1hZ2U=", time.time() + 10)
+
+    for _ in range(2):
+        web._push(job, job.dump(), unlimited=False)
+
+    assert waiting_ids(redis) == ["same"]
+
+
+def test_without_redis_a_request_is_refused_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "REDIS_PORT", free_port())
+    monkeypatch.setattr(settings, "REDIS_TIMEOUT", 0.6)
+    started = time.monotonic()
+
+    with pytest.raises(image_queue.RedisDown):
+        WebQueue().ask("aW1hZ2U=", time.time() + 30)
+
+    assert 0.5 < time.monotonic() - started < 5
+
+
+def test_a_restart_of_redis_that_forgets_all_loses_no_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    monkeypatch.setattr(settings, "REDIS_PORT", port)
+    web = WebQueue()
+    with run_redis(tmp_path / "log", port) as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+        asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 30))
+        wait_until(lambda: web.waiting() == 1, "the job waits")
+        process.stop(9)
+    wait_until(lambda: "does not answer" in caplog.text, "the log says that Redis is away")
+
+    with run_redis(tmp_path / "log2", port) as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up again")
+        server = ServerQueue(ABOUT, 5)
+        server.join(crashed=False)
+        batch = server.take(1, wait=10)
+        server.answer(batch.jobs, [ANSWER], batch.entries)
+
+        assert asked.result(10) == ANSWER
+
+
+def test_a_redis_out_of_memory_still_lets_jobs_be_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    port = free_port()
+    monkeypatch.setattr(settings, "REDIS_PORT", port)
+    with run_redis(tmp_path / "log", port, "--maxmemory-policy", "noeviction") as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+        redis = Redis(port=port)
+        server = ServerQueue(ABOUT, 5)
+        server.join(crashed=False)
+        push(redis, "a", "b")
+        redis.config_set("maxmemory", "1")
+
+        batch = server.take(1, wait=2)
+        server.answer(batch.jobs, [ANSWER], batch.entries)
+
+        assert result_of(redis, "a") == ANSWER
+        assert ids(server.take(1, wait=2)) == ["b"]
+
+
+def test_a_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
+    monkeypatch.setattr(image_queue, "OLDEST_REDIS", 999)
+
+    with pytest.raises(Refusal, match="999 or newer is needed"):
+        web.check()
+
+
+def test_the_password_in_redis_url_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "REDIS_URL", "redis://user:secret@127.0.0.1:7/0")
+
+    assert WebQueue().address == "127.0.0.1:7"
