@@ -115,4 +115,4 @@ MODEL_SERVERS = _whole("MODEL_SERVERS", 1, 1, 64)
 
 for _name in ("REDIS_TIMEOUT", "CLIENT_SLEEP"):
     if globals()[_name] >= REQUEST_TIMEOUT:
-        refuse(_name, globals()[_name], f"less than REQUEST_TIMEOUT, which is {REQUEST_TIMEOUT:g}")
+        refuse(_name, f"{globals()[_name]:g}", f"less than REQUEST_TIMEOUT, which is {REQUEST_TIMEOUT:g}")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import free_port, run_redis, wait_until
@@ -112,7 +112,7 @@ def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: Web
     push(redis, "waiting-too")
 
     kinds = {}
-    for key in map(bytes.decode, redis.keys("*")):
+    for key in (key.decode() for key in cast(list[bytes], redis.keys("*"))):
         assert key.startswith(settings.IMAGE_QUEUE)
         kinds[re.sub(r":[^:]*$", "", key)] = redis.pttl(key)
     eternal = {kind for kind, ttl in kinds.items() if ttl == -1}

@@ -30,16 +30,21 @@ SENSELESS = [
 ]
 
 
-def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path = ROOT, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
-        cwd=cwd, env={**os.environ, "PATH": PATH, **environment}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=cwd,
+        env={**os.environ, "PATH": PATH, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), SENSELESS)
 def test_a_senseless_value_is_named_with_what_is_allowed(name: str, value: str, allowed: str) -> None:
-    ended = run("-c", "import settings", **{name: value})
+    ended = run("-c", "import settings", env={name: value})
 
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"{name}={value} makes no sense: it must be ")
@@ -49,7 +54,7 @@ def test_a_senseless_value_is_named_with_what_is_allowed(name: str, value: str, 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_program_stops_with_that_one_line(program: str) -> None:
-    ended = run(program, BATCH_SIZE="0")
+    ended = run(program, env={"BATCH_SIZE": "0"})
 
     assert ended.returncode == 2
     assert ended.stdout == ""
@@ -57,11 +62,11 @@ def test_each_program_stops_with_that_one_line(program: str) -> None:
 
 
 def test_a_password_in_a_senseless_url_is_not_shown() -> None:
-    assert "secret" not in run("-c", "import settings", REDIS_URL="http://user:secret@host").stderr
+    assert "secret" not in run("-c", "import settings", env={"REDIS_URL": "http://user:secret@host"}).stderr
 
 
 def test_a_shorter_request_timeout_needs_no_other_setting() -> None:
-    assert run("-c", "import settings; print(settings.REDIS_TIMEOUT)", REQUEST_TIMEOUT="4").stdout == "2.0\n"
+    assert run("-c", "import settings; print(settings.REDIS_TIMEOUT)", env={"REQUEST_TIMEOUT": "4"}).stdout == "2.0\n"
 
 
 def test_the_file_counts_where_the_environment_is_silent(tmp_path: Path) -> None:
@@ -69,7 +74,7 @@ def test_the_file_counts_where_the_environment_is_silent(tmp_path: Path) -> None
     (tmp_path / ".env").write_text("TOP=3\nBATCH_SIZE=8\n")
 
     printed = run(
-        "-c", "import settings; print(settings.TOP, settings.BATCH_SIZE)", cwd=tmp_path, BATCH_SIZE="16"
+        "-c", "import settings; print(settings.TOP, settings.BATCH_SIZE)", cwd=tmp_path, env={"BATCH_SIZE": "16"}
     ).stdout
 
     assert printed == "3 16\n"
