@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,15 +38,12 @@ DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for eve
 
 
 def applications() -> dict[str, ModuleType]:
-    """Return the module of every classifier in keras.applications, by the classifier's name."""
-    modules = [module for _, module in inspect.getmembers(keras.applications, inspect.ismodule)]
-    return {
-        name: module
-        for module in modules
-        if hasattr(module, "preprocess_input")
-        for name, builder in inspect.getmembers(module, inspect.isfunction)
-        if "classifier_activation" in inspect.signature(builder).parameters
-    }
+    """Return the module of every classifier in keras.applications, by the classifier's name.
+
+    Each module has the preprocess_input and decode_predictions of its classifiers.
+    """
+    builders = inspect.getmembers(keras.applications, inspect.isfunction)
+    return {name: sys.modules[builder.__module__] for name, builder in builders}
 
 
 class Classifier:
@@ -217,9 +215,10 @@ def _from_applications(name: str) -> Classifier:
         raise Refusal(
             f"MODEL={name} makes no sense: it must be the path of a .keras file or one of {', '.join(sorted(known))}."
         )
-    module, weights = known[name], settings.MODEL_WEIGHTS
+    module: Any = known[name]
+    weights = settings.MODEL_WEIGHTS
     labels = _application_labels(weights)
-    builder = getattr(module, name)
+    builder = getattr(keras.applications, name)
     keras.utils.set_random_seed(SEED)
     if weights in ("random", "imagenet"):
         model = _download(lambda: builder(weights=None if weights == "random" else weights))

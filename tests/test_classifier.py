@@ -1,0 +1,322 @@
+"""The Keras model: what it refuses to serve, how it computes a batch, and what one bad image may not do to the rest."""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import classifier
+import settings
+from classifier import Classifier, Prediction
+from helpers import Refusal
+
+LABELS = ["zero", "one", "two"]
+POISON = 13
+
+
+class Network:
+    """A network whose first probability is the mean pixel, with a fault. It notes the batch sizes that it is given."""
+
+    def __init__(self, fault: Callable[[Any], None] = lambda images: None) -> None:
+        self.fault = fault
+        self.sizes: list[int] = []
+
+    def predict_on_batch(self, images: Any) -> Any:
+        self.sizes.append(len(images))
+        self.fault(images)
+        first = images.mean(axis=(1, 2, 3)) / 255
+        return np.stack([first, (1 - first) * 0.75, (1 - first) * 0.25], axis=1).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "IMAGE_WIDTH", 6)
+    monkeypatch.setattr(settings, "IMAGE_HEIGHT", 4)
+
+
+def warmed_up(network: Network) -> Classifier:
+    model = Classifier(network, LABELS)
+    model.warm_up()
+    network.sizes.clear()
+    return model
+
+
+def batch(*levels: int) -> Any:
+    return np.stack([np.full((4, 6, 3), level, np.uint8) for level in levels])
+
+
+def good(result: list[Prediction] | Exception) -> list[Prediction]:
+    assert not isinstance(result, Exception)
+    return result
+
+
+def first_probabilities(results: Any) -> list[float | None]:
+    """The probability of "zero" for each image, or None where it failed."""
+    return [None if isinstance(each, Exception) else round(dict(each)["zero"] * 255) for each in results]
+
+
+def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "TOP", 2)
+
+    [prediction] = warmed_up(Network()).classify(batch(102))
+
+    assert [label for label, _ in good(prediction)] == ["one", "zero"]
+    assert [probability for _, probability in good(prediction)] == pytest.approx([0.45, 0.4])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 31, 32])
+def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
+    network = Network()
+    model = Classifier(network, LABELS)
+    model.warm_up()
+    warm = set(network.sizes)
+    network.sizes.clear()
+
+    results = model.classify(batch(*range(count)))
+
+    assert first_probabilities(results) == list(range(count))
+    assert set(network.sizes) <= warm
+
+
+def test_a_batch_is_cut_into_the_pieces_that_take_least_time() -> None:
+    network = Network()
+    model = warmed_up(network)
+
+    model._seconds = {1: 1.0, 4: 2.0, 8: 7.0}
+    model.classify(batch(*range(9)))
+    assert sorted(network.sizes) == [1, 4, 4]
+
+    network.sizes.clear()
+    model._seconds = {1: 3.0, 8: 4.0}
+    model.classify(batch(1, 2, 3))
+    assert network.sizes == [8]  # padded: three single ones would take longer
+
+
+def test_an_image_that_breaks_the_model_fails_alone() -> None:
+    def fault(images: Any) -> None:
+        if (images == POISON).all(axis=(1, 2, 3)).any():
+            raise RuntimeError("poison")
+
+    results = warmed_up(Network(fault)).classify(batch(1, 2, POISON, 4, 5, 6, POISON, 8))
+
+    assert first_probabilities(results) == [1, 2, None, 4, 5, 6, None, 8]
+
+
+def test_an_output_that_is_not_finite_fails_alone() -> None:
+    class NotANumber(Network):
+        def predict_on_batch(self, images: Any) -> Any:
+            output = super().predict_on_batch(images)
+            output[(images == POISON).all(axis=(1, 2, 3))] = np.nan
+            return output
+
+    assert first_probabilities(warmed_up(NotANumber()).classify(batch(1, POISON, 3))) == [1, None, 3]
+
+
+OUT_OF_MEMORY = [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
+                 RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_a_batch_too_big_for_memory_is_split_and_the_limit_remembered(error: Exception) -> None:
+    largest = 32
+
+    def fault(images: Any) -> None:
+        if len(images) > largest:
+            raise error
+
+    network = Network(fault)
+    model = warmed_up(network)
+    model._seconds = dict.fromkeys(model._seconds, 1.0)
+    largest = 7
+
+    assert first_probabilities(model.classify(batch(*range(32)))) == list(range(32))
+    network.sizes.clear()
+    assert first_probabilities(model.classify(batch(*range(32)))) == list(range(32))
+    assert max(network.sizes) <= 7
+
+
+def test_warm_up_stops_at_the_batch_that_does_not_fit() -> None:
+    def fault(images: Any) -> None:
+        if len(images) > 8:
+            raise MemoryError
+
+    network = Network(fault)
+    model = warmed_up(network)
+
+    assert first_probabilities(model.classify(batch(*range(20)))) == list(range(20))
+    assert max(network.sizes) <= 8
+
+
+def saved_model(path: Path, shape: tuple[int | None, int | None, int] = (4, 6, 3), activation: str = "softmax") -> Path:
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input(shape), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, activation=activation)]
+    keras.Sequential(layers).save(path)
+    path.with_suffix(".labels.txt").write_text("zero\none\ntwo\n")
+    return path
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Classifier:
+    for name, value in values.items():
+        monkeypatch.setattr(settings, name, str(value))
+    model = classifier.load()
+    model.warm_up()
+    return model
+
+
+def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "own.keras")
+    model = load(monkeypatch, MODEL=path)
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+
+    results = model.classify(images)
+
+    plain = keras.saving.load_model(path).predict(images.astype(np.float32), verbose=0)
+    for result, expected in zip(results, plain, strict=True):
+        assert dict(good(result)) == pytest.approx(dict(zip(LABELS, expected, strict=True)), abs=1e-6)
+
+
+def test_a_model_of_any_size_takes_the_settings_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = load(monkeypatch, MODEL=saved_model(tmp_path / "any.keras", (None, None, 3)))
+
+    assert len(model.classify(batch(1, 2))) == 2
+
+
+def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("a\nb\nc\n")
+
+    model = load(monkeypatch, MODEL=saved_model(tmp_path / "own.keras"), LABELS=tmp_path / "names")
+
+    assert {label for label, _ in good(model.classify(batch(1))[0])} == {"a", "b", "c"}
+
+
+def break_labels(path: Path) -> None:
+    path.with_suffix(".labels.txt").write_text("zero\none\n")
+
+
+def empty_line(path: Path) -> None:
+    path.with_suffix(".labels.txt").write_text("zero\n\ntwo\n")
+
+
+def no_text(path: Path) -> None:
+    path.with_suffix(".labels.txt").write_bytes(b"\xff\xfe\x00")
+
+
+def no_labels(path: Path) -> None:
+    path.with_suffix(".labels.txt").unlink()
+
+
+def no_model(path: Path) -> None:
+    path.unlink()
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (break_labels, "gives (3,) values an image, but there are 2 labels"),
+        (empty_line, "has an empty line"),
+        (no_text, "can't be read"),
+        (no_labels, "can't be read"),
+        (no_model, "is not there"),
+        (damaged, "can't be loaded as a Keras 3 model"),
+    ],
+)
+def test_what_can_not_be_served_is_refused_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Callable[[Path], None], line: str
+) -> None:
+    path = saved_model(tmp_path / "own.keras")
+    fault(path)
+
+    with pytest.raises(Refusal) as refusal:
+        load(monkeypatch, MODEL=path)
+
+    assert line in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_of_another_size_says_which_values_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="set IMAGE_WIDTH=32 and IMAGE_HEIGHT=16 and IMAGE_CHANS=1"):
+        load(monkeypatch, MODEL=saved_model(tmp_path / "other.keras", (16, 32, 1)))
+
+
+def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "logits.keras", activation="linear")
+
+    with pytest.raises(Refusal, match="does not give probabilities: end it with a softmax"):
+        load(monkeypatch, MODEL=path)
+
+
+def test_every_classifier_of_keras_is_known_by_name() -> None:
+    builders = {name for name, _ in inspect.getmembers(keras.applications, inspect.isfunction)}
+
+    known = classifier.applications()
+
+    assert set(known) == builders
+    assert all(hasattr(module, "preprocess_input") for module in known.values())
+    assert {"ResNet50", "VGG16", "MobileNetV3Large", "EfficientNetV2B0", "ConvNeXtTiny", "NASNetMobile"} <= builders
+
+
+def test_an_unknown_model_is_refused_with_the_names_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refusal, match=r"MODEL=ResNet51 makes no sense: .* ResNet50,"):
+        load(monkeypatch, MODEL="ResNet51")
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
+def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
+        monkeypatch.setattr(settings, side, 224)
+    monkeypatch.setattr(settings, "BATCH_SIZE", 2)
+    keras.utils.set_random_seed(7)
+    network = getattr(keras.applications, name)(weights=None)
+    network.save_weights(tmp_path / "own.weights.h5")
+    (tmp_path / "labels").write_text("\n".join(f"label {i}" for i in range(1000)))
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+
+    model = load(monkeypatch, MODEL=name, MODEL_WEIGHTS=tmp_path / "own.weights.h5", LABELS=tmp_path / "labels")
+    results = model.classify(images)
+
+    module = classifier.applications()[name]
+    plain = network.predict(module.preprocess_input(images.astype(np.float32)), verbose=0)
+    for result, probabilities in zip(results, plain, strict=True):
+        best = probabilities.argsort()[::-1][:5]
+        assert [label for label, _ in good(result)] == [f"label {i}" for i in best]
+        assert [probability for _, probability in good(result)] == pytest.approx(probabilities[best], abs=1e-5)
+
+
+def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
+        monkeypatch.setattr(settings, side, 224)
+    other = saved_model(tmp_path / "other.keras")
+    keras.saving.load_model(other).save_weights(tmp_path / "other.weights.h5")
+
+    with pytest.raises(Refusal, match="does not fit MODEL=MobileNetV2"):
+        load(monkeypatch, MODEL="MobileNetV2", MODEL_WEIGHTS=tmp_path / "other.weights.h5")
+
+
+def test_without_internet_the_line_says_which_file_to_put_where(tmp_path: Path) -> None:
+    """The proxy that nobody runs stands for an internet that is not there."""
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50", "https_proxy": "http://127.0.0.1:1"}
+
+    ended = subprocess.run(
+        [sys.executable, "run_model_server.py"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert ended.returncode == 2
+    line = ended.stderr.strip().splitlines()[-1]
+    assert "resnet50_weights_tf_dim_ordering_tf_kernels.h5 can't be fetched" in line
+    assert f"put it in {tmp_path}/models/" in line
+    assert "Traceback" not in ended.stderr
