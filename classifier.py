@@ -196,10 +196,9 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def _from_file(path: Path) -> Classifier:
-    labels_path = Path(settings.LABELS) if settings.LABELS else path.with_suffix(".labels.txt")
-    labels = _read_labels(labels_path)
     if not path.is_file():
         raise Refusal(f"MODEL={path} is not there: set MODEL to the path of a .keras file.")
+    labels = _read_labels(Path(settings.LABELS) if settings.LABELS else path.with_suffix(".labels.txt"))
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:

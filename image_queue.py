@@ -280,7 +280,8 @@ class ImageQueue:
             if time.monotonic() < self._complained + pause / 2:
                 return
             self._complained = time.monotonic()
-        log.warning("Redis at %s does not answer (%s); trying again in %.1f s", self.address, _reason(error), pause)
+        again = f" in {pause:.1f} s" if pause else ""
+        log.warning("Redis at %s does not answer (%s); trying again%s", self.address, _reason(error), again)
 
 
 class WebQueue(ImageQueue):
@@ -367,7 +368,6 @@ class ServerQueue(ImageQueue):
         self._return = self.redis.register_script(GIVE_BACK)
         self._recover = self.redis.register_script(RECOVER)
         self._next_beat = 0.0
-        self._alone = False
 
     def join(self, *, crashed: bool) -> None:
         """Put back what a server of this name had taken, then be alive.
@@ -420,8 +420,6 @@ class ServerQueue(ImageQueue):
         Suspects come alone, and never when taking `ahead`, that is while another batch is computed: if that one killed
         the server, they would be blamed.
         """
-        if self._alone:
-            most = 1
         raw = list(self._take([self.key, self.taken], [most]))
         if not raw and wait:
             raw = self._wait_for_one(wait)
@@ -458,7 +456,6 @@ class ServerQueue(ImageQueue):
     def _before_suspect(self, parsed: list[Job | None], *, ahead: bool) -> int:
         """Return how many of the entries may be computed together."""
         first = next((i for i, job in enumerate(parsed) if job and job.crashes and not job.expired), None)
-        self._alone = first is not None
         if first is None:
             return len(parsed)
         return first or (0 if ahead else 1)

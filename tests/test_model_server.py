@@ -1,0 +1,270 @@
+"""The model server: step by step with a classifier made for the purpose, and as a process with the bundled model."""
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import requests
+from conftest import Process, free_port, run_model_server, run_redis, running, wait_until
+from redis import Redis
+
+import settings
+from classifier import Classifier
+from helpers import base64_encode_image
+from image_queue import ServerQueue, WebQueue
+from run_model_server import ModelServer
+
+POISON = 13
+
+
+class MeanClassifier:
+    """Labels an image with its first pixel; breaks on POISON; `before` is called with each batch."""
+
+    shape = (2, 2, 3)
+
+    def __init__(self) -> None:
+        self.before: Callable[[Any], object] = lambda images: None
+        self.sizes: list[int] = []
+
+    def classify(self, images: Any) -> list[Any]:
+        self.sizes.append(len(images))
+        self.before(images)
+        levels = [int(image.flat[0]) for image in images]
+        return [RuntimeError("poison") if level == POISON else [(str(level), 1.0)] for level in levels]
+
+
+@pytest.fixture
+def server(redis: Redis) -> Iterator[ModelServer]:
+    queue = ServerQueue({"model": "mean", "weights": "none"}, 5)
+    model_server = ModelServer(cast(Classifier, MeanClassifier()), queue)
+    queue.join(crashed=False)
+    yield model_server
+    model_server._helper.shutdown()
+    queue._slot.close()
+
+
+@pytest.fixture
+def classifier(server: ModelServer) -> MeanClassifier:
+    return cast(MeanClassifier, server.classifier)
+
+
+def push(redis: Redis, *levels: int, image: str | None = None) -> None:
+    for level in levels:
+        pixels = np.full((2, 2, 3), level, np.uint8)
+        job = {"id": f"job{level}", "image": image or base64_encode_image(pixels), "deadline": time.time() + 60}
+        redis.rpush(settings.IMAGE_QUEUE, json.dumps(job))
+
+
+def answer(redis: Redis, level: int) -> Any:
+    reply = redis.blpop([f"{settings.IMAGE_QUEUE}:result:job{level}"], 10)
+    assert reply is not None, f"no answer to {level}"
+    return json.loads(reply[1])
+
+
+def label(redis: Redis, level: int) -> str:
+    text: str = answer(redis, level)["predictions"][0]["label"]
+    return text
+
+
+def test_each_image_gets_its_own_answer(redis: Redis, server: ModelServer) -> None:
+    push(redis, *range(5))
+
+    server.step()
+
+    assert [label(redis, level) for level in range(5)] == ["0", "1", "2", "3", "4"]
+
+
+def test_an_image_that_breaks_the_model_is_answered_like_its_batch_mates(redis: Redis, server: ModelServer) -> None:
+    push(redis, 1, POISON, 2)
+
+    server.step()
+
+    assert answer(redis, POISON)["error"]["code"] == "model_failed"
+    assert [label(redis, 1), label(redis, 2)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("image", ["AAAA", "not base64!", "é"])
+def test_an_image_that_can_not_be_decoded_is_answered_like_its_batch_mates(
+    redis: Redis, server: ModelServer, image: str
+) -> None:
+    push(redis, 1)
+    push(redis, 2, image=image)
+    push(redis, 3)
+
+    server.step()
+
+    assert answer(redis, 2)["error"]["code"] == "model_failed"
+    assert [label(redis, 1), label(redis, 3)] == ["1", "3"]
+
+
+def test_the_next_batch_is_filled_while_one_is_computed(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, 0)
+    classifier.before = lambda images: push(redis, *range(20, 60)) if len(images) == 1 else None
+
+    for _ in range(3):
+        server.step()
+
+    assert classifier.sizes == [1, 32, 8]
+    assert [label(redis, level) for level in range(20, 60)] == [str(level) for level in range(20, 60)]
+
+
+def test_a_batch_is_taken_ahead_while_one_is_computed(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, *range(40))
+    taken_during_first: list[int] = []
+
+    def look(images: Any) -> None:
+        if not taken_during_first:
+            wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "the rest is taken while the first is computed")
+            taken_during_first.append(redis.llen(server.queue.taken))
+
+    classifier.before = look
+    server.step()
+
+    assert taken_during_first == [40]
+
+
+def test_a_suspect_is_computed_alone_with_nothing_else_in_flight(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, *range(3))
+    first = json.loads(cast(bytes, redis.lpop(settings.IMAGE_QUEUE)))
+    redis.lpush(settings.IMAGE_QUEUE, json.dumps(first | {"crashes": 1}))
+    in_flight = []
+    classifier.before = lambda images: in_flight.append(redis.llen(server.queue.taken))
+
+    for _ in range(2):
+        server.step()
+
+    assert classifier.sizes == [1, 2]
+    assert in_flight[0] == 1
+
+
+def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelServer) -> None:
+    push(redis, *range(70))
+
+    for _ in range(3):
+        server.step()
+
+    assert redis.llen(server.queue.taken) == 0
+
+
+def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, *range(20, 60))
+    classifier.before = lambda images: server.stop(signal.SIGTERM, None)
+
+    server.run()
+
+    assert [label(redis, level) for level in range(20, 52)] == [str(level) for level in range(20, 52)]
+    assert [json.loads(job)["id"] for job in redis.lrange(settings.IMAGE_QUEUE, 0, -1)] == [
+        f"job{level}" for level in range(52, 60)
+    ]
+    assert server.queue.live_servers() == {}
+
+
+def test_a_server_declared_dead_joins_again(redis: Redis, server: ModelServer, classifier: MeanClassifier) -> None:
+    """As after a long freeze: its heartbeat has lapsed while it computed."""
+    push(redis, 1)
+    classifier.before = lambda images: redis.delete(server.queue.heartbeat)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert label(redis, 1) == "1"
+    classifier.before = lambda images: None
+
+    push(redis, 2)
+
+    assert label(redis, 2) == "2"
+    server.stop(signal.SIGTERM, None)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Redis is killed while a batch is computed, and comes back empty: the web asks again, the server answers late."""
+    port = free_port()
+    monkeypatch.setattr(settings, "REDIS_PORT", port)
+    web, classifier = WebQueue(), MeanClassifier()
+    computing, go_on = threading.Event(), threading.Event()
+    classifier.before = lambda images: computing.set() or go_on.wait(30)  # type: ignore[func-returns-value]
+    with run_redis(tmp_path / "log", port) as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+        server = ModelServer(cast(Classifier, classifier), ServerQueue({"model": "mean", "weights": "none"}, 5))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        image = base64_encode_image(np.full((2, 2, 3), 7, np.uint8))
+        asked = ThreadPoolExecutor(1).submit(web.ask, image, time.time() + 30)
+        assert computing.wait(10)
+        process.stop(signal.SIGKILL)
+    go_on.set()
+    with run_redis(tmp_path / "log2", port):
+        assert asked.result(30)["predictions"][0]["label"] == "7"
+        server.stop(signal.SIGTERM, None)
+        thread.join(20)
+
+
+def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redis, tmp_path: Path) -> None:
+    with run_model_server(tmp_path / "log") as process:
+        heartbeats = wait_until(lambda: redis.keys("*:server:*"), "the heartbeat is there")
+
+        assert process.stop(signal.SIGTERM) == 0
+
+    assert len(heartbeats) == 1
+    assert redis.keys("*:server:*") == []
+    for line in ("* Loading model...", "* Model loaded"):
+        assert line in process.log
+
+
+def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> None:
+    port = free_port()
+    with running([sys.executable, "run_model_server.py"], tmp_path / "log", REDIS_PORT=str(port)) as process:
+        process.wait_for_log("* Model loaded")
+        process.wait_for_log(f"WARNING Redis at 127.0.0.1:{port} does not answer", times=3)
+        assert "Traceback" not in process.log
+        with run_redis(tmp_path / "redis", port):
+            redis = Redis(port=port)
+            wait_until(lambda: "Ready" in (tmp_path / "redis").read_text(), "Redis is up")
+            wait_until(lambda: redis.keys("*:server:*"), "the model server is alive")
+            assert process.stop() == 0
+
+
+def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
+    redis_port, port = free_port(), free_port()
+    command = [sys.executable, "run_web_server.py", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, tmp_path / "log", REDIS_PORT=str(redis_port)) as process:
+        process.wait_for_log(f"WARNING Redis at 127.0.0.1:{redis_port} does not answer", times=2)
+        assert requests.get(url, timeout=10).text == "Welcome to the PyImageSearch Keras REST API!"
+        assert requests.get(f"{url}/readyz", timeout=10).json()["error"]["code"] == "redis_down"
+        with run_redis(tmp_path / "redis", redis_port):
+            wait_until(lambda: "Ready" in (tmp_path / "redis").read_text(), "Redis is up")
+            assert requests.get(f"{url}/readyz", timeout=10).json()["error"]["code"] == "no_model_server"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("MODEL", "ResNet51", "MODEL=ResNet51 makes no sense"),
+        ("MODEL", "no/such.keras", "MODEL=no/such.keras is not there"),
+        ("IMAGE_WIDTH", "100", "set IMAGE_WIDTH=224."),
+    ],
+)
+def test_a_model_that_can_not_be_served_ends_with_2(tmp_path: Path, name: str, value: str, line: str) -> None:
+    process = Process([sys.executable, "run_model_server.py"], tmp_path / "log", **{name: value})
+
+    assert process.popen.wait(120) == 2
+    [error] = [each for each in process.log.splitlines() if "ERROR" in each]
+    assert line in error
+    assert "Traceback" not in process.log
