@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import requests
@@ -55,12 +55,17 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> 
         time.sleep(0.02)
 
 
+def missing(reason: str) -> NoReturn:
+    """Skip the test, or where CI=true fail it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def need(program: str) -> str:
     """Return the path of `program`; without it skip, or fail where CI=true."""
     path = shutil.which(program, path=PATH)
-    if path is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{program} is not installed")
-    return path
+    return path or missing(f"{program} is not installed")
 
 
 class Process:
@@ -175,8 +180,9 @@ def responds(url: str) -> bool:
 class Service:
     """A whole service: Apache at `url`, and its model servers."""
 
-    def __init__(self, url: str, servers: list[Process]) -> None:
+    def __init__(self, url: str, queue: str = "", servers: Sequence[Process] = ()) -> None:
         self.url = url
+        self.queue = queue
         self.servers = servers
 
     def post(self, image: bytes, **options: Any) -> requests.Response:
@@ -196,7 +202,8 @@ class Service:
 @contextmanager
 def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterator[Service]:
     """Run Apache and `servers` model servers on a queue of their own, until ready."""
-    environment = {"IMAGE_QUEUE": f"queue-{free_port()}", **environment}
+    queue = f"queue-{free_port()}"
+    environment["IMAGE_QUEUE"] = queue
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
@@ -208,7 +215,7 @@ def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterat
         for process in processes:
             process.wait_for_log("* Model loaded")
         wait_until(lambda: len(ready(url).get("model_servers", {})) == servers, f"{servers} model servers are alive")
-        yield Service(url, processes)
+        yield Service(url, queue, processes)
 
 
 def ready(url: str) -> dict[str, Any]:
