@@ -296,8 +296,9 @@ class WebQueue(ImageQueue):
 
         Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
         """
-        job = Job(uuid.uuid4().hex, image, deadline)
-        text = job.dump()
+        job_id = uuid.uuid4().hex
+        # Hundreds wait at once, each with its job, to push it again if need be: one copy of its pixels, no more.
+        job = Job(job_id, image, deadline).dump().encode()
         del image
         give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
         accepted = pushed = False
@@ -306,9 +307,9 @@ class WebQueue(ImageQueue):
         while time.time() < (deadline if accepted else give_up):
             try:
                 if not pushed:
-                    self._push(job, text, unlimited=accepted)
+                    self._push(job_id, job, deadline, unlimited=accepted)
                     accepted = pushed = True
-                answer = self._poll(job)
+                answer = self._poll(job_id, deadline)
                 if answer is not None:
                     return answer
                 error = None
@@ -322,18 +323,18 @@ class WebQueue(ImageQueue):
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
         raise ResultTimeout(self._why_late(error))
 
-    def _push(self, job: Job, text: str, *, unlimited: bool) -> None:
+    def _push(self, job_id: str, job: bytes, deadline: float, *, unlimited: bool) -> None:
         most = -1 if unlimited else settings.MAX_QUEUE
-        ttl = max(1, int((job.deadline - time.time()) * 1000))
-        if not self._accept([self.key, self.accepted_key(job.id)], [text, most, ttl]):
+        ttl = max(1, int((deadline - time.time()) * 1000))
+        if not self._accept([self.key, self.accepted_key(job_id)], [job, most, ttl]):
             if self.live_servers():
                 raise QueueFull(f"{settings.MAX_QUEUE} images wait already, so try again in a few seconds.")
             raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
 
-    def _poll(self, job: Job) -> Answer | None:
+    def _poll(self, job_id: str, deadline: float) -> Answer | None:
         # Not 0, which would block for ever.
-        seconds = min(settings.CLIENT_SLEEP, max(0.01, job.deadline - time.time()))
-        reply = self.redis.blpop([self.result_key(job.id)], seconds)
+        seconds = min(settings.CLIENT_SLEEP, max(0.01, deadline - time.time()))
+        reply = self.redis.blpop([self.result_key(job_id)], seconds)
         return None if reply is None else cast(Answer, json.loads(reply[1]))
 
     def _why_late(self, error: RedisError | None) -> str:

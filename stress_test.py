@@ -5,13 +5,16 @@
     stress_test.py --interval 0        500 threads that send at the same instant
     stress_test.py --concurrency 32    32 clients, each sending its next request after its last answer
 
-A request counts as answered when its status is 200 and its JSON says success. Percentiles are nearest-rank:
-the smallest measured latency that at least so many per cent of the answered requests did not exceed.
+A request counts as answered when its status is 200 and its JSON says success. Its latency runs from before it
+connects (a client of --concurrency connects once) to the end of the answer. Percentiles are nearest-rank: the
+smallest measured latency that at least so many per cent of the answered requests did not exceed. A line per
+request names its thread; with --concurrency, where a thread sends many, the number of the request.
 
 Exit code: 0 all answered, 1 some were not, 2 bad arguments, 130 stopped by Ctrl-C.
 """
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -168,6 +171,8 @@ def fault_code(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, TimeoutError | requests.Timeout):
             return "timeout"
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:  # this machine's limit, no refusal
+            return "too_many_open_files"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
         return "connection_error"

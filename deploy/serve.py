@@ -34,8 +34,8 @@ from helpers import Refusal  # noqa: E402
 from image_queue import ImageQueue  # noqa: E402
 
 WORKERS = 640  # requests in flight: MaxRequestWorkers of deploy/apache/000-default.conf
-KERAS_DOWNLOADS = ("storage.googleapis.com", 443)
 RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_class_index.json")
+KERAS_DOWNLOADS = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + RESNET50_FILES[0]
 BUNDLED_MODEL = "models/digits.keras"
 SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")
 IMPORT_NOISE = (b"I0000 ", b"WARNING: All log messages before absl::InitializeLog()")
@@ -107,9 +107,10 @@ def choose_model() -> str:
     if all((cache / name).is_file() for name in RESNET50_FILES):
         return settings.MODEL
     try:
-        socket.create_connection(KERAS_DOWNLOADS, timeout=5).close()
+        with urllib.request.urlopen(urllib.request.Request(KERAS_DOWNLOADS, method="HEAD"), timeout=5):
+            pass
     except OSError as error:
-        reason = f"can't be fetched ({error.strerror or error})"
+        reason = f"can't be fetched ({error})"
     else:
         print("* Fetching ResNet50's ImageNet weights (100 MB)", flush=True)
         fetch = [sys.executable, "-c", "import classifier; classifier.fetch()"]

@@ -354,7 +354,7 @@ def test_pushing_twice_makes_one_job(redis: Redis, web: WebQueue) -> None:
     job = Job("same", "aW1hZ2U=", time.time() + 10)
 
     for _ in range(2):
-        web._push(job, job.dump(), unlimited=False)
+        web._push(job.id, job.dump().encode(), job.deadline, unlimited=False)
 
     assert waiting_ids(redis) == ["same"]
 
