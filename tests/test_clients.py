@@ -358,7 +358,7 @@ def test_simple_request_passes_on_the_message_of_the_service(
         as_reply(201, {"success": True, "predictions": PREDICTIONS}),
     ],
 )
-def test_simple_request_says_so_when_another_kind_of_service_answers(serve: Serve, image: Path, reply: Reply) -> None:
+def test_simple_request_says_when_another_service_answers(serve: Serve, image: Path, reply: Reply) -> None:
     # given
     service = serve(always(reply))
 
@@ -440,7 +440,7 @@ def test_simple_request_says_how_an_address_looks(image: Path, address: str) -> 
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e300", "soon"])
-def test_simple_request_refuses_an_impossible_time_limit(deserted_url: str, image: Path, seconds: str) -> None:
+def test_simple_request_refuses_an_absurd_time_limit(deserted_url: str, image: Path, seconds: str) -> None:
     # when
     done = ask(image, "--url", deserted_url, "--timeout", seconds)
 
@@ -470,7 +470,7 @@ def answered(thread: int, started_s: float, latency_s: float) -> Result:
         ([7], 99, 7),
     ],
 )
-def test_a_percentile_is_a_measured_value_by_nearest_rank(values: list[float], percent: int, expected: float) -> None:
+def test_a_percentile_is_the_nearest_rank(values: list[float], percent: int, expected: float) -> None:
     assert percentile(values, percent) == expected
 
 
@@ -654,7 +654,7 @@ def test_a_redirect_is_not_followed(serve: Serve, image: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [30, 500])
-def test_with_interval_0_all_requests_are_on_their_way_together(serve: Serve, image: Path, threads: int) -> None:
+def test_with_interval_0_all_requests_are_under_way_together(serve: Serve, image: Path, threads: int) -> None:
     # given a service that answers nobody until all have arrived
     everybody = threading.Barrier(threads)
 
@@ -703,7 +703,7 @@ def test_an_interval_lies_between_the_starts(serve: Serve, image: Path) -> None:
     # then the last starts five intervals after the first, less what the first took to get going
     starts = [entry["started_s"] for entry in done.figures["results"]]
     assert starts == sorted(starts)
-    assert starts[-1] > 0.4
+    assert starts[-1] > 0.25
 
 
 def test_starts_do_not_wait_for_answers(serve: Serve, image: Path) -> None:
@@ -721,7 +721,7 @@ def test_starts_do_not_wait_for_answers(serve: Serve, image: Path) -> None:
     assert done.figures["answered"] == 5
 
 
-def test_a_closed_loop_has_as_many_requests_in_flight_as_clients_and_never_more(serve: Serve, image: Path) -> None:
+def test_a_closed_loop_has_one_request_in_flight_per_client_never_more(serve: Serve, image: Path) -> None:
     # given a service that answers four at a time
     four = threading.Barrier(4)
 
@@ -812,6 +812,21 @@ def test_ctrl_c_prints_what_came_back_and_does_not_hang(
     assert "Traceback" not in stderr
 
 
+def test_what_came_back_just_before_ctrl_c_still_counts() -> None:
+    # given
+    test = in_process(Instant, total=3)
+    test.inbox.put(answered(0, 0.0, 0.1))
+    test.inbox.put(answered(1, 0.0, 0.1))
+
+    # when
+    test.stop()
+    test.run(0.001, None)
+
+    # then
+    figures = summarise(test.results, asked=3)
+    assert (figures.answered, figures.unfinished) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -827,7 +842,7 @@ def test_ctrl_c_prints_what_came_back_and_does_not_hang(
         (["--image", "/"], "cannot read /"),
         (["--json", "/nowhere/figures.json"], "cannot write /nowhere/figures.json"),
         (["--speed", "1"], "--speed"),
-        *[(["--url", address], "--url") for address in BAD_ADDRESSES],
+        *[(["--url", address], f"'{address}' is not an address such as") for address in BAD_ADDRESSES],
     ],
 )
 def test_bad_arguments_are_refused_in_one_line_before_anything_is_sent(
