@@ -23,14 +23,14 @@ SAMPLES = (
 )
 
 
-def draw(wanted, presentation, seed):
+def draw(wanted: int, presentation: str, seed: int) -> Image.Image:
     """Return a PIL image of a held-out digit of the class ``wanted``."""
     rng = np.random.default_rng(seed)
     _, (digits, classes) = split()
     return render(rng.choice(digits[classes == wanted]), presentation, rng)
 
 
-def main():
+def main() -> None:
     """Write the images; exit with a message if the model doubts one of them."""
     model = keras.saving.load_model(HERE / "digits.keras")
     IMAGES.mkdir(exist_ok=True)

@@ -15,13 +15,19 @@ Users do not post 8x8 arrays, so each digit is drawn as a picture they might pos
 
 import argparse
 import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
+
+Array = npt.NDArray[Any]
+Digits = tuple[Array, Array]  # digits (n, 8, 8) and their classes (n,)
 
 HERE = Path(__file__).parent
 LABELS = tuple("0123456789")
@@ -33,7 +39,7 @@ COPIES = 48  # pictures of each training digit: more of them and fewer epochs, o
 EPOCHS = 10
 
 
-def split():
+def split() -> tuple[Digits, Digits]:
     """Return ``(train, held_out)``, each a pair of digits (n, 8, 8), 0..16, and classes (n,), 0..9.
 
     Stratified and the same every time: 1347 digits to train on (and to choose settings by), 450 held out.
@@ -42,7 +48,7 @@ def split():
     return set_aside(450, data.images, data.target)
 
 
-def set_aside(count, digits, classes):
+def set_aside(count: int, digits: Array, classes: Array) -> tuple[Digits, Digits]:
     """Return ``(rest, aside)``, pairs of digits and classes, ``count`` of them aside, all classes alike."""
     rest, aside, rest_classes, aside_classes = train_test_split(
         digits, classes, test_size=count, stratify=classes, random_state=SEED
@@ -50,7 +56,7 @@ def set_aside(count, digits, classes):
     return (rest, rest_classes), (aside, aside_classes)
 
 
-def render(digit, presentation, rng):
+def render(digit: Array, presentation: str, rng: np.random.Generator) -> Image.Image:
     """Return an 8x8 digit (0..16) as a PIL image, "L" or "RGB", in one of the ``PRESENTATIONS``.
 
     ``rng``, a numpy Generator, chooses size, place, colours and so on.
@@ -58,29 +64,29 @@ def render(digit, presentation, rng):
     return PRESENTATIONS[presentation](digit, rng)
 
 
-def served(image):
+def served(image: Image.Image) -> Array:
     """Return a picture as the service feeds it to a model: (224, 224, 3), uint8, aspect ratio not kept."""
-    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.BICUBIC))
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-def raw(digit, rng):
+def raw(digit: Array, rng: np.random.Generator) -> Image.Image:
     """Return the bare 8x8 pixels, light on dark as in the data set."""
     return as_image(digit)
 
 
-def scan(digit, rng):
+def scan(digit: Array, rng: np.random.Generator) -> Image.Image:
     """Return a grey picture 20 to 1000 pixels high: dark ink, white paper, margins."""
     mask = place(digit, log_uniform(rng, 20, 1000), rng.uniform(0.6, 1), rng)
     ink, paper = rng.uniform(0, 70), rng.uniform(225, 255)
     return mask.point(lambda level: paper + (ink - paper) * level / 255)
 
 
-def inverted(digit, rng):
+def inverted(digit: Array, rng: np.random.Generator) -> Image.Image:
     """Return a scan's negative: light ink, dark paper."""
     return ImageOps.invert(scan(digit, rng))
 
 
-def photo(digit, rng):
+def photo(digit: Array, rng: np.random.Generator) -> Image.Image:
     """Return an RGB snapshot 100 to 400 pixels high.
 
     Tinted paper, coloured ink, a smaller, tilted digit anywhere on the page, uneven light, blur, noise, JPEG.
@@ -89,16 +95,21 @@ def photo(digit, rng):
     mask = place(digit, height, rng.uniform(0.45, 0.85), rng, tilt=rng.uniform(-12, 12))
     mask = mask.filter(ImageFilter.GaussianBlur(height * rng.uniform(0, 0.012)))
     ink, paper = rng.integers(0, 110, 3).tolist(), rng.integers(190, 256, 3).tolist()
-    light = Image.fromarray(rng.uniform(0.5, 1, (2, 2)).astype("float32")).resize(mask.size, Image.BICUBIC)
+    light = Image.fromarray(rng.uniform(0.5, 1, (2, 2)).astype("float32")).resize(mask.size, Image.Resampling.BICUBIC)
     pixels = np.asarray(ImageOps.colorize(mask, paper, ink)) * np.asarray(light)[..., None]
     pixels += rng.uniform(0, 12) * rng.standard_normal(pixels.shape, "float32")
     return as_jpeg(Image.fromarray(np.uint8(pixels.clip(0, 255))), quality=int(rng.integers(40, 95)))
 
 
-PRESENTATIONS = {"raw": raw, "scan": scan, "inverted": inverted, "photo": photo}
+PRESENTATIONS: dict[str, Callable[[Array, np.random.Generator], Image.Image]] = {
+    "raw": raw,
+    "scan": scan,
+    "inverted": inverted,
+    "photo": photo,
+}
 
 
-def place(digit, height, share, rng, tilt=0):
+def place(digit: Array, height: float, share: float, rng: np.random.Generator, tilt: float = 0) -> Image.Image:
     """Return a grey page, 255 where ink is; the digit takes ``share`` of its shorter side, tilted by degrees.
 
     Pages are seldom square, nor are digits: the service squeezes every picture into a square.
@@ -106,47 +117,49 @@ def place(digit, height, share, rng, tilt=0):
     page = Image.new("L", (round(height * log_uniform(rng, 0.7, 1.4)), round(height)))
     tall = share * min(page.size)
     drawn = draw(digit, (round(tall * rng.uniform(0.75, 1)), round(tall)), rng)
-    drawn = drawn.rotate(tilt, Image.BICUBIC, expand=True)
+    drawn = drawn.rotate(tilt, Image.Resampling.BICUBIC, expand=True)
     corner = rng.uniform(0, 1, 2) * np.maximum(np.subtract(page.size, drawn.size), 0)
     page.paste(drawn, corner.astype(int).tolist())
     return page
 
 
-def draw(digit, size, rng):
+def draw(digit: Array, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """Return the digit enlarged to ``size`` (width, height), blurred as thumbnails are or crisp as ink is."""
-    upscaler = rng.choice([Image.NEAREST, Image.BILINEAR, Image.BICUBIC, Image.LANCZOS])
+    upscaler = rng.choice(
+        [Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
+    )
     gain = log_uniform(rng, 1, 4)
     # A blank border lets a stroke that touches the edge end round, not cut off flat.
     return as_image(np.pad(digit, 1)).resize(size, upscaler).point(lambda level: (level - 115) * gain + 115)
 
 
-def as_image(digit):
+def as_image(digit: Array) -> Image.Image:
     """Return a digit (n, n), 0..16, as a grey image of as many pixels, ink white."""
     return Image.fromarray(np.uint8(digit * (255 / FULL_INK)))
 
 
-def as_jpeg(image, quality):
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     """Return the image with the marks of one trip through JPEG."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file)
 
 
-def log_uniform(rng, low, high):
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """Return a number from ``low`` to ``high``, every doubling as likely as any other."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def warp(digit, rng):
+def warp(digit: Array, rng: np.random.Generator) -> Array:
     """Return an 8x8 digit as another hand might write it: its corners pulled about, its ink counted anew."""
     corners = np.array([[0, 0], [0, 32], [32, 32], [32, 0]]) + rng.uniform(-4, 4, (4, 2))
-    bitmap = as_image(digit).resize((32, 32), Image.BICUBIC)
-    bitmap = bitmap.transform((32, 32), Image.QUAD, corners.ravel(), Image.BICUBIC)
+    bitmap = as_image(digit).resize((32, 32), Image.Resampling.BICUBIC)
+    bitmap = bitmap.transform((32, 32), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC)
     # Crisp before it is counted, as the data set's bitmaps were; else each warp would blur the strokes.
     return np.asarray(bitmap.point(lambda level: (level - 85) * 2).reduce(4)) * (FULL_INK / 255)
 
 
-def pictures(digits, classes, copies, rng, warped):
+def pictures(digits: Array, classes: Array, copies: int, rng: np.random.Generator, warped: float) -> Digits:
     """Draw each digit ``copies`` times, in all presentations by turns, a share ``warped`` of them warped.
 
     Return the pictures' block means (n, 32, 32, 3), uint8, as whole pictures would not fit into memory, and
@@ -161,11 +174,11 @@ def pictures(digits, classes, copies, rng, warped):
     return pixels, np.tile(classes, copies)
 
 
-def network():
+def network() -> Any:
     """Return the untrained network on block means: (n, 32, 32, 3), 0..255, to probabilities (n, 10)."""
     from keras import Input, Sequential, layers
 
-    def convolution(filters, kernel=3, strides=1):
+    def convolution(filters: int, kernel: int = 3, strides: int = 1) -> Iterator[Any]:
         yield layers.Conv2D(filters, kernel, strides, padding="same", use_bias=False)
         yield layers.BatchNormalization()
         yield layers.ReLU()
@@ -191,7 +204,7 @@ def network():
     )
 
 
-def fit(trained, learning, validation, epochs, batch=128):
+def fit(trained: Any, learning: Digits, validation: Digits, epochs: int, batch: int = 128) -> None:
     """Train on pairs of block means and classes, and report on ``validation`` after every epoch."""
     from keras import losses, optimizers
 
@@ -207,7 +220,7 @@ def fit(trained, learning, validation, epochs, batch=128):
     trained.fit(pixels, one_hot[classes], batch, epochs, validation_data=(checks, one_hot[expected]))
 
 
-def train(epochs):
+def train(epochs: int) -> Any:
     """Return the model that the service bundles: (n, 224, 224, 3), 0..255, to probabilities (n, 10)."""
     import keras
 
@@ -223,22 +236,20 @@ def train(epochs):
     return keras.Sequential([keras.Input((SIDE, SIDE, 3)), pooling, *trained.layers], name="digits")
 
 
-def accuracy(model, presentation, rng, draws=5):
+def accuracy(model: Any, presentation: str, rng: np.random.Generator, draws: int = 5) -> float:
     """Return the share of held-out digits, each drawn ``draws`` times, that the model gets right."""
     _, (digits, classes) = split()
     shares = []
     for _ in range(draws):  # by turns, as one draw of all digits takes 270 MB
         pixels = np.stack([served(render(digit, presentation, rng)) for digit in digits]).astype("float32")
         shares.append(np.mean(model.predict(pixels, verbose=0).argmax(1) == classes))
-    return np.mean(shares)
+    return float(np.mean(shares))
 
 
-def main():
+def main() -> None:
     """Train, save, and print the accuracy of every presentation."""
     parser = argparse.ArgumentParser(description="Train the digit classifier that the service bundles.")
-    parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, help="passes over the pictures (default: %(default)s)"
-    )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the pictures (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=Path,

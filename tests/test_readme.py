@@ -1,0 +1,87 @@
+"""What the README says is so."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Service
+
+import helpers
+import image_queue  # noqa: F401 - its errors count
+import run_web_server  # noqa: F401 - its errors too
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, cells without back quotes."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip("`") for cell in re.split(r" *\| *", row)[1:-1]] for row in rows]
+
+
+def defaults() -> dict[str, str]:
+    """Every setting with its default, as a program without an environment has it."""
+    code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
+    bare = {"PATH": os.environ["PATH"]}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, timeout=60)
+    return {name: str(value).removesuffix(".0") for name, value in json.loads(printed).items()}
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    documented = {row[0]: row[1] for row in table("Settings")}
+
+    assert documented == {name: value for name, value in defaults().items() if name != "EXIT_BAD_SETTING"}
+
+
+def test_every_error_of_the_service_is_in_the_table() -> None:
+    section = README.split("\n## API\n")[1].split("\n## ")[0]
+    documented = set(re.findall(r"^\| (\d+) \| `(\w+)` \|", section, re.MULTILINE))
+
+    kinds = helpers.ServiceError.__subclasses__()
+    assert {(str(kind.status), kind.code) for kind in kinds} <= documented
+    assert len(kinds) >= 8
+
+
+def test_the_first_screen_s_curl_line_answers_what_it_shows(service: Service) -> None:
+    command, shown = re.findall(r"^\$ (curl -F .*predict)\n(.*)$", README, re.MULTILINE)[0]
+
+    printed = subprocess.check_output(
+        command.replace("http://localhost:8080", service.url).split(), cwd=ROOT, timeout=60
+    )
+
+    answer, expected = json.loads(printed), json.loads(shown)
+    assert [each["label"] for each in answer["predictions"]] == [each["label"] for each in expected["predictions"]]
+    for got, wanted in zip(answer["predictions"], expected["predictions"], strict=True):
+        assert got["probability"] == pytest.approx(wanted["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "script", ["bin/serve", "bin/test", "simple_request.py", "stress_test.py", "models/train_digits.py"]
+)
+def test_the_commands_that_it_names_are_there(script: str) -> None:
+    assert script in README
+    assert (ROOT / script).is_file()
+
+
+def test_every_file_of_its_table_is_there() -> None:
+    for names in re.findall(r"^\| ((?:`[\w/.]+`(?:, )?)+) \|", README.split("## How it works")[1], re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", names):
+            assert (ROOT / name).exists(), name
+
+
+def test_the_names_of_the_tutorial_are_kept() -> None:
+    kept = {
+        "run_web_server.py": {"homepage", "predict", "prepare_image"},
+        "run_model_server.py": {"classify_process"},
+        "helpers.py": {"base64_encode_image", "base64_decode_image"},
+    }
+    for file, names in kept.items():
+        functions = {
+            node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef)
+        }
+        assert names <= functions
