@@ -201,6 +201,12 @@ class Batch:
         self.images += later.images
         return self
 
+    def drop_expired(self) -> None:
+        """Forget the jobs that nobody waits for any more; their entries stay, until the batch is answered."""
+        kept = [pair for pair in zip(self.jobs, self.images, strict=True) if not pair[0].expired]
+        self.jobs = [job for job, _ in kept]
+        self.images = [image for _, image in kept]
+
     @property
     def suspect(self) -> bool:
         """Whether this is a job that was in flight when a server died: it is computed alone."""
@@ -378,9 +384,9 @@ class ServerQueue(ImageQueue):
         """
         self.check()
         for name, about in self.live_servers().items():
-            if name != self.name and any(about[key] != self.about[key] for key in ("model", "weights")):
+            if name != self.name and any(about.get(key) != self.about[key] for key in ("model", "weights")):
                 raise Refusal(
-                    f"Model server {name} serves {about['model']} ({about['weights']}) on the queue {self.key}: stop "
+                    f"Model server {name} serves {about.get('model')} ({about.get('weights')}) on the queue {self.key}: stop "
                     f"it, or set IMAGE_QUEUE to another name for {self.about['model']} ({self.about['weights']})."
                 )
         if crashed:

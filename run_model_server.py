@@ -59,6 +59,7 @@ class ModelServer:
                 self.step()
             except DeclaredDead:
                 log.warning("The heartbeat lapsed: joining again")
+                self._unsent = None  # was handed out
                 self._join(crashed=False)
             except RedisError as error:
                 self.queue.complain(error, 0)
@@ -86,6 +87,7 @@ class ModelServer:
             return self._take(settings.BATCH_SIZE, settings.SERVER_SLEEP)
         if len(batch.jobs) < settings.BATCH_SIZE:
             batch += self._take(settings.BATCH_SIZE - len(batch.jobs), ahead=True)
+        batch.drop_expired()  # they have waited for the last batch to end
         return batch
 
     def _take(self, most: int, wait: float = 0, *, ahead: bool = False) -> Batch:

@@ -56,10 +56,10 @@ def classifier(server: ModelServer) -> MeanClassifier:
     return cast(MeanClassifier, server.classifier)
 
 
-def push(redis: Redis, *levels: int, image: str | None = None) -> None:
+def push(redis: Redis, *levels: int, image: str | None = None, seconds: float = 60) -> None:
     for level in levels:
         pixels = np.full((2, 2, 3), level, np.uint8)
-        job = {"id": f"job{level}", "image": image or base64_encode_image(pixels), "deadline": time.time() + 60}
+        job = {"id": f"job{level}", "image": image or base64_encode_image(pixels), "deadline": time.time() + seconds}
         redis.rpush(settings.IMAGE_QUEUE, json.dumps(job))
 
 
@@ -133,6 +133,22 @@ def test_a_batch_is_taken_ahead_while_one_is_computed(
     server.step()
 
     assert taken_during_first == [40]
+
+
+def test_a_job_that_expires_while_it_waits_for_the_last_batch_is_not_computed(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, *range(20, 52))
+    push(redis, 1, seconds=0.3)
+    push(redis, 2)
+    classifier.before = lambda images: len(images) == 32 and time.sleep(0.5)  # longer than the job's deadline
+
+    for _ in range(2):
+        server.step()
+
+    assert classifier.sizes == [32, 1]
+    assert label(redis, 2) == "2"
+    assert redis.llen(server.queue.taken) == 0
 
 
 def test_a_suspect_is_computed_alone_with_nothing_else_in_flight(
