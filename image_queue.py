@@ -383,12 +383,7 @@ class ServerQueue(ImageQueue):
         Refusal when Redis is too old or another model is served on this queue: half of the answers would be wrong.
         """
         self.check()
-        for name, about in self.live_servers().items():
-            if name != self.name and any(about.get(key) != self.about[key] for key in ("model", "weights")):
-                raise Refusal(
-                    f"Model server {name} serves {about.get('model')} ({about.get('weights')}) on the queue {self.key}: stop "
-                    f"it, or set IMAGE_QUEUE to another name for {self.about['model']} ({self.about['weights']})."
-                )
+        self._refuse_other_models()
         if crashed:
             self._recover_from(self.name)
         else:
@@ -451,6 +446,16 @@ class ServerQueue(ImageQueue):
             args += [json.dumps(answer, allow_nan=False), str(_ttl(job))]
         if not self._answer(keys, args):
             raise DeclaredDead
+
+    def _refuse_other_models(self) -> None:
+        mine = (self.about["model"], self.about["weights"])
+        for name, about in self.live_servers().items():
+            theirs = (about.get("model"), about.get("weights"))
+            if name != self.name and theirs != mine:
+                raise Refusal(
+                    f"Model server {name} serves {theirs[0]} ({theirs[1]}) on the queue {self.key}: stop it, or set "
+                    f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
+                )
 
     def _wait_for_one(self, wait: float) -> list[bytes]:
         try:
