@@ -204,11 +204,24 @@ def test_a_dead_servers_jobs_go_back_once_however_many_find_it(redis: Redis, ser
     server.take(40)
     die(server)
     others = [ServerQueue(ABOUT, 5) for _ in range(6)]
+    all_have_looked = threading.Barrier(len(others))
+    for other in others:
+        other._recover = after(all_have_looked, other._recover)  # type: ignore[assignment]
 
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(len(others)) as pool:
         list(pool.map(lambda other: other.recover(), others))
 
     assert waiting_ids(redis) == [f"job{i}" for i in range(40)]
+
+
+def after(barrier: threading.Barrier, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, but only when so many threads are about to make it."""
+
+    def wait_and_call(*arguments: Any) -> Any:
+        barrier.wait(10)
+        return call(*arguments)
+
+    return wait_and_call
 
 
 def test_a_server_started_again_finds_its_own_jobs_without_waiting(redis: Redis) -> None:
