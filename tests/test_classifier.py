@@ -250,8 +250,9 @@ def test_a_model_of_another_size_says_which_values_to_set(monkeypatch: pytest.Mo
         load(monkeypatch, MODEL=saved_model(tmp_path / "other.keras", (16, 32, 1)))
 
 
-def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = saved_model(tmp_path / "logits.keras", activation="linear")
+@pytest.mark.parametrize("activation", ["linear", "softplus"])
+def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, activation: str) -> None:
+    path = saved_model(tmp_path / "logits.keras", activation=activation)
 
     with pytest.raises(Refusal, match="does not give probabilities: end it with a softmax"):
         load(monkeypatch, MODEL=path)
@@ -272,7 +273,7 @@ def test_an_unknown_model_is_refused_with_the_names_that_are_known(monkeypatch: 
         load(monkeypatch, MODEL="ResNet51")
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
+@pytest.mark.parametrize("name", ["ResNet50V2", "DenseNet121"])
 def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:

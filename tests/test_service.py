@@ -354,7 +354,10 @@ def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
 
 
 def test_a_web_process_stays_small_under_load(service: Service) -> None:
-    post_all(service, [PNG] * 300, clients=100)
+    photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
+    noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
+
+    post_all(service, [saved(Image.fromarray(noisy), "PNG")] * 1000, clients=200)
 
     sizes = web_process_sizes(service.url)
     assert len(sizes) == 2
