@@ -202,7 +202,7 @@ def test_a_server_declared_dead_joins_again(redis: Redis, server: ModelServer, c
     """As after a long freeze: its heartbeat has lapsed while it computed."""
     push(redis, 1)
     classifier.before = lambda images: redis.delete(server.queue.heartbeat)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert label(redis, 1) == "1"
     classifier.before = lambda images: None
@@ -225,7 +225,7 @@ def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp
     with run_redis(tmp_path / "log", port) as process:
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
         server = ModelServer(cast(Classifier, classifier), ServerQueue({"model": "mean", "weights": "none"}, 5))
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         image = base64_encode_image(np.full((2, 2, 3), 7, np.uint8))
         asked = ThreadPoolExecutor(1).submit(web.ask, image, time.time() + 30)
