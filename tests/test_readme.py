@@ -42,9 +42,12 @@ def test_every_error_of_the_service_is_in_the_table() -> None:
     section = README.split("\n## API\n")[1].split("\n## ")[0]
     documented = set(re.findall(r"^\| (\d+) \| `(\w+)` \|", section, re.MULTILINE))
 
-    kinds = helpers.ServiceError.__subclasses__()
-    assert {(str(kind.status), kind.code) for kind in kinds} <= documented
+    kinds: list[type[helpers.ServiceError]] = [helpers.ServiceError, *helpers.ServiceError.__subclasses__()]
+    site = (ROOT / "deploy/apache/000-default.conf").read_text(encoding="utf-8")
+    apaches = set(re.findall(r'ErrorDocument (\d+) .*?\\"code\\": \\"(\w+)\\"', site))
     assert len(kinds) >= 8
+    assert len(apaches) >= 12
+    assert documented == {(str(kind.status), kind.code) for kind in kinds} | apaches
 
 
 def test_the_first_screen_s_curl_line_answers_what_it_shows(service: Service) -> None:
