@@ -48,10 +48,10 @@ def model_servers(redis_port: str) -> set[int]:
 
 
 def files_of_ours() -> set[Path]:
-    """What lies in the project's folder, but for caches, and what bin/serve and its programs could leave in /tmp."""
+    """What lies in the project's folder, but for .venv and caches, and what bin/serve could leave in /tmp."""
     temporary = Path(tempfile.gettempdir())
-    left = {*temporary.glob("keras-rest-api-*"), *temporary.glob("*supervisor*"), *ROOT.rglob("*")}
-    return {path for path in left if "cache" not in str(path).removeprefix(str(ROOT))}
+    ours = {path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache", str(path.relative_to(ROOT)))}
+    return {*ours, *temporary.glob("keras-rest-api-*"), *temporary.glob("*supervisor*")}
 
 
 def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
