@@ -77,8 +77,9 @@ class Classifier:
         """
         noise = np.random.default_rng(SEED).integers(0, 256, (settings.BATCH_SIZE, *self.shape))
         images = noise.astype(settings.IMAGE_DTYPE)
-        self._check_output(self._network.predict_on_batch(images[:1]))
-        self._top(self._network.predict_on_batch(images[:1]))
+        output = np.asarray(self._network.predict_on_batch(images[:1]))
+        self._check_output(output)
+        list(self._top(output))
         for size in _sizes(settings.BATCH_SIZE):
             try:
                 self._network.predict_on_batch(images[:size])  # compiles
@@ -150,8 +151,7 @@ class Classifier:
         for row in probabilities:
             yield [(self._labels[i], float(row[i])) for i in row.argsort()[::-1][: settings.TOP]]
 
-    def _check_output(self, output: Any) -> None:
-        probabilities = np.asarray(output)
+    def _check_output(self, probabilities: npt.NDArray[np.floating[Any]]) -> None:
         classes = len(self._labels) if self._labels is not None else probabilities.shape[-1]
         if probabilities.shape != (1, classes):
             raise Refusal(

@@ -50,14 +50,16 @@ def main() -> None:
     port = free_port()
     environment = {
         **os.environ,
+        **whole_paths(),
         "APP_ROOT": str(APP_ROOT),
         "APP_PORT": str(port),
         "APACHE_DEFINES": apache_sizes(),
         "REDIS_PORT": str(settings.REDIS_PORT),
         "OWN_REDIS": str(not redis_answers()).lower(),
         "MODEL_SERVERS": str(settings.MODEL_SERVERS),
-        "MODEL": choose_model(),
     }
+    if "MODEL" not in environment:
+        environment["MODEL"] = choose_model()
     with run_directory() as directory, supervised(environment | {"RUN_DIR": str(directory)}) as supervisor:
         wait_until_ready(port, directory, supervisor)
         announce(port)
@@ -99,10 +101,14 @@ def redis_answers() -> bool:
     return True
 
 
+def whole_paths() -> dict[str, str]:
+    """Return the settings that name a file of the folder that bin/serve was started in, which its programs are not."""
+    named = {name: Path(os.environ.get(name, "")) for name in ("MODEL", "MODEL_WEIGHTS", "LABELS")}
+    return {name: str(path.resolve()) for name, path in named.items() if path.is_file()}
+
+
 def choose_model() -> str:
-    """Return MODEL, or where it is not set ResNet50 if its ImageNet weights can be had, else the bundled model."""
-    if settings.env.str("MODEL", ""):
-        return settings.MODEL
+    """Return ResNet50 if its ImageNet weights can be had, else the bundled model: for when MODEL is not set."""
     cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
     if all((cache / name).is_file() for name in RESNET50_FILES):
         return settings.MODEL

@@ -86,9 +86,12 @@ def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_no_process_is_left(nothing_cached: dict[str, str], tmp_path: Path, number: int) -> None:
+    """Started in another folder, with a model that lies there."""
     mark = nothing_cached["REDIS_PORT"]
-    nothing_cached["MODEL"] = str(ROOT / "models/digits.keras")
-    with running([SERVE], tmp_path / "log", **nothing_cached) as process:
+    shutil.copy(ROOT / "models/digits.keras", tmp_path / "own.keras")
+    shutil.copy(ROOT / "models/digits.labels.txt", tmp_path / "own.labels.txt")
+    nothing_cached["MODEL"] = "own.keras"
+    with running(["env", "-C", str(tmp_path), SERVE], tmp_path / "log", **nothing_cached) as process:
         process.wait_for_log("* Ready on port")
         assert model_servers(mark)
 
