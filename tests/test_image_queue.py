@@ -26,20 +26,21 @@ def web(redis: Redis) -> WebQueue:
     return WebQueue()
 
 
-@pytest.fixture
-def server(redis: Redis) -> Iterator[ServerQueue]:
+def joined() -> Iterator[ServerQueue]:
     queue = ServerQueue(ABOUT, 5)
     queue.join(crashed=False)
     yield queue
     queue._slot.close()
+
+
+@pytest.fixture
+def server(redis: Redis) -> Iterator[ServerQueue]:
+    yield from joined()
 
 
 @pytest.fixture
 def second(redis: Redis) -> Iterator[ServerQueue]:
-    queue = ServerQueue(ABOUT, 5)
-    queue.join(crashed=False)
-    yield queue
-    queue._slot.close()
+    yield from joined()
 
 
 def push(redis: Redis, *ids: str, **fields: Any) -> None:
