@@ -156,8 +156,8 @@ def run_model_server(log: Path, **environment: str) -> Iterator[Process]:
 
 
 @contextmanager
-def run_apache(**environment: str) -> Iterator[str]:
-    """Run the production site in a private Apache; give its URL."""
+def run_apache(*, wait: bool = True, **environment: str) -> Iterator[str]:
+    """Run the production site in a private Apache; give its URL, with `wait` when the web answers."""
     need("apache2")
     directory = Path(tempfile.mkdtemp(prefix="keras-rest-api-test-"))
     port = free_port()
@@ -166,8 +166,9 @@ def run_apache(**environment: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         with running([str(ROOT / "deploy/apache/run-private")], directory / "log", **options) as process:
-            wait_until(lambda: responds(url) or not process.alive, f"Apache answers: {process.log}")
-            assert process.alive, process.log
+            if wait:
+                wait_until(lambda: responds(url) or not process.alive, f"Apache answers: {process.log}")
+                assert process.alive, process.log
             yield url
     finally:
         shutil.rmtree(directory)
@@ -214,7 +215,7 @@ def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterat
             )
             for i in range(servers)
         ]
-        url = stack.enter_context(run_apache(**environment))
+        url = stack.enter_context(run_apache(wait=True, **environment))
         for process in processes:
             process.wait_for_log("* Model loaded")
         wait_until(lambda: len(ready(url).get("model_servers", {})) == servers, f"{servers} model servers are alive")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,35 @@ def test_a_request_that_stops_half_way_is_cut_with_json(service: Service) -> Non
     assert time.monotonic() - started < 40
 
 
+def test_a_web_process_that_can_not_start_is_a_json_500() -> None:
+    with run_apache(wait=False, BATCH_SIZE="0") as url:
+        [response] = wait_until(lambda: answers(url), "Apache answers")
+
+        assert_error(response, 500, "internal_error")
+
+
+def answers(url: str) -> list[requests.Response]:
+    """The answer of the homepage, if one comes (an answer that is an error would count as false)."""
+    with suppress(requests.RequestException):
+        return [requests.get(url, timeout=60)]
+    return []
+
+
+def test_a_web_process_that_dies_with_a_request_gives_json(redis: Redis) -> None:
+    """mod_wsgi answers 500 up to version 5, and 502 since."""
+    queue = f"queue-{free_port()}"
+    with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(Service(url).post, PNG)
+        wait_until(lambda: redis.llen(queue), "the job is queued")
+        for pid in web_processes(url):
+            os.kill(pid, signal.SIGKILL)
+
+        response = asked.result(60)
+        code = {500: "internal_error", 502: "bad_gateway"}[response.status_code]
+        assert_error(response, response.status_code, code)
+        wait_until(lambda: requests.get(f"{url}/livez", timeout=60).ok, "new web processes answer")
+
+
 # What is missing, and what is too much
 
 
@@ -359,24 +389,26 @@ def test_a_web_process_stays_small_under_load(service: Service) -> None:
 
     post_all(service, [saved(Image.fromarray(noisy), "PNG")] * 1000, clients=200)
 
-    sizes = web_process_sizes(service.url)
+    sizes = [resident_bytes(pid) for pid in web_processes(service.url)]
     assert len(sizes) == 2
     assert max(sizes) < 120e6
 
 
-def web_process_sizes(url: str) -> list[int]:
-    """Resident bytes of the mod_wsgi daemons of the Apache at `url`."""
+def resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def web_processes(url: str) -> list[int]:
+    """The mod_wsgi daemons of the Apache at `url`."""
     port = url.rsplit(":", 1)[1]
-    sizes = []
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it ended while we looked
             command = (folder / "cmdline").read_bytes()
             if command.startswith(b"(wsgi:") and f"APP_PORT {port}".encode() in command:
-                pages = int((folder / "statm").read_text().split()[1])
-                sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
-        except OSError:
-            continue  # it ended while we looked
-    return sizes
+                found.append(int(folder.name))
+    return found
 
 
 # The numbers that Keras itself gives
