@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -130,10 +131,10 @@ class ModelServer:
     def _send_late(self) -> None:
         """Hand out answers that outlived the connection, or the Redis, that their jobs came through."""
         if self._unsent:
-            try:
-                self.queue.answer(*self._unsent, entries=0)
-            except DeclaredDead:
-                log.info("Answered %d images late", len(self._unsent[0]))
+            jobs, answers = self._unsent
+            with suppress(DeclaredDead):  # which it was, and is about to join again
+                self.queue.answer(jobs, answers, entries=0)
+            log.info("Answered %d images late", len(jobs))
             self._unsent = None
 
     def _sleep(self, seconds: float) -> None:
@@ -180,6 +181,15 @@ def classify_process() -> None:
     server.run()
 
 
+def look_for_redis() -> None:
+    """Say at once when Redis is not there; the wait for it comes when the model is loaded. Raises Refusal."""
+    queue = ImageQueue()
+    try:
+        queue.check()
+    except RedisError as error:
+        queue.complain(error, 0)
+
+
 def main() -> int:
     """Run one model server; return its exit code."""
     argparse.ArgumentParser(
@@ -188,12 +198,8 @@ def main() -> int:
     log_to_stderr()
     for number in (signal.SIGTERM, signal.SIGINT):  # while loading there is nothing to finish
         signal.signal(number, lambda *_: sys.exit(EXIT_STOPPED))
-    queue = ImageQueue()
     try:
-        queue.check()
-    except RedisError as error:
-        queue.complain(error, 0)
-    try:
+        look_for_redis()
         classify_process()
     except Refusal as error:
         log.error("%s", error)

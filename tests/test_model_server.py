@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import conftest
 import numpy as np
 import pytest
 import requests
-from conftest import Process, free_port, run_model_server, run_redis, running, wait_until
+from conftest import Process, free_port, run_redis, running, wait_until
 from redis import Redis
 
+import image_queue
+import run_model_server
 import settings
 from classifier import Classifier
 from helpers import base64_encode_image
@@ -240,7 +243,7 @@ def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redis, tmp_path: Path) -> None:
-    with run_model_server(tmp_path / "log") as process:
+    with conftest.run_model_server(tmp_path / "log") as process:
         heartbeats = wait_until(lambda: redis.keys("*:server:*"), "the heartbeat is there")
 
         assert process.stop(signal.SIGTERM) == 0
@@ -277,6 +280,18 @@ def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
         with run_redis(tmp_path / "redis", redis_port):
             wait_until(lambda: "Ready" in (tmp_path / "redis").read_text(), "Redis is up")
             assert requests.get(f"{url}/readyz", timeout=10).json()["error"]["code"] == "no_model_server"
+
+
+def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(image_queue, "OLDEST_REDIS", 999)
+    monkeypatch.setattr(sys, "argv", ["run_model_server.py"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+
+    assert run_model_server.main() == 2
+
+    assert "999 or newer is needed" in caplog.text
 
 
 @pytest.mark.parametrize(
