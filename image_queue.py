@@ -7,18 +7,25 @@ image_queue                      list         jobs that wait: RPUSH by the web, 
 image_queue:taken:<server>       list         jobs that a model server has taken and not yet answered, in that order
 image_queue:server:<server>      string, TTL  heartbeat of a model server: what it serves
 image_queue:result:<id>          list, TTL    the one answer to a job; a list, so that the wait for it can block
-image_queue:accepted:<id>        string, TTL  the job was pushed; it makes a second push of it do nothing
+image_queue:accepted:<id>        string, TTL  the job was pushed and has no answer yet: a second push of it does nothing
+image_queue:limit:...            string, TTL  how many requests a client has made, by Flask-Limiter (access.py)
 
 A job is      {"id", "image" (base64), "deadline" (unix seconds), "crashes" (only if in flight when a server died)}.
 An answer is  {"predictions": [{"label", "probability"}, ...]} or {"error": {"code", "message"}}.
+A <server> is <slot>.<session>: the slot is the same when a model server is started again, the session is new each
+time that it joins. A command that was held up on a dead connection and arrives late thus finds the taken list of a
+session without a heartbeat, and what it takes is brought back, instead of being mixed into the batch of another.
 
 Nothing is lost because somebody owns a job at each moment. Until its deadline the web does: it pushes the job again
-when Redis has forgotten it. In the queue it is Redis'. While it is computed it is in the taken list of its server, and
-when that server's heartbeat stops, any other server, or the same one started again, puts it back at the head of the
-queue. A job may be computed twice, which is harmless: the web takes the first answer, and the second expires.
+when a connection has broken, which does nothing if Redis still has the job or its answer. In the queue it is Redis'.
+While it is computed it is in the taken list of its server, and when that server's heartbeat stops, any other server, or
+the same one started again, puts it back at the head of the queue. A job may be computed twice, which is harmless: the
+web takes the first answer, and the second expires.
 
-A job that was in flight when a server died may be what killed it, so it is then computed alone: if it kills again, it
-is answered `model_failed`, and the images that were in its batch the first time are not blamed.
+A job that was in flight when a server died may be what killed it, so it is then computed alone. Alone at a second
+crash, it goes to the end of the queue, so that those from its first batch do not wait for it, and at a third it is
+answered `model_failed`. Two would find it out as surely, but a server may be killed from outside, and again as soon as
+it is back: that must not cost an innocent image its answer.
 
 Deadlines are compared on different machines, so their clocks must agree to well within REQUEST_TIMEOUT (NTP does).
 """
@@ -32,14 +39,16 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
+import numpy as np
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
 from redis.retry import Retry
 
 import settings
@@ -49,7 +58,8 @@ log = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 
-KILLED = "The model server died twice while it had this image; send another."
+KILLED = "The model server died each time that it had this image; send another."
+MOST_CRASHES = 3  # as the text above says why
 
 # Seconds beyond a blocking poll after which a connection counts as dead. Without it a cut cable is never noticed;
 # below a second a busy Redis would be taken for a dead one.
@@ -59,10 +69,15 @@ RESULT_GRACE = 2
 # Seconds from now beyond which a deadline is rubbish: an hour is far above the longest REQUEST_TIMEOUT.
 LATEST_DEADLINE = 3600
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ID_IN_RUBBISH = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"')
+# Bytes of a job beyond its pixels, generously. A longer entry is rubbish, of which only the beginning leaves Redis: the
+# id may be in it.
+ENVELOPE = 1000
+BEGINNING = 200
 OLDEST_REDIS = 7  # scripts with flags: taking and answering must work when Redis is out of memory
 
 ACCEPT = """
-if redis.call('EXISTS', KEYS[2]) == 1 then return 1 end
+if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then return 1 end
 local most = tonumber(ARGV[2])
 if most >= 0 and redis.call('LLEN', KEYS[1]) >= most then return 0 end
 redis.call('RPUSH', KEYS[1], ARGV[1])
@@ -75,18 +90,24 @@ local jobs = {}
 for i = 1, tonumber(ARGV[1]) do
     local job = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT')
     if not job then break end
+    if #job > tonumber(ARGV[2]) then job = string.sub(job, 1, tonumber(ARGV[3])) end
     jobs[i] = job
 end
 return jobs
 """
 
+# A plain SET is refused when Redis is out of memory, and then nobody would be alive to take jobs out of it.
+BEAT = """#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], unpack(ARGV))
+"""
+
 # A server whose heartbeat lapsed may have lost its taken list to another one, so the head of the list need not be the
 # batch that it answers: its answers stand, but the list is left alone.
 ANSWER = """#!lua flags=allow-oom
-for i = 3, #KEYS do
-    redis.call('DEL', KEYS[i])
-    redis.call('RPUSH', KEYS[i], ARGV[2 * i - 4])
-    redis.call('PEXPIRE', KEYS[i], ARGV[2 * i - 3])
+for i = 3, #KEYS, 2 do
+    redis.call('DEL', KEYS[i], KEYS[i + 1])
+    redis.call('RPUSH', KEYS[i], ARGV[i - 1])
+    redis.call('PEXPIRE', KEYS[i], ARGV[i])
 end
 local alive = redis.call('EXISTS', KEYS[2])
 if alive == 1 then redis.call('LTRIM', KEYS[1], ARGV[1], -1) end
@@ -100,16 +121,19 @@ for i = 1, tonumber(ARGV[1]) do
 end
 """
 
-# Several servers may find the same dead one: whoever comes second finds its list gone.
+# Several servers may find the same dead one: whoever comes second finds its list gone. First come the answers, then the
+# jobs for the head of the queue, then those for its end.
 RECOVER = """#!lua flags=allow-oom
 if redis.call('LLEN', KEYS[2]) ~= tonumber(ARGV[1]) then return 0 end
-local next = 2
-for i = 3, #KEYS do
-    redis.call('RPUSH', KEYS[i], ARGV[next])
-    redis.call('PEXPIRE', KEYS[i], ARGV[next + 1])
-    next = next + 2
+for i = 3, #KEYS, 2 do
+    redis.call('DEL', KEYS[i], KEYS[i + 1])
+    redis.call('RPUSH', KEYS[i], ARGV[i])
+    redis.call('PEXPIRE', KEYS[i], ARGV[i + 1])
 end
-for i = #ARGV, next, -1 do redis.call('LPUSH', KEYS[1], ARGV[i]) end
+local first = #KEYS + 1
+local last = first + tonumber(ARGV[2])
+for i = last - 1, first, -1 do redis.call('LPUSH', KEYS[1], ARGV[i]) end
+for i = last, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[i]) end
 redis.call('DEL', KEYS[2])
 return 1
 """
@@ -165,7 +189,11 @@ class Job:
             if not ID.fullmatch(fields["id"]):
                 raise ValueError("bad id")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise ValueError(f"not a job with an id ({type(error).__name__})") from error
+            beginning = raw[:BEGINNING] if isinstance(raw, bytes) else raw[:BEGINNING].encode()
+            found = ID_IN_RUBBISH.search(beginning)
+            if not found:
+                raise ValueError(f"not a job with an id ({type(error).__name__})") from error
+            fields = {"id": found[1].decode()}
         image, deadline, crashes = fields.get("image"), fields.get("deadline"), fields.get("crashes", 0)
         latest = time.time() + LATEST_DEADLINE
         if isinstance(image, str) and _is_count(crashes) and isinstance(deadline, int | float) and deadline <= latest:
@@ -227,10 +255,21 @@ def connect() -> Redis:
         "health_check_interval": 30,
         "retry": Retry(NoBackoff(), 0),
         "max_connections": 10_000,
+        "driver_info": None,  # to tell the library's name takes a right that nothing else here needs
     }
     if settings.REDIS_URL:
-        return Redis.from_url(settings.REDIS_URL, **options)
+        return _connect_by_url(options)
     return Redis(settings.REDIS_HOST, settings.REDIS_PORT, settings.REDIS_DB, **options)
+
+
+def _connect_by_url(options: dict[str, Any]) -> Redis:
+    try:
+        client = Redis.from_url(settings.REDIS_URL, **options)
+        client.connection_pool.make_connection()  # connects nothing, but finds options that there are not
+    except (ValueError, TypeError):
+        # Not what the error says: where a password has a / in it, that is a piece of the password.
+        settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as README.md shows, other signs in it as %2F")
+    return client
 
 
 class ImageQueue:
@@ -239,7 +278,7 @@ class ImageQueue:
     def __init__(self) -> None:
         self.redis = connect()
         self.key = settings.IMAGE_QUEUE
-        self._complained = 0.0
+        self._complained: dict[str, float] = {}
         self._complaining = Lock()
 
     def taken_key(self, server: str) -> str:
@@ -268,7 +307,7 @@ class ImageQueue:
         """Return what each live model server says of itself, by its name. Raises RedisError."""
         keys = sorted(self.redis.scan_iter(self.server_key("*"), count=1000))
         beats = self.redis.mget(keys) if keys else []
-        return {_last_part(key): json.loads(beat) for key, beat in zip(keys, beats, strict=True) if beat}
+        return {_last_part(key): _about(beat) for key, beat in zip(keys, beats, strict=True) if beat}
 
     def waiting(self) -> int:
         """Return the number of jobs that wait. Raises RedisError."""
@@ -280,14 +319,17 @@ class ImageQueue:
         if int(version.split(".")[0]) < OLDEST_REDIS:
             raise Refusal(f"Redis at {self.address} is version {version}, but {OLDEST_REDIS} or newer is needed.")
 
-    def complain(self, error: Exception, pause: float) -> None:
-        """Log that Redis does not answer: one line per attempt, and one for all threads that attempt at once."""
+    def complain(self, error: Exception, pause: float, then: str = "") -> None:
+        """Log that Redis does not answer: one line per attempt, and one for all threads that attempt at once.
+
+        `then` says what follows where that is not another attempt after `pause` seconds.
+        """
         with self._complaining:
-            if time.monotonic() < self._complained + pause / 2:
+            if time.monotonic() < self._complained.get(then, 0.0) + pause / 2:
                 return
-            self._complained = time.monotonic()
-        again = f" in {pause:.1f} s" if pause else ""
-        log.warning("Redis at %s does not answer (%s); trying again%s", self.address, _reason(error), again)
+            self._complained[then] = time.monotonic()
+        then = then or "trying again" + (f" in {pause:.1f} s" if pause else "")
+        log.warning("Redis at %s %s (%s); %s", self.address, _fault(error), _reason(error), then)
 
 
 class WebQueue(ImageQueue):
@@ -318,7 +360,8 @@ class WebQueue(ImageQueue):
                 answer = self._poll(job_id, deadline)
                 if answer is not None:
                     return answer
-                error = None
+                if error:  # it is over, and the next one has pauses of its own
+                    error, pause = None, pauses()
             except RedisError as problem:
                 # Redis may come back without the job: the next round pushes it again, unless Redis still has it.
                 error, pushed = problem, False
@@ -327,15 +370,29 @@ class WebQueue(ImageQueue):
                 time.sleep(min(seconds, max(0.0, deadline - time.time())))
         if not accepted:
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
+        self._withdraw(job_id, job)
         raise ResultTimeout(self._why_late(error))
 
     def _push(self, job_id: str, job: bytes, deadline: float, *, unlimited: bool) -> None:
         most = -1 if unlimited else settings.MAX_QUEUE
         ttl = max(1, int((deadline - time.time()) * 1000))
-        if not self._accept([self.key, self.accepted_key(job_id)], [job, most, ttl]):
+        try:
+            room = self._accept([self.key, self.accepted_key(job_id), self.result_key(job_id)], [job, most, ttl])
+        except OutOfMemoryError as error:
+            if unlimited:
+                raise  # was promised an answer, so it goes on trying
+            self.complain(error, 1, "images are refused")
+            raise QueueFull("Redis has no memory for another image, so try again in a few seconds.") from error
+        if not room:
             if self.live_servers():
                 raise QueueFull(f"{settings.MAX_QUEUE} images wait already, so try again in a few seconds.")
             raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
+
+    def _withdraw(self, job_id: str, job: bytes) -> None:
+        """Make room: without a model server nobody else drops what has expired."""
+        with suppress(RedisError):
+            self.redis.lrem(self.key, 1, cast(str, job))
+            self.redis.delete(self.accepted_key(job_id))
 
     def _poll(self, job_id: str, deadline: float) -> Answer | None:
         # Not 0, which would block for ever.
@@ -367,29 +424,29 @@ class ServerQueue(ImageQueue):
         super().__init__()
         self.about = about
         self.ttl = ttl
-        self._slot, self.name = claim_name(self.key)
-        self.taken = self.taken_key(self.name)
-        self.heartbeat = self.server_key(self.name)
+        self._held, self.slot = claim_slot(self.key)
+        self._begin_session()
         self._take = self.redis.register_script(TAKE)
+        self._beat = self.redis.register_script(BEAT)
         self._answer = self.redis.register_script(ANSWER)
         self._return = self.redis.register_script(GIVE_BACK)
         self._recover = self.redis.register_script(RECOVER)
         self._next_beat = 0.0
 
-    def join(self, *, crashed: bool) -> None:
-        """Put back what a server of this name had taken, then be alive.
+    def join(self) -> None:
+        """Put back what this process had taken, and what one that died in its place had; then be alive.
 
-        `crashed` says that a process died with these jobs in flight, which counts against them. Raises RedisError, and
-        Refusal when Redis is too old or another model is served on this queue: half of the answers would be wrong.
+        Raises RedisError, and Refusal when Redis is too old or another model is served on this queue: half of the
+        answers would be wrong.
         """
         self.check()
         self._refuse_other_models()
-        if crashed:
-            self._recover_from(self.name)
-        else:
-            self._give_back(ALL)
-        self.redis.set(self.heartbeat, json.dumps(self.about), px=int(self.ttl * 1000))
-        self._next_beat = time.monotonic() + self.ttl / 5
+        self.leave()
+        self._begin_session()
+        for dead in self.redis.scan_iter(self.server_key(f"{self.slot}.*"), count=1000):
+            self.redis.delete(dead)
+        self.recover()
+        self._renew()
 
     def leave(self) -> None:
         """Put back what was taken and not computed, and be gone at once. Raises RedisError."""
@@ -403,9 +460,7 @@ class ServerQueue(ImageQueue):
         """
         if time.monotonic() < self._next_beat:
             return
-        if not self.redis.set(self.heartbeat, json.dumps(self.about), px=int(self.ttl * 1000), xx=True):
-            raise DeclaredDead
-        self._next_beat = time.monotonic() + self.ttl / 5
+        self._renew("XX")
         self.recover()
 
     def recover(self) -> None:
@@ -422,11 +477,11 @@ class ServerQueue(ImageQueue):
         Suspects come alone, and never when taking `ahead`, that is while another batch is computed: if that one killed
         the server, they would be blamed.
         """
-        raw = list(self._take([self.key, self.taken], [most]))
+        raw = self._take_now(most)
         if not raw and wait:
             raw = self._wait_for_one(wait)
             if raw and most > 1:
-                raw += self._take([self.key, self.taken], [most - 1])
+                raw += self._take_now(most - 1)
         parsed = [self._parse(entry) for entry in raw]
         keep = self._before_suspect(parsed, ahead=ahead)
         if keep < len(raw):
@@ -442,7 +497,7 @@ class ServerQueue(ImageQueue):
         """
         keys, args = [self.taken, self.heartbeat], [str(entries)]
         for job, answer in zip(jobs, answers, strict=True):
-            keys.append(self.result_key(job.id))
+            keys += [self.result_key(job.id), self.accepted_key(job.id)]
             args += [json.dumps(answer, allow_nan=False), str(_ttl(job))]
         if not self._answer(keys, args):
             raise DeclaredDead
@@ -451,7 +506,7 @@ class ServerQueue(ImageQueue):
         mine = (self.about["model"], self.about["weights"])
         for name, about in self.live_servers().items():
             theirs = (about.get("model"), about.get("weights"))
-            if name != self.name and theirs != mine:
+            if name.rpartition(".")[0] != self.slot and theirs != mine:
                 raise Refusal(
                     f"Model server {name} serves {theirs[0]} ({theirs[1]}) on the queue {self.key}: stop it, or set "
                     f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
@@ -462,8 +517,11 @@ class ServerQueue(ImageQueue):
             job = self.redis.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
         except OutOfMemoryError:
             # Moving is refused like any write, though it needs no memory; the script is allowed to.
-            return list(self._take([self.key, self.taken], [1]))
+            return self._take_now(1)
         return [] if job is None else [cast(bytes, job)]
+
+    def _take_now(self, most: int) -> list[bytes]:
+        return list(self._take([self.key, self.taken], [most, longest_job(), BEGINNING]))
 
     def _before_suspect(self, parsed: list[Job | None], *, ahead: bool) -> int:
         """Return how many of the entries may be computed together."""
@@ -480,16 +538,32 @@ class ServerQueue(ImageQueue):
         taken = self.taken_key(dead)
         entries = self.redis.lrange(taken, 0, -1)
         jobs = [job for job in map(self._parse, entries) if job and not job.expired]
-        killers = [job for job in jobs if job.crashes]
-        suspects = [replace(job, crashes=1) for job in jobs if not job.crashes]
+        jobs = [replace(job, crashes=job.crashes + 1) for job in jobs]
+        killers = [job for job in jobs if job.crashes >= MOST_CRASHES]
+        first = [job.dump() for job in jobs if job.crashes == 1]
+        last = [job.dump() for job in jobs if 1 < job.crashes < MOST_CRASHES]
         answers = [part for job in killers for part in (json.dumps(failed(KILLED)), _ttl(job))]
-        keys = [self.key, taken, *(self.result_key(job.id) for job in killers)]
-        if entries and self._recover(keys, [len(entries), *answers, *(job.dump() for job in suspects)]):
-            log.warning("%s died: %d images go back to the queue, %d are given up", dead, len(suspects), len(killers))
+        keys = [self.key, taken]
+        for job in killers:
+            keys += [self.result_key(job.id), self.accepted_key(job.id)]
+        if entries and self._recover(keys, [len(entries), len(first), *answers, *first, *last]):
+            back = len(first) + len(last)
+            log.warning("%s died: %d images go back to the queue, %d are given up", dead, back, len(killers))
+
+    def _begin_session(self) -> None:
+        self.name = f"{self.slot}.{uuid.uuid4().hex[:8]}"
+        self.taken = self.taken_key(self.name)
+        self.heartbeat = self.server_key(self.name)
+
+    def _renew(self, *condition: str) -> None:
+        """Write the heartbeat; with the condition "XX" only over one that is there. Raises DeclaredDead, RedisError."""
+        if not self._beat([self.heartbeat], [json.dumps(self.about), "PX", int(self.ttl * 1000), *condition]):
+            raise DeclaredDead
+        self._next_beat = time.monotonic() + self.ttl / 5
 
     def _parse(self, raw: bytes | str) -> Job | None:
         try:
-            return Job.parse(raw)
+            return Job.parse(raw if len(raw) <= longest_job() else raw[:BEGINNING])
         except ValueError as error:
             log.error("dropped %d bytes from the queue: %s", len(raw), error)
             return None
@@ -500,11 +574,17 @@ def failed(message: str) -> Answer:
     return {"error": {"code": "model_failed", "message": message}}
 
 
-def claim_name(key: str) -> tuple[socket.socket, str]:
-    """Return a name for this model server that no live one has, and the socket that holds it.
+def longest_job() -> int:
+    """Return the bytes that a job may have: an image of IMAGE_* as base64, and what is around it."""
+    pixels = settings.IMAGE_WIDTH * settings.IMAGE_HEIGHT * settings.IMAGE_CHANS
+    return ENVELOPE + 4 * -(-pixels * np.dtype(settings.IMAGE_DTYPE).itemsize // 3)
 
-    The name is the same when a server is started again after a crash, so that it finds the jobs that it had taken
-    without waiting for its heartbeat to lapse. It has the host's name, a mark of this boot and network namespace, and
+
+def claim_slot(key: str) -> tuple[socket.socket, str]:
+    """Return a slot for this model server that no live one has, and the socket that holds it.
+
+    The slot is the same when a server is started again after a crash, so that it finds the jobs that it had taken
+    without waiting for its heartbeat to lapse. Its name has the host's, a mark of this boot and network namespace, and
     the lowest number that is free: a socket bound in Linux' abstract namespace, which the kernel frees however the
     process ends, and which leaves no file.
     """
@@ -512,19 +592,28 @@ def claim_name(key: str) -> tuple[socket.socket, str]:
     namespace = os.stat("/proc/self/ns/net").st_ino
     mark = hashlib.sha256(f"{boot}{namespace}".encode()).hexdigest()[:6]
     for number in range(1000):
-        slot = socket.socket(socket.AF_UNIX)
+        held = socket.socket(socket.AF_UNIX)
         try:
-            slot.bind(f"\0keras-rest-api/{_redis_mark()}/{key}/{number}")
+            held.bind(f"\0keras-rest-api/{_redis_mark()}/{key}/{number}")
         except OSError:
-            slot.close()
+            held.close()
             continue
-        return slot, f"{re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname())}-{mark}-{number}"
+        return held, f"{re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname())}-{mark}-{number}"
     raise Refusal("1000 model servers of this queue run on this host: no name is left.")
 
 
 def _redis_mark() -> str:
     where = settings.REDIS_URL or f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
     return hashlib.sha256(where.encode()).hexdigest()[:12]
+
+
+def _about(beat: bytes | str) -> dict[str, Any]:
+    """Return what a heartbeat says; nothing where somebody wrote rubbish there."""
+    try:
+        about = json.loads(beat)
+    except (ValueError, RecursionError):
+        about = None
+    return about if isinstance(about, dict) else {}
 
 
 def _last_part(key: bytes) -> str:
@@ -537,6 +626,17 @@ def _is_count(value: object) -> bool:
 
 def _ttl(job: Job) -> int:
     return int(1000 * (max(0.0, job.deadline - time.time()) + RESULT_GRACE))
+
+
+def _fault(error: Exception) -> str:
+    """Return what is wrong with Redis: it may well answer, but not us."""
+    if isinstance(error, AuthenticationError | NoPermissionError):
+        return "refuses us"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "shows a certificate that we do not trust"
+    if isinstance(error, OutOfMemoryError):
+        return "has no memory left"
+    return "does not answer"
 
 
 def _reason(error: Exception) -> str:

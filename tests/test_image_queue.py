@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from conftest import free_port, run_redis, wait_until
 from redis import Redis
+from redis.exceptions import RedisError
 
 import image_queue
 import settings
@@ -28,9 +29,9 @@ def web(redis: Redis) -> WebQueue:
 
 def joined() -> Iterator[ServerQueue]:
     queue = ServerQueue(ABOUT, 5)
-    queue.join(crashed=False)
+    queue.join()
     yield queue
-    queue._slot.close()
+    queue._held.close()
 
 
 @pytest.fixture
@@ -82,6 +83,41 @@ def test_an_image_gets_its_answer(web: WebQueue, server: ServerQueue) -> None:
     assert asked.result(10) == ANSWER
 
 
+def test_an_answered_image_leaves_no_key(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    batch = server.take(32, wait=10)
+
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert asked.result(10) == ANSWER
+    assert redis.keys("*") == [server.heartbeat.encode()]
+
+
+def test_a_job_that_is_answered_is_not_queued_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+    job = Job("same", "aW1hZ2U=", time.time() + 10)
+    web._push(job.id, job.dump().encode(), job.deadline, unlimited=False)
+    batch = server.take(32)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    web._push(job.id, job.dump().encode(), job.deadline, unlimited=True)
+
+    assert waiting_ids(redis) == []
+    assert result_of(redis, "same") == ANSWER
+
+
+def test_an_answer_that_is_lost_on_its_way_is_computed_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+    """Redis hands it out and forgets it, and the connection breaks before it arrives."""
+    job = Job("same", "aW1hZ2U=", time.time() + 10)
+    web._push(job.id, job.dump().encode(), job.deadline, unlimited=False)
+    batch = server.take(32)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+    assert redis.blpop([web.result_key("same")], 1)
+
+    web._push(job.id, job.dump().encode(), job.deadline, unlimited=True)
+
+    assert waiting_ids(redis) == ["same"]
+
+
 def test_first_in_is_first_out_and_a_batch_has_its_limit(redis: Redis, server: ServerQueue) -> None:
     push(redis, "a", "b", "c", "d", "e")
 
@@ -110,7 +146,8 @@ def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: Web
     server.answer(batch.jobs + last.jobs, [ANSWER] * 3, 3)
     push(redis, "waiting")
     server.take(1)
-    push(redis, "waiting-too")
+    asked.append(in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3)))
+    wait_until(lambda: web.waiting() == 1, "another job waits")
 
     kinds = {}
     for key in (key.decode() for key in cast(list[bytes], redis.keys("*"))):
@@ -119,8 +156,9 @@ def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: Web
     eternal = {kind for kind, ttl in kinds.items() if ttl == -1}
     assert eternal == {settings.IMAGE_QUEUE, f"{settings.IMAGE_QUEUE}:taken"}
     assert {f"{settings.IMAGE_QUEUE}:{part}" for part in ("server", "result", "accepted")} <= set(kinds)
-    for each in asked:
-        each.result(10)
+    assert [each.result(10) for each in asked[:2]] == [ANSWER] * 2
+    with pytest.raises(image_queue.ResultTimeout):
+        asked[2].result(10)
 
 
 def test_an_expired_job_is_dropped_unanswered(redis: Redis, server: ServerQueue) -> None:
@@ -177,6 +215,53 @@ def test_rubbish_with_an_id_can_be_answered(redis: Redis, server: ServerQueue, w
     assert result_of(redis, "wrong") == failed("No.")
 
 
+@pytest.mark.parametrize(
+    "rubbish", [b'{"id": "wrong", "image": "AA', b'{"deadline": 1, "id":"wrong"', b'{"id": "wrong"}}']
+)
+def test_rubbish_that_begins_with_an_id_can_be_answered(redis: Redis, server: ServerQueue, rubbish: bytes) -> None:
+    redis.rpush(settings.IMAGE_QUEUE, rubbish)
+
+    batch = server.take(32)
+    server.answer(batch.jobs, [failed("No.")], batch.entries)
+
+    assert result_of(redis, "wrong") == failed("No.")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_entry_too_long_for_an_image_is_not_parsed_but_answered(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ServerQueue, waits: bool
+) -> None:
+    parsed: list[int] = []
+    parse = Job.parse
+    monkeypatch.setattr(Job, "parse", lambda raw: parsed.append(len(raw)) or parse(raw))  # type: ignore[func-returns-value]
+    if waits:
+        taken = in_background(lambda: server.take(32, wait=4))
+        wait_until(lambda: redis.info("clients")["blocked_clients"], "the server waits")
+    push(redis, "long", image="A" * 20_000_000)
+
+    batch = taken.result(10) if waits else server.take(32)
+    server.answer(batch.jobs, [failed("No.")], batch.entries)
+
+    assert parsed == [200]
+    assert result_of(redis, "long") == failed("No.")
+    assert redis.llen(server.taken) == 0
+
+
+def test_of_an_entry_too_long_for_an_image_only_the_beginning_leaves_redis(redis: Redis, server: ServerQueue) -> None:
+    push(redis, "long", image="A" * 20_000_000)
+
+    [entry] = server._take_now(1)
+
+    assert len(entry) == 200
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"[]", b"7", b"\xff", b"{", b"[" * 100_000])
+def test_a_heartbeat_that_is_rubbish_harms_nobody(redis: Redis, web: WebQueue, rubbish: bytes) -> None:
+    redis.set(f"{settings.IMAGE_QUEUE}:server:odd", rubbish, ex=60)
+
+    assert web.live_servers() == ({"odd": {}} if rubbish else {})
+
+
 def test_jobs_of_a_dead_server_go_back_to_the_head_in_order(
     redis: Redis, server: ServerQueue, second: ServerQueue
 ) -> None:
@@ -227,20 +312,48 @@ def after(barrier: threading.Barrier, call: Callable[..., Any]) -> Callable[...,
 
 def test_a_server_started_again_finds_its_own_jobs_without_waiting(redis: Redis) -> None:
     killed = ServerQueue(ABOUT, 60)
-    killed.join(crashed=True)
+    killed.join()
     push(redis, "a", "b")
     killed.take(2)
-    killed._slot.close()  # as the kernel does when the process dies
+    killed._held.close()  # as the kernel does when the process dies
 
     again = ServerQueue(ABOUT, 60)
-    again.join(crashed=True)
+    again.join()
 
-    assert again.name == killed.name
     assert waiting_ids(redis) == ["a", "b"]
+    assert list(again.live_servers()) == [again.name]
 
 
-def test_two_live_servers_never_share_a_name(server: ServerQueue, second: ServerQueue) -> None:
-    assert server.name != second.name
+def test_a_server_started_again_may_serve_another_model(redis: Redis) -> None:
+    killed = ServerQueue(ABOUT, 60)
+    killed.join()
+    killed._held.close()
+
+    again = ServerQueue(ABOUT | {"weights": "better.keras"}, 60)
+    again.join()
+
+    assert [about["weights"] for about in again.live_servers().values()] == ["better.keras"]
+
+
+def test_two_live_servers_never_share_a_slot(server: ServerQueue, second: ServerQueue) -> None:
+    assert server.slot != second.slot
+
+
+def test_what_a_held_up_command_takes_for_a_server_that_joined_again_is_brought_back(
+    redis: Redis, server: ServerQueue
+) -> None:
+    """Its connection was cut, and the network delivers what was sent on it later."""
+    taken_before = server.taken
+    server.join()
+    push(redis, "a", "b")
+
+    server._take([settings.IMAGE_QUEUE, taken_before], [1, 1000, 100])
+    batch = server.take(1)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+    server.recover()
+
+    assert ids(batch) == ["b"]
+    assert waiting_ids(redis) == ["a"]
 
 
 def test_after_a_crash_each_job_is_computed_alone(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
@@ -265,19 +378,54 @@ def test_no_suspect_is_taken_while_another_batch_is_computed(redis: Redis, serve
     assert waiting_ids(redis) == ["suspect", "b"]
 
 
-def test_a_job_in_flight_at_two_crashes_is_given_up(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
-    push(redis, "killer", "innocent")
+def test_a_job_in_flight_at_three_crashes_is_given_up_and_holds_up_nobody(
+    redis: Redis, server: ServerQueue, second: ServerQueue
+) -> None:
+    push(redis, "killer", "mate")
     server.take(2)
+    push(redis, "later")
     die(server)
     second.recover()
     assert ids(second.take(32)) == ["killer"]
-
     die(second)
-    server.join(crashed=False)
-    server.recover()
+    server.join()
+    assert waiting_ids(redis) == ["mate", "later", "killer"]
+    assert [ids(server.take(32)) for _ in range(3)] == [["mate"], ["later"], ["killer"]]
+    server.redis.ltrim(server.taken, 2, -1)
+
+    die(server)
+    second.join()
 
     assert result_of(redis, "killer")["error"]["code"] == "model_failed"
-    assert waiting_ids(redis) == ["innocent"]
+    assert waiting_ids(redis) == []
+
+
+def test_a_job_that_is_given_up_leaves_no_mark_either(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
+    """Else an answer that is lost on its way would not be asked for again."""
+    push(redis, "killer", crashes=2)
+    redis.set(server.accepted_key("killer"), "", ex=60)
+    server.take(1)
+
+    die(server)
+    second.recover()
+
+    assert result_of(redis, "killer")["error"]["code"] == "model_failed"
+    assert not redis.exists(server.accepted_key("killer"))
+
+
+def test_an_image_that_waits_alone_when_its_server_is_killed_has_another_chance(
+    redis: Redis, server: ServerQueue, second: ServerQueue
+) -> None:
+    push(redis, "unlucky")
+    for killed, finder in ((server, second), (second, server)):
+        killed.take(1)
+        die(killed)
+        finder.join()
+
+    batch = server.take(1)
+
+    assert ids(batch) == ["unlucky"]
+    assert batch.suspect
 
 
 def test_leaving_puts_back_what_was_not_computed_and_blames_nobody(redis: Redis, server: ServerQueue) -> None:
@@ -320,7 +468,7 @@ def test_another_model_on_the_same_queue_is_refused(redis: Redis, server: Server
     other = ServerQueue({"model": "ResNet50", "weights": "imagenet"}, 5)
 
     with pytest.raises(Refusal, match="IMAGE_QUEUE"):
-        other.join(crashed=False)
+        other.join()
 
 
 def test_racing_requests_never_overfill_the_queue(monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue,
@@ -364,6 +512,13 @@ def test_a_timeout_names_its_cause(web: WebQueue, server: ServerQueue, alive: bo
         web.ask("aW1hZ2U=", time.time() + 0.5)
 
 
+def test_a_request_that_times_out_leaves_no_key(redis: Redis, web: WebQueue) -> None:
+    with pytest.raises(image_queue.ResultTimeout):
+        web.ask("aW1hZ2U=", time.time() + 0.5)
+
+    assert redis.keys("*") == []
+
+
 def test_pushing_twice_makes_one_job(redis: Redis, web: WebQueue) -> None:
     job = Job("same", "aW1hZ2U=", time.time() + 10)
 
@@ -400,11 +555,26 @@ def test_a_restart_of_redis_that_forgets_all_loses_no_request(
     with run_redis(tmp_path / "log2", port) as process:
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up again")
         server = ServerQueue(ABOUT, 5)
-        server.join(crashed=False)
+        server.join()
         batch = server.take(1, wait=10)
         server.answer(batch.jobs, [ANSWER], batch.entries)
 
         assert asked.result(10) == ANSWER
+
+
+def test_each_loss_of_redis_begins_with_short_pauses(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
+    monkeypatch.setattr(image_queue, "pauses", lambda: iter([0.01, 60.0]))
+    replies = iter([RedisError("away"), None, RedisError("away again"), ANSWER])
+
+    def poll(*_: object) -> Any:
+        reply = next(replies)
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
+
+    monkeypatch.setattr(web, "_poll", poll)
+
+    assert web.ask("aW1hZ2U=", time.time() + 5) == ANSWER
 
 
 def test_a_redis_out_of_memory_still_lets_jobs_be_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -414,15 +584,33 @@ def test_a_redis_out_of_memory_still_lets_jobs_be_computed(monkeypatch: pytest.M
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
         redis = Redis(port=port)
         server = ServerQueue(ABOUT, 5)
-        server.join(crashed=False)
+        server.join()
         push(redis, "a", "b")
         redis.config_set("maxmemory", "1")
+        server._next_beat = 0
+        server.beat()
+        server.join()
 
         batch = server.take(1, wait=2)
         server.answer(batch.jobs, [ANSWER], batch.entries)
 
         assert result_of(redis, "a") == ANSWER
         assert ids(server.take(1, wait=2)) == ["b"]
+
+
+def test_a_redis_out_of_memory_refuses_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    monkeypatch.setattr(settings, "REDIS_PORT", port)
+    with run_redis(tmp_path / "log", port, "--maxmemory", "1", "--maxmemory-policy", "noeviction") as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+
+        with pytest.raises(image_queue.QueueFull, match="no memory"):
+            WebQueue().ask("aW1hZ2U=", time.time() + 30)
+
+    assert f"Redis at 127.0.0.1:{port} has no memory left" in caplog.text
+    assert caplog.text.rstrip().endswith("images are refused")
 
 
 def test_a_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
