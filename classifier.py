@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -34,6 +35,8 @@ Prediction = tuple[str, float]
 
 SEED = 0  # of MODEL_WEIGHTS=random, so that two model servers give the same answers
 KERAS_MODELS = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"  # where Keras caches downloads
+LONGEST_LABELS = 10_000_000  # characters: a path like /dev/zero has no end
+NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # such as what changes the colours of a terminal
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for ever
 
 
@@ -191,6 +194,7 @@ def out_of_memory(error: Exception) -> bool:
         isinstance(error, MemoryError)
         or "RESOURCE_EXHAUSTED" in text
         or "out of memory" in text.lower()
+        or "can't allocate memory" in text
         or (type(error).__name__ in ("ResourceExhaustedError", "OutOfMemoryError"))
     )
 
@@ -292,14 +296,18 @@ def _check_input(model: Any) -> None:
 
 def _read_labels(path: Path) -> list[str]:
     try:
-        labels = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark of it
+            text = file.read(LONGEST_LABELS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(
             f"The labels file {path} can't be read ({_first_line(error)}): it needs one class a line."
         ) from error
-    if not all(label.strip() for label in labels) or not labels:
+    labels = [label.strip() for label in text.splitlines()]
+    if len(text) > LONGEST_LABELS or any(map(NO_TEXT.search, labels)):
+        raise Refusal(f"The labels file {path} is not one of plain text: it needs one class a line.")
+    if not all(labels) or not labels:
         raise Refusal(f"The labels file {path} has an empty line or none at all: it needs one class a line.")
-    return [label.strip() for label in labels]
+    return labels
 
 
 def _image_shape() -> tuple[int, int, int]:

@@ -7,7 +7,10 @@ back the rest and leaves with exit code 0. Exit code 2: a setting or the model m
 """
 
 import argparse
+import ctypes
 import logging
+import os
+import pwd
 import signal
 import sys
 import time
@@ -54,17 +57,17 @@ class ModelServer:
 
     def run(self) -> None:
         """Serve until stop() is called, through every loss of Redis."""
-        self._join(crashed=True)
+        self._join()
         while not self.stopping:
             try:
                 self.step()
             except DeclaredDead:
                 log.warning("The heartbeat lapsed: joining again")
                 self._unsent = None  # was handed out
-                self._join(crashed=False)
+                self._join()
             except RedisError as error:
                 self.queue.complain(error, 0)
-                self._join(crashed=False)
+                self._join()
         self._leave()
 
     def step(self) -> None:
@@ -112,7 +115,7 @@ class ModelServer:
             results = iter(self.classifier.classify(stacked))
         return [UNREADABLE if image is None else _answer(next(results)) for image in batch.images]
 
-    def _join(self, *, crashed: bool) -> None:
+    def _join(self) -> None:
         """Hand out what could not be handed out, then be alive with nothing in flight; wait for Redis if need be."""
         if self._ahead:
             self._ahead.exception()  # wait for it: what it took goes back to the queue
@@ -122,7 +125,8 @@ class ModelServer:
                 return
             try:
                 self._send_late()
-                self.queue.join(crashed=crashed)
+                self.queue.join()
+                log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
                 return
             except RedisError as error:
                 self.queue.complain(error, pause)
@@ -164,6 +168,39 @@ def _answer(result: "list[Prediction] | Exception") -> Answer:
     return {"predictions": [{"label": label, "probability": probability} for label, probability in result]}
 
 
+PR_SET_NO_NEW_PRIVS = 38  # prctl.h
+UNPRIVILEGED = ("www-data", "nobody")
+
+
+def give_up_root() -> None:
+    """Become an ordinary user where root started us. Raises Refusal.
+
+    Only root may be able to read the code and the model, as under /root; what strangers sent is not for root to read.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
+        user = _unprivileged_user()
+        os.setgroups([])
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    except OSError as error:
+        raise Refusal(
+            f"Root can't become {UNPRIVILEGED[0]} ({error}): start the model server as another user."
+        ) from None
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # nor may a program that it starts
+    if prctl:
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    log.info("Root has become %s", user.pw_name)
+
+
+def _unprivileged_user() -> pwd.struct_passwd:
+    for name in UNPRIVILEGED:
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise OSError("there is no such user")
+
+
 def classify_process() -> None:
     """Load the model, then classify what comes until told to stop. Raises Refusal."""
     # Here, because it takes seconds, and a wrong setting or no Redis should be told at once.
@@ -172,6 +209,7 @@ def classify_process() -> None:
     log.info("* Loading model...")
     model = classifier.load()
     model.warm_up()
+    give_up_root()
     log.info("* Model loaded")
     life = max(SHORTEST_LIFE, BATCHES_TO_LIVE * max(model.slowest, settings.SERVER_SLEEP))
     about = classifier.describe() | {"shape": model.shape, "batch_size": settings.BATCH_SIZE}
@@ -197,7 +235,8 @@ def main() -> int:
     ).parse_args()
     log_to_stderr()
     for number in (signal.SIGTERM, signal.SIGINT):  # while loading there is nothing to finish
-        signal.signal(number, lambda *_: sys.exit(EXIT_STOPPED))
+        # Not sys.exit: raised within a C library that is being imported, it becomes another exception.
+        signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     try:
         look_for_redis()
         classify_process()

@@ -197,6 +197,15 @@ def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, 
     assert {label for label, _ in good(model.classify(batch(1))[0])} == {"a", "b", "c"}
 
 
+def test_labels_may_be_of_any_language_and_from_any_editor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "own.keras")
+    path.with_suffix(".labels.txt").write_bytes("\ufeffchien\u00a0loup\r\n\u72ac\u3000\r\n\tn02\tfox\r\n".encode())
+
+    model = load(monkeypatch, MODEL=path)
+
+    assert {label for label, _ in good(model.classify(batch(1))[0])} == {"chien\u00a0loup", "\u72ac", "n02\tfox"}
+
+
 def break_labels(path: Path) -> None:
     path.with_suffix(".labels.txt").write_text("zero\none\n")
 
@@ -207,6 +216,20 @@ def empty_line(path: Path) -> None:
 
 def no_text(path: Path) -> None:
     path.with_suffix(".labels.txt").write_bytes(b"\xff\xfe\x00")
+
+
+def no_end(path: Path) -> None:
+    path.with_suffix(".labels.txt").unlink()
+    path.with_suffix(".labels.txt").symlink_to("/dev/zero")
+
+
+def terminal_codes(path: Path) -> None:
+    path.with_suffix(".labels.txt").write_text("zero\none\n\x1b[31mtwo\n")
+
+
+def folder(path: Path) -> None:
+    path.with_suffix(".labels.txt").unlink()
+    path.with_suffix(".labels.txt").mkdir()
 
 
 def no_labels(path: Path) -> None:
@@ -227,6 +250,9 @@ def damaged(path: Path) -> None:
         (break_labels, "gives (3,) values an image, but there are 2 labels"),
         (empty_line, "has an empty line"),
         (no_text, "can't be read"),
+        (no_end, "is not one of plain text"),
+        (terminal_codes, "is not one of plain text"),
+        (folder, "can't be read"),
         (no_labels, "can't be read"),
         (no_model, "is not there"),
         (damaged, "can't be loaded as a Keras 3 model"),

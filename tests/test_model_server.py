@@ -48,10 +48,10 @@ class MeanClassifier:
 def server(redis: Redis) -> Iterator[ModelServer]:
     queue = ServerQueue({"model": "mean", "weights": "none"}, 5)
     model_server = ModelServer(cast(Classifier, MeanClassifier()), queue)
-    queue.join(crashed=False)
+    queue.join()
     yield model_server
     model_server._helper.shutdown()
-    queue._slot.close()
+    queue._held.close()
 
 
 @pytest.fixture
@@ -244,12 +244,12 @@ def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redis, tmp_path: Path) -> None:
     with conftest.run_model_server(tmp_path / "log") as process:
-        heartbeats = wait_until(lambda: redis.keys("*:server:*"), "the heartbeat is there")
+        heartbeats = wait_until(lambda: redis.keys(f"{settings.IMAGE_QUEUE}:server:*"), "the heartbeat is there")
 
         assert process.stop(signal.SIGTERM) == 0
 
     assert len(heartbeats) == 1
-    assert redis.keys("*:server:*") == []
+    assert redis.keys(f"{settings.IMAGE_QUEUE}:server:*") == []
     for line in ("* Loading model...", "* Model loaded"):
         assert line in process.log
 
@@ -263,7 +263,7 @@ def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> 
         with run_redis(tmp_path / "redis", port):
             redis = Redis(port=port)
             wait_until(lambda: "Ready" in (tmp_path / "redis").read_text(), "Redis is up")
-            wait_until(lambda: redis.keys("*:server:*"), "the model server is alive")
+            wait_until(lambda: redis.keys(f"{settings.IMAGE_QUEUE}:server:*"), "the model server is alive")
             assert process.stop() == 0
 
 
