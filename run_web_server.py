@@ -16,21 +16,28 @@ from typing import IO, Any
 
 import flask
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 from redis.exceptions import RedisError
+from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import settings
+from access import RateLimited, Unauthorized, check_key, rate_check
 from helpers import Pixels, Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
+from image_checks import FORMATS, MAX_EXIF_BYTES, open_frugally
 from image_queue import QueueFull, WebQueue
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # malloc.h
 LARGE_BLOCK = 64 * 2**10  # bytes
 WHITE = (255, 255, 255, 255)
+
+# Pixels of a side. Pillow keeps a pointer for each row, and the resize a table of 32 bytes for each pixel of the longer
+# side: 1 x 33,000,000 took a gigabyte, of a file of 69 bytes. A long strip of a map or a scan is well below this.
+MAX_SIDE = 500_000
 
 # Pillow's own guard against decompression bombs; ours below it has an exact limit and an answer of its own.
 Image.MAX_IMAGE_PIXELS = settings.MAX_IMAGE_PIXELS
@@ -40,6 +47,7 @@ app = flask.Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 
 queue = WebQueue()
+check_rate = rate_check(app, queue)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of threads waiting, no
 # more of them than there are cores may do so at once.
 preparing = threading.BoundedSemaphore(os.cpu_count() or 1)
@@ -55,6 +63,12 @@ class BadImage(ServiceError):
     """The file is not an image that can be decoded."""
 
     status, code = 400, "bad_image"
+
+
+class BadRequest(ServiceError):
+    """The form is not one that the service takes."""
+
+    status, code = 400, "bad_request"
 
 
 class TooLarge(ServiceError):
@@ -78,7 +92,12 @@ def homepage() -> str:
 @app.post("/predict")
 def predict() -> flask.Response:
     """Classify the image in the multipart field `image`."""
-    answer = queue.ask(prepare_upload(), time.time() + settings.REQUEST_TIMEOUT)
+    # Before anything touches the body: a stranger's upload is not even read.
+    check_key()
+    check_rate()
+    upload = only_upload()  # a slow network is not the service's time
+    deadline = time.time() + settings.REQUEST_TIMEOUT
+    answer = queue.ask(prepare_upload(upload, deadline), deadline)
     if "error" in answer:
         raise ModelFailed(answer["error"]["message"])
     return flask.jsonify({"success": True, "predictions": answer["predictions"]})
@@ -105,14 +124,12 @@ def readyz() -> tuple[flask.Response, int] | flask.Response:
     return flask.jsonify({"ready": True, "model_servers": servers, "queue_length": waiting})
 
 
-def prepare_upload() -> str:
-    """Return the request's image, prepared, as base64 text. Raises MissingImage, BadImage, TooLarge."""
-    upload = flask.request.files.get("image")
-    if upload is None:
-        raise MissingImage(
-            "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg."
-        )
-    if not preparing.acquire(timeout=settings.REQUEST_TIMEOUT):
+def prepare_upload(upload: FileStorage, deadline: float) -> str:
+    """Return the image in `upload`, prepared, as base64 text. Raises MissingImage, BadImage, TooLarge.
+
+    Raises QueueFull when half of the time until `deadline` (unix seconds) is over before its turn comes.
+    """
+    if not preparing.acquire(timeout=max(0.0, deadline - time.time()) / 2):
         raise QueueFull("Too many images are being prepared, so try again in a few seconds.")
     try:
         with upload.stream:  # closed, so that hundreds of waiting requests do not keep their uploads
@@ -122,13 +139,25 @@ def prepare_upload() -> str:
         preparing.release()
 
 
+def only_upload() -> FileStorage:
+    """Return the request's one file `image`. Raises MissingImage, and BadRequest rather than to ignore a second."""
+    uploads = flask.request.files.getlist("image")
+    if not uploads:
+        raise MissingImage(
+            "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg."
+        )
+    if len(uploads) > 1:
+        raise BadRequest("Send one image a request.")
+    return uploads[0]
+
+
 def open_image(stream: IO[bytes]) -> Image.Image:
     """Return the image in `stream`, its header read and nothing decoded. Raises MissingImage, BadImage, TooLarge."""
-    if not stream.read(1):
+    data = stream.read()
+    if not data:
         raise MissingImage("The file in the form field `image` is empty, so send an image.")
-    stream.seek(0)
     try:
-        image = Image.open(stream, formats=FORMATS)
+        image = open_frugally(data)
     except Image.DecompressionBombError as error:
         raise too_many_pixels() from error
     except Exception as error:  # hostile headers raise anything
@@ -136,6 +165,8 @@ def open_image(stream: IO[bytes]) -> Image.Image:
         raise BadImage(f"This is not an image that can be read, so send a {', '.join(FORMATS)} file.") from error
     if image.width * image.height > settings.MAX_IMAGE_PIXELS:
         raise too_many_pixels()
+    if max(image.size) > MAX_SIDE:
+        raise TooLarge(f"The image has a side of more than {MAX_SIDE} pixels, so send it smaller.")
     return image
 
 
@@ -162,6 +193,8 @@ def prepare_image(image: Image.Image, target: tuple[int, int]) -> Pixels:
 
 def upright(image: Image.Image) -> Image.Image:
     """Return `image` turned as its EXIF orientation says, or as it is where that can't be read."""
+    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+        return image  # it would be taken apart in Python
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # a camera's odd EXIF is no reason to refuse a good photo
@@ -185,10 +218,23 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     16 bits are scaled by their range. The others have no range of their own, so what is there, from the darkest to the
     brightest value, is stretched to it.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
-    scaled = (values - low) * (255 / max(high - low, 1e-9))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    values = np.array(image, dtype=np.float32)
+    real = np.isfinite(values)
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else extremes(values, real)
+    scale = 255 / max(high - low, 1e-9)
+    # In place: a photo's worth of floats is hundreds of megabytes. Scaled before moved, so that nothing overflows.
+    np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
+    values *= scale
+    values -= low * scale
+    np.rint(values, out=values)
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def extremes(values: Pixels, real: npt.NDArray[np.bool]) -> tuple[float, float]:
+    """Return the least and the greatest of `values` where `real` is true; zeros where it nowhere is."""
+    if not real.any():
+        return 0.0, 0.0
+    return float(np.min(values, where=real, initial=np.inf)), float(np.max(values, where=real, initial=-np.inf))
 
 
 def too_many_pixels() -> TooLarge:
@@ -199,7 +245,12 @@ def too_many_pixels() -> TooLarge:
 @app.errorhandler(ServiceError)
 def service_error(error: ServiceError) -> tuple[flask.Response, int]:
     """Answer what the service itself found wrong."""
-    return error_response(error.status, error.code, str(error))
+    response, status = error_response(error.status, error.code, str(error))
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, RateLimited):
+        response.headers["Retry-After"] = str(error.wait)
+    return response, status
 
 
 @app.errorhandler(RequestEntityTooLarge)

@@ -17,15 +17,39 @@ from marshmallow.validate import OneOf, Range, Regexp
 
 EXIT_BAD_SETTING = 2  # restarting with the same settings is of no use; supervisors are told so
 
-env = Env()
-env.read_env(str(Path(__file__).with_name(".env")), recurse=False)
+# What of a value is not for the log.
+_secrets = {"REDIS_URL": r"(?<=//).*(?=@)|(?<=\?).*", "API_KEYS": r"(?s).+"}
+
+_file = Path(__file__).with_name(".env")
+_line = re.compile(r"\s*(#.*|(export\s+)?\w+\s*=.*)?")
+
+
+def _stop(line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    raise SystemExit(EXIT_BAD_SETTING)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Stop the program with the one line that says which setting is wrong and what it may be."""
-    shown = re.sub(r"//.*@", "//***@", str(value))  # a password in REDIS_URL is not for the log
-    print(f"{name}={shown} makes no sense: it must be {allowed}.", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_SETTING)
+    shown = re.sub(_secrets[name], "***", str(value)) if name in _secrets else str(value)
+    shown = "".join(sign if sign.isprintable() else "?" for sign in shown[:200])
+    _stop(f"{name}={shown} makes no sense: it must be {allowed}.")
+
+
+def _read_file() -> None:
+    """Take `.env` into the environment; its reader would pass over a line that it does not understand."""
+    try:
+        lines = _file.read_text(encoding="utf-8").splitlines() if _file.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        _stop(f"{_file} can't be read ({error}): it needs lines NAME=value, and this user must be let read it.")
+    wrong = next((number for number, line in enumerate(lines, 1) if not _line.fullmatch(line)), None)
+    if wrong:  # which may hold a secret, so it is not shown
+        _stop(f"{_file}, line {wrong}, makes no sense: it must be NAME=value, or begin with #.")
+    env.read_env(str(_file), recurse=False)
+
+
+env = Env()
+_read_file()
 
 
 def _read(read: Callable[..., Any], name: str, default: Any, allowed: str, validate: Any = None) -> Any:
@@ -53,6 +77,19 @@ def _one_of(name: str, default: str, choices: list[str]) -> str:
 def _matching(name: str, default: str, pattern: str, allowed: str) -> str:
     value: str = _read(env.str, name, default, allowed, Regexp(rf"(?:{pattern})\Z", re.ASCII))
     return value
+
+
+def _is_rate_limit(text: str) -> bool:
+    import limits  # noqa: PLC0415 - a megabyte that nobody needs without a limit
+
+    try:
+        parsed = limits.parse_many(text)
+    except ValueError:
+        return False
+    return all(each.amount > 0 and each.get_expiry() <= 366 * 86400 for each in parsed)
+
+
+_key = r"[A-Za-z0-9._~+/=-]{16,}"  # what RFC 6750 lets a bearer token be, and long enough not to be guessed
 
 
 # Where Redis is. REDIS_URL, if set, wins over the three others: redis://user:password@host:port/db, rediss:// for TLS,
@@ -93,6 +130,18 @@ MAX_QUEUE = _whole("MAX_QUEUE", 1000, 1, 1_000_000)
 MAX_UPLOAD_BYTES = _whole("MAX_UPLOAD_BYTES", 16 * 2**20, 1024, 2**30)
 MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 50_000_000, 1, 1_000_000_000)
 
+# Keys of which a client of /predict must send one, as `Authorization: Bearer KEY`. Separated by commas, so that a new
+# one can be given out before the old one is taken away. Empty: whoever reaches the service may use it.
+API_KEYS = _matching(
+    "API_KEYS",
+    "",
+    rf"|{_key}(,{_key})*",
+    "keys of 16 or more letters, digits and -._~+/=, separated by commas, such as `openssl rand -hex 24` makes",
+)
+# How many requests to /predict a client may make, in the notation of the package `limits`, as 100/minute or
+# 10/second;1000/hour. A client is a key, or without API_KEYS an address. Empty: as many as it likes.
+RATE_LIMIT = env.str("RATE_LIMIT", "")
+
 # A name in keras.applications, or the path of a .keras file.
 MODEL = _matching("MODEL", "ResNet50", r"\w+|.+\.keras", "a name in keras.applications or the path of a .keras file")
 # imagenet, random (seeded; for load tests), or the path of a weights file.
@@ -112,6 +161,9 @@ if IMAGE_CHANS == 2:
 # Of bin/serve: the port of its Apache, and how many model servers it runs.
 PORT = _whole("PORT", 8080, 1, 65535)
 MODEL_SERVERS = _whole("MODEL_SERVERS", 1, 1, 64)
+
+if RATE_LIMIT and not _is_rate_limit(RATE_LIMIT):
+    refuse("RATE_LIMIT", RATE_LIMIT, "such as 100/minute, 10/second or both as 10/second;100/minute, up to a year")
 
 for _name in ("REDIS_TIMEOUT", "CLIENT_SLEEP"):
     if globals()[_name] >= REQUEST_TIMEOUT:

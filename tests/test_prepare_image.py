@@ -94,6 +94,14 @@ def test_the_resampling_filter_is_the_setting_s(monkeypatch: pytest.MonkeyPatch)
     assert set(np.unique(prepare(data, (16, 16)))) <= {0, 255}
 
 
+def test_values_that_are_no_numbers_do_not_hide_the_others() -> None:
+    values = np.array([[0, 3e38, -3e38], [np.nan, np.inf, -np.inf]], np.float32)
+
+    prepared = prepare(saved(Image.fromarray(values), "TIFF"), (3, 2))
+
+    assert prepared[..., 0].tolist() == [[128, 255, 0], [0, 255, 0]]
+
+
 WHOLE = saved(Image.fromarray(colours(2)), "PNG")
 
 

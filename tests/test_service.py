@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,13 @@ from conftest import (
     assert_error,
     free_port,
     missing,
+    raw_answer,
+    resident_bytes,
     run_apache,
     run_model_server,
     run_service,
     wait_until,
+    web_processes,
 )
 from PIL import Image
 from redis import Redis
@@ -151,20 +153,6 @@ def test_a_chunked_upload_is_taken_and_has_the_same_limit(service: Service) -> N
     assert requests.post(f"{service.url}/predict", data=iter([good]), headers=headers, timeout=20).status_code == 200
     endless = (b"x" * 2**20 for _ in range(20))
     assert_error(requests.post(f"{service.url}/predict", data=endless, headers=headers, timeout=20), 413, "too_large")
-
-
-def raw_answer(service: Service, request: bytes) -> requests.Response:
-    """Send bytes that no client library would; return the answer as such a library gives it."""
-    host, port = service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(request)
-        answer = HTTPResponse(connection)
-        answer.begin()
-        response = requests.Response()
-        response.status_code = answer.status
-        response.headers.update(answer.getheaders())
-        response._content = answer.read()
-        return response
 
 
 @pytest.mark.parametrize(
@@ -392,23 +380,6 @@ def test_a_web_process_stays_small_under_load(service: Service) -> None:
     sizes = [resident_bytes(pid) for pid in web_processes(service.url)]
     assert len(sizes) == 2
     assert max(sizes) < 120e6
-
-
-def resident_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def web_processes(url: str) -> list[int]:
-    """The mod_wsgi daemons of the Apache at `url`."""
-    port = url.rsplit(":", 1)[1]
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended while we looked
-            command = (folder / "cmdline").read_bytes()
-            if command.startswith(b"(wsgi:") and f"APP_PORT {port}".encode() in command:
-                found.append(int(folder.name))
-    return found
 
 
 # The numbers that Keras itself gives

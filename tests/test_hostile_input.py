@@ -1,0 +1,383 @@
+"""What a hostile client sends: mutated images, odd forms, bombs, and requests that are no HTTP.
+
+None may give a 5xx, end a process, or leave memory behind.
+"""
+
+import gzip
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+from random import Random
+from typing import Any
+
+import hostile
+import pytest
+import requests
+from conftest import ROOT, Service, assert_error, raw_answer, resident_bytes, web_processes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image
+from samples import saved
+
+import run_web_server as web
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
+WARM = min(1000, EXAMPLES // 2)  # examples after which a process has seen every decoder
+CODES = {400: {"bad_image", "missing_image"}, 413: {"too_large"}}
+GOOD = saved(hostile.SMALL, "PNG")
+BITMAP = saved(hostile.SMALL, "BMP")
+
+
+@pytest.fixture
+def unharmed(service: Service) -> Iterator[Service]:
+    """The service, of which no process may end in the test, and which answers a good request behind it."""
+    processes = web_processes(service.url)
+    yield service
+    assert service.post(GOOD).status_code == 200
+    assert sorted(web_processes(service.url)) == sorted(processes)
+    assert service.servers[0].alive
+    assert "Traceback" not in service.servers[0].log
+
+
+# Mutated images
+
+
+def test_mutated_images_never_harm_the_service(
+    unharmed: Service, record_property: Callable[[str, object], None]
+) -> None:
+    """Of each format, some get past the first checks: see hostile.py. FUZZ_EXAMPLES=100000 posts more of them."""
+    session, posted, early, statuses = requests.Session(), count(1), dict[int, int](), Counter[int]()
+
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(
+        st.sampled_from(hostile.seeds()),
+        st.lists(st.tuples(st.sampled_from(hostile.MUTATIONS), st.integers(0, 2**32)), min_size=1, max_size=5),
+    )
+    def post(image: bytes, mutations: list[tuple[hostile.Mutation, int]]) -> None:
+        for mutate, seed in mutations:
+            image = mutate(image, Random(seed))
+        response = session.post(f"{unharmed.url}/predict", files={"image": ("x", image)}, timeout=60)
+        statuses[response.status_code] += 1
+        if response.status_code != 200:
+            assert response.json()["error"]["code"] in CODES.get(response.status_code, ()), response.text
+            assert_error(response, response.status_code, response.json()["error"]["code"])
+        if next(posted) == WARM:
+            early.update(sizes(unharmed))
+
+    post()
+
+    late = sizes(unharmed)
+    assert early.keys() == late.keys()
+    # Two megabytes are usual; 2 kB kept of each of the 2,000 that a process had would be four more.
+    grown = max(late[pid] - early[pid] for pid in late)
+    assert grown < 5e6
+    answered = ", ".join(f"{times} x {status}" for status, times in statuses.most_common())
+    megabytes = f"{grown / 1e6:.1f} of {max(late.values()) / 1e6:.0f} MB"
+    record_property("figures", f"{answered}; a web process grew by {megabytes}")
+
+
+def sizes(service: Service) -> dict[int, int]:
+    return {pid: resident_bytes(pid) for pid in web_processes(service.url)}
+
+
+# Odd forms
+
+
+def test_odd_forms_are_answered_as_what_they_are(unharmed: Service) -> None:
+    assert len(hostile.ODD) > 150
+
+    got = {name: unharmed.post(make()) for name, (make, _) in hostile.ODD.items()}
+
+    assert {name: answer.status_code for name, answer in got.items()} == {
+        name: status for name, (_, status) in hostile.ODD.items()
+    }
+    for name, answer in got.items():
+        if answer.status_code == 400:
+            assert_error(answer, 400, "missing_image" if name == "nothing" else "bad_image")
+
+
+def test_an_eps_never_reaches_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: called.append(arguments))
+    make, _ = hostile.ODD["eps"]
+
+    with pytest.raises(web.BadImage):
+        web.prepare_image(web.open_image(io.BytesIO(make())), (224, 224))
+
+    assert not called
+
+
+def test_what_pillow_warns_of_is_not_kept() -> None:
+    """Python would keep each text for as long as the process lives."""
+    code = """if True:
+        import io, sys
+        sys.path.insert(0, "tests")
+        import hostile, run_web_server as web
+        from PIL import TiffImagePlugin
+        exif = hostile.exif(*[(20_000 + i, hostile.SHORT, 2**31, 0) for i in range(900)])
+        web.prepare_image(web.open_image(io.BytesIO(hostile.jpeg_with(exif))), (224, 224))
+        print(sum(isinstance(key, tuple) for key in getattr(TiffImagePlugin, "__warningregistry__", {})))
+    """
+
+    assert int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=60)) == 0
+
+
+# Bombs
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, dict[str, Any]]:
+    """What each bomb cost, in a process of its own that has just imported the web."""
+    printed = subprocess.check_output([sys.executable, "tests/bomb_costs.py"], cwd=ROOT, timeout=200)
+    return {cost["name"]: cost for cost in map(json.loads, printed.splitlines())}
+
+
+def test_no_bomb_takes_200_ms_or_50_mb(
+    costs: dict[str, dict[str, Any]], record_property: Callable[[str, object], None]
+) -> None:
+    seconds, megabytes = (max(cost[of] for cost in costs.values()) for of in ("seconds", "megabytes"))
+
+    assert seconds < 0.2
+    assert megabytes < 50
+    record_property("figures", f"{len(costs)} bombs, at most {seconds * 1000:.0f} ms of CPU and {megabytes:.0f} MB")
+
+
+@pytest.mark.parametrize("name", hostile.BOMBS)
+def test_a_bomb_is_refused_or_harmless(costs: dict[str, dict[str, Any]], name: str) -> None:
+    assert costs[name]["outcome"] in (["pixels"] if name in hostile.ANSWERED else ["BadImage", "TooLarge"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: hostile.png(hostile.header(400_000, 1, 1, 0), rows=b"\0" * 50_001), id="a long side"),
+        pytest.param(lambda: hostile.rgb_png(hostile.chunk(b"zTXt", b"x\0\0" + hostile.zeros(9)) * 99), id="99 texts"),
+        pytest.param(lambda: hostile.rgb_png(hostile.chunk(b"IDAT") * 40_000), id="40,000 pieces of pixels"),
+        pytest.param(lambda: hostile.jpeg_with(hostile.segment(0xE1, b"x" * 60_000) * 250), id="15 MB of XMP"),
+        pytest.param(lambda: hostile.jpeg_with(hostile.segment(0xFE, b"x") * 900), id="900 comments"),
+        pytest.param(
+            lambda: hostile.bmp(1920, 1080, 8, (b"\xf0\7" * 8 + b"\0\0") * 1080, compression=1, palette=hostile.GREYS),
+            id="a run-length encoded screen",
+        ),
+        pytest.param(lambda: saved(Image.new("L", (9, 60_000)), "TIFF", tiffinfo={278: 1}), id="60,000 strips"),
+        pytest.param(lambda: hostile.strip(1, 70_000, b"x" * 70_000), id="70,000 rows in one strip"),
+        pytest.param(lambda: hostile.tiled(1, 512, zlib.compress(b"\0" * 512 * 512)), id="a tile beyond its image"),
+        pytest.param(lambda: hostile.gif(2, 2, b"!\xfe\0" * 9000, hostile.frame(0, 0, 2, 2)), id="9,000 comments"),
+    ],
+)
+def test_what_an_encoder_may_write_is_well_below_the_limits(make: Callable[[], bytes]) -> None:
+    assert web.prepare_image(web.open_image(io.BytesIO(make())), (224, 224)).shape == (224, 224, 3)
+
+
+# Requests that are no HTTP, and forms that are no forms
+
+
+def part(data: bytes, name: str = 'name="image"; filename="x.png"', more: bytes = b"") -> bytes:
+    return b"--b\r\nContent-Disposition: form-data; " + name.encode() + b"\r\n" + more + b"\r\n" + data + b"\r\n"
+
+
+END = b"--b--\r\n"
+FORM = part(GOOD) + END
+MULTIPART = b"multipart/form-data; boundary="
+
+
+def request(
+    body: bytes = FORM, kind: bytes = MULTIPART + b"b", *more: bytes, length: bytes | None = None, **line: bytes
+) -> bytes:
+    """A request to close the connection after; with another Content-Length, or none where it is empty."""
+    first = b" ".join((line.get("method", b"POST"), line.get("path", b"/predict"), line.get("version", b"HTTP/1.1")))
+    length = b"%d" % len(body) if length is None else length
+    fields = [b"Host: x", b"Connection: close", b"Content-Type: " + kind, *more]
+    fields += [b"Content-Length: " + length] if length else []
+    return b"\r\n".join([first, *fields, b"", b""]) + body
+
+
+def chunked(*chunks: bytes, coding: bytes = b"chunked") -> bytes:
+    return request(b"".join(chunks), MULTIPART + b"b", b"Transfer-Encoding: " + coding, length=b"")
+
+
+def sized(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+# Each with its status and code: 200 has none.
+FORMS: dict[str, tuple[bytes, int, str]] = {
+    "no boundary": (request(kind=b"multipart/form-data"), 400, "missing_image"),
+    "an empty boundary": (request(kind=MULTIPART), 400, "missing_image"),
+    "a boundary that never occurs": (request(kind=MULTIPART + b"never"), 400, "missing_image"),
+    "a boundary of 1,000 characters": (
+        request(FORM.replace(b"--b", b"--" + b"b" * 1000), MULTIPART + b"b" * 1000), 200, "",
+    ),
+    "a boundary of bytes that are no text": (request(kind=MULTIPART + b'"\xff\xfe\x01"'), 400, "bad_request"),
+    "another kind of form": (request(b"image=x", b"application/x-www-form-urlencoded"), 400, "missing_image"),
+    "JSON": (request(b"{}", b"application/json"), 400, "missing_image"),
+    "a kind that is none": (request(kind=b";;;=;"), 400, "missing_image"),
+    "an empty body": (request(b""), 400, "missing_image"),
+    "two images": (request(part(GOOD) + FORM), 400, "bad_request"),
+    "an image among 900 fields": (request(part(b"x", 'name="a"') * 900 + FORM), 200, ""),
+    "5,000 fields": (request(part(b"x", 'name="a"') * 5000 + FORM), 413, "too_large"),
+    "5,000 files": (request(part(b"x", 'name="a"; filename="a"') * 5000 + FORM), 413, "too_large"),
+    "a field of a megabyte": (request(part(b"x" * 2**20, 'name="a"') + FORM), 413, "too_large"),
+    "a field without a name": (request(part(GOOD, 'filename="x.png"') + END), 400, "missing_image"),
+    "a field with an empty name": (request(part(GOOD, 'name=""; filename="x.png"') + END), 400, "missing_image"),
+    "a part without a disposition": (request(b"--b\r\n\r\n" + GOOD + b"\r\n" + END), 400, "missing_image"),
+    "an image that is a text": (request(part(b"hello", 'name="image"') + END), 400, "missing_image"),
+    "an image and a text of its name": (request(part(b"hello", 'name="image"') + FORM), 200, ""),
+    "a file of no name": (request(part(GOOD, 'name="image"; filename=""') + END), 200, ""),
+    "a file name of quotes": (request(part(GOOD, r'name="image"; filename="\"a\";b\\"') + END), 200, ""),
+    "a file name of all scripts": (request(part(GOOD, 'name="image"; filename="日本語 🙂.png"') + END), 200, ""),
+    "a file name of bytes": (request(part(GOOD).replace(b"x.png", b"\xff\xfe\x80") + END), 400, "missing_image"),
+    "a file name that climbs": (request(part(GOOD, 'name="image"; filename="../../etc/passwd"') + END), 200, ""),
+    "a file name of 4,000 letters": (request(part(GOOD, f'name="image"; filename="{"x" * 4000}"') + END), 200, ""),
+    "headers of a part twice": (
+        request(part(GOOD, more=b'Content-Disposition: form-data; name="image"\r\n' * 2) + END), 200, "",
+    ),
+    "a part's header of 100 kB": (request(part(GOOD, more=b"X: " + b"x" * 100_000 + b"\r\n") + END), 200, ""),
+    "10,000 headers of a part": (request(part(GOOD, more=b"X: x\r\n" * 10_000) + END), 200, ""),
+    "a part's header without a colon": (request(part(GOOD, more=b"nonsense\r\n") + END), 200, ""),
+    "a part's length that is wrong": (request(part(GOOD, more=b"Content-Length: -7\r\n") + END), 200, ""),
+    "a part in base64": (request(part(GOOD, more=b"Content-Transfer-Encoding: base64\r\n") + END), 200, ""),
+    "no final boundary": (request(part(GOOD)), 400, "missing_image"),
+    "nothing but boundaries": (request(b"--b\r\n" * 10_000), 400, "missing_image"),
+    "line ends without returns": (
+        request(part(b"").replace(b"\r\n", b"\n").strip(b"\n") + b"\n\n" + GOOD + b"\n--b--\n"), 200, "",
+    ),
+    "a body that is packed": (
+        request(gzip.compress(part(BITMAP) + END), MULTIPART + b"b", b"Content-Encoding: gzip"), 400, "missing_image",
+    ),
+}  # fmt: skip
+
+LINES: dict[str, tuple[bytes, int, str]] = {
+    "a length that is too small": (request(length=b"100"), 400, "missing_image"),
+    "a negative length": (request(length=b"-5"), 400, "bad_request"),
+    "a length that is no number": (request(length=b"many"), 400, "bad_request"),
+    "a length beyond all numbers": (request(length=b"9" * 40), 400, "bad_request"),
+    "a length of 16 exabytes": (request(length=b"9223372036854775807"), 413, "too_large"),
+    "two lengths": (request(FORM, MULTIPART + b"b", b"Content-Length: 7"), 400, "bad_request"),
+    "no length": (request(length=b""), 400, "missing_image"),
+    # The chunks win, as the standard allows, and the connection is closed.
+    "a length and chunks": (
+        request(sized(FORM) + b"0\r\n\r\n", MULTIPART + b"b", b"Transfer-Encoding: chunked"), 200, "",
+    ),
+    "chunks": (chunked(sized(FORM[:50]), sized(FORM[50:]), b"0\r\n\r\n"), 200, ""),
+    "chunks of a byte": (chunked(*(sized(bytes([byte])) for byte in FORM[:3000]), b"0\r\n\r\n"), 400, "missing_image"),
+    "a coding that is unknown": (chunked(FORM, coding=b"gzip"), 400, "bad_request"),
+    "chunks of chunks": (chunked(sized(FORM), b"0\r\n\r\n", coding=b"chunked, chunked"), 501, "not_implemented"),
+    "HTTP/1.0": (request(version=b"HTTP/1.0"), 200, ""),
+    "HTTP/3.7": (request(version=b"HTTP/3.7"), 200, ""),  # taken as the newest that Apache knows
+    "HTTP of letters": (request(version=b"HTTP/x.y"), 400, "bad_request"),
+    "a method in small letters": (request(method=b"post"), 200, ""),
+    "a method of a thousand letters": (request(method=b"X" * 1000), 405, "method_not_allowed"),
+    "a whole address": (request(path=b"http://x/predict"), 200, ""),
+    "the address of another": (request(path=b"http://example.com:99/predict"), 200, ""),
+    "an address of a star": (request(path=b"*"), 400, "bad_request"),
+    "a proxy's request": (request(method=b"CONNECT", path=b"x:443"), 405, "method_not_allowed"),
+    "a NUL in the address": (request(path=b"/pre\0dict"), 400, "bad_request"),
+    "a quoted NUL in the address": (request(path=b"/pre%00dict"), 404, "not_found"),
+    "an address of no text": (request(path=b"/\xff\xfe"), 404, "not_found"),
+    "a NUL in a header": (request(FORM, MULTIPART + b"b", b"X: a\0b"), 400, "bad_request"),
+    "a folded header": (request(FORM, MULTIPART + b"b", b"X: a\r\n b"), 200, ""),
+    "a space before a colon": (request(FORM, MULTIPART + b"b", b"X : a"), 400, "bad_request"),
+    "1,000 headers": (request(FORM, MULTIPART + b"b", *[b"X: a"] * 1000), 400, "bad_request"),
+    "no host": (request().replace(b"Host: x\r\n", b""), 400, "bad_request"),
+    "two hosts": (request(FORM, MULTIPART + b"b", b"Host: y"), 400, "bad_request"),
+    "lines without returns": (request().replace(b"\r\n", b"\n", 6), 400, "bad_request"),
+    "an expectation": (request(FORM, MULTIPART + b"b", b"Expect: 100-continue"), 200, ""),
+    "an upgrade": (request(FORM, MULTIPART + b"b", b"Upgrade: h2c", b"HTTP2-Settings: x"), 200, ""),
+    "a part of the answer": (request(FORM, MULTIPART + b"b", b"Range: bytes=0-1,5-6"), 200, ""),
+    "a TLS hello": (b"\x16\3\1\2\0\1\0\1\xfc\3\3" + b"\0" * 500 + b"\r\n\r\n", 400, "bad_request"),
+    "an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "bad_request"),
+    "HTTP/0.9, to post": (b"POST /predict\r\n", 400, "bad_request"),
+    "a header of 10 MB": (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 10_000_000 + b"\r\n\r\n", 400, "bad_request"),
+}  # fmt: skip
+
+# Bodies that break off, or whose chunks are none. mod_wsgi takes this for a fault of its own: it answers 500, or puts
+# its 500 behind the answer that Apache has given. Only whoever broke the request off can see it.
+BROKEN = {
+    "a length that is too large": request(length=b"%d" % (len(FORM) + 500)),
+    "a chunk of no number": chunked(b"zz\r\n", FORM),
+    "a chunk of a negative number": chunked(b"-5\r\n", FORM),
+    "a chunk beyond all numbers": chunked(b"f" * 20 + b"\r\n", FORM),
+    "a chunk without its line end": chunked(b"5\r\nhelloXX0\r\n\r\n"),
+    "a chunk that is cut off": chunked(sized(FORM[:50]), b"fff\r\nabc"),
+    "a chunk with an endless extension": chunked(b"5;" + b"x" * 100_000 + b"\r\nhello\r\n0\r\n\r\n"),
+    "1,000 trailers": chunked(sized(FORM), b"0\r\n" + b"X: y\r\n" * 1000 + b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", [*FORMS, *LINES])
+def test_a_request_that_no_client_makes_is_answered(service: Service, name: str) -> None:
+    sent, status, code = (FORMS | LINES)[name]
+
+    answer = raw_answer(service, sent)
+
+    if status == 200:
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["success"] is True
+    else:
+        assert_error(answer, status, code)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_body_that_breaks_off_is_answered_in_json(service: Service, name: str) -> None:
+    answer = talk(service, BROKEN[name])
+
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert re.match(rb"HTTP/1.1 (400|413|500) ", head)
+    assert b"Content-Type: application/json" in head
+    first, _ = json.JSONDecoder().raw_decode(body.decode())
+    assert first["success"] is False
+
+
+def test_none_of_them_harms_the_service(unharmed: Service) -> None:
+    """All at once, and without waiting for an answer: each connection is closed as soon as all is sent."""
+    for sent in [*(sent for sent, _, _ in (FORMS | LINES).values()), *BROKEN.values()]:
+        with connected(unharmed) as connection, suppress(ConnectionError):
+            connection.sendall(sent)
+
+
+def connected(service: Service) -> socket.socket:
+    host, port = service.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def talk(service: Service, sent: bytes) -> bytes:
+    """Send this and no more, and return all that comes."""
+    with connected(service) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
+
+
+def test_requests_in_a_row_are_each_answered(service: Service) -> None:
+    one = request().replace(b"Connection: close\r\n", b"")
+
+    answers = talk(service, one * 3 + request(b"", path=b"/nothing", method=b"GET"))
+
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answers) == [b"200", b"200", b"200", b"404"]
+
+
+def test_http_0_9_is_answered_as_it_was(service: Service) -> None:
+    """Without a status, and without headers."""
+    assert talk(service, b"GET /\r\n").startswith(b"Welcome")
+
+
+def test_a_client_that_waits_to_be_told_is_told_to_go_on(service: Service) -> None:
+    asking = request(FORM, MULTIPART + b"b", b"Expect: 100-continue")
+    head = asking[: -len(FORM)]
+    with connected(service) as connection:
+        connection.sendall(head)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(FORM)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
