@@ -39,6 +39,8 @@ KERAS_DOWNLOADS = "https://storage.googleapis.com/tensorflow/keras-applications/
 BUNDLED_MODEL = "models/digits.keras"
 SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")
 IMPORT_NOISE = (b"I0000 ", b"WARNING: All log messages before absl::InitializeLog()")
+# Not Apache's www-data: the web may not send signals to Redis, nor look into it.
+AS_NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --no-new-privs"
 START_LIMIT = 600  # seconds: the largest models take a minute or two
 STOP_LIMIT = 90  # seconds: a model server finishes its batch
 
@@ -57,6 +59,7 @@ def main() -> None:
         "REDIS_PORT": str(settings.REDIS_PORT),
         "OWN_REDIS": str(not redis_answers()).lower(),
         "MODEL_SERVERS": str(settings.MODEL_SERVERS),
+        "AS_NOBODY": AS_NOBODY if os.geteuid() == 0 else "",
     }
     if "MODEL" not in environment:
         environment["MODEL"] = choose_model()
@@ -219,7 +222,8 @@ def given_up(directory: Path) -> list[str]:
 def announce(port: int) -> None:
     """Print what can be pasted."""
     image = shlex.quote(os.path.relpath(APP_ROOT / "images/three.png"))
-    print(f"* Ready on port {port}. Try:\n\n    curl -F image=@{image} http://localhost:{port}/predict\n\n"
+    key = ' -H "Authorization: Bearer $API_KEY"' if settings.API_KEYS else ""  # not which: this goes to a log
+    print(f"* Ready on port {port}. Try:\n\n    curl{key} -F image=@{image} http://localhost:{port}/predict\n\n"
           "* Ctrl-C stops everything", flush=True)  # fmt: skip
 
 

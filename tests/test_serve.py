@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, ROOT, free_port, need, running, wait_until
+from conftest import PATH, ROOT, free_port, model_servers, need, processes_with, running, variables, wait_until
 
 SERVE = str(ROOT / "bin/serve")
 NO_INTERNET = {"https_proxy": "http://127.0.0.1:1"}  # a proxy that nobody runs
@@ -24,27 +25,6 @@ def nothing_cached(tmp_path: Path) -> dict[str, str]:
     need("apache2")
     ports = {"PORT": str(free_port()), "REDIS_PORT": str(free_port()), "REDIS_HOST": "localhost"}
     return {**ports, **NO_INTERNET, "KERAS_HOME": str(tmp_path / "keras")}
-
-
-def variables(pid: int) -> dict[str, str]:
-    """The environment of a process; empty when it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(line.split("=", 1) for line in lines if "=" in line)
-
-
-def processes_with(redis_port: str) -> set[int]:
-    """The processes of the bin/serve that was given this port."""
-    pids = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
-    return {pid for pid in pids if variables(pid).get("REDIS_PORT") == redis_port}
-
-
-def model_servers(redis_port: str) -> set[int]:
-    return {
-        pid for pid in processes_with(redis_port) if b"run_model_server.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    }
 
 
 def files_of_ours() -> set[Path]:
@@ -74,7 +54,7 @@ def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
         [killed] = model_servers(mark)
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: model_servers(mark) - {killed}, "supervision starts another model server")
-        process.wait_for_log("* Model loaded", times=2)
+        process.wait_for_log("* Joined the queue", times=2)
         assert requests.get(f"http://localhost:{nothing_cached['PORT']}/readyz", timeout=10).ok
 
         assert process.stop(signal.SIGINT) == 0
@@ -82,6 +62,59 @@ def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
     assert processes_with(mark) == set()
     assert not Path(run_directory).exists()
     assert files_of_ours() == files
+
+
+def descendants(pid: int) -> dict[int, dict[str, str]]:
+    """The process, its children and theirs, each with what the kernel says of it."""
+    family, found = {pid}, {}
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
+        with suppress(OSError):  # it ended while we looked
+            status = dict(re.findall(r"^(\w+):[ \t]*(.*)$", (folder / "status").read_text(), re.MULTILINE))
+            if int(folder.name) == pid or int(status["PPid"]) in family:
+                family.add(int(folder.name))
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(folder.name)] = {**status, "command": command}
+    return found
+
+
+def listeners(pid: int) -> set[str]:
+    """The addresses that a process listens on, as the kernel writes them."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            inodes.update(re.findall(r"socket:\[(\d+)\]", str(link.readlink())))
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
+MAY_BE_ROOT = r"deploy/serve\.py|supervisor\.supervisord|^\S*apache2 "
+
+
+def test_redis_listens_on_loopback_only_and_hardly_anything_runs_as_root(
+    nothing_cached: dict[str, str], tmp_path: Path
+) -> None:
+    """And with keys, what can be pasted takes one from the environment."""
+    key = "the-key-of-this-test"
+    more = {"MODEL": str(ROOT / "models/digits.keras"), "API_KEYS": key}
+    with running([SERVE], tmp_path / "log", **nothing_cached, **more) as process:
+        process.wait_for_log("* Ready on port")
+        [pasted] = re.findall(r"^ +(curl .*)$", process.log, re.MULTILINE)
+        with_key = os.environ | {"API_KEY": key}
+        answer = subprocess.check_output(pasted, shell=True, cwd=ROOT, text=True, timeout=60, env=with_key)
+        family = descendants(process.popen.pid)
+        [redis] = [pid for pid, each in family.items() if "redis-server" in each["command"]]
+        heard = listeners(redis)
+
+    assert '"label":"3"' in answer.split("}")[0]
+    assert key not in process.log
+    assert heard
+    assert heard <= LOOPBACK
+    assert {"redis-server", "python", "apache2"} <= {each["Name"] for each in family.values()}
+    if os.geteuid() == 0:
+        roots = [each for each in family.values() if "0" in each["Uid"].split()]
+        assert [each["command"] for each in roots if not re.search(MAY_BE_ROOT, each["command"])] == []
+        assert sum(each["Name"] == "apache2" for each in roots) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

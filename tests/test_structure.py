@@ -7,7 +7,16 @@ import sys
 import pytest
 from conftest import ROOT
 
-OURS = {"settings", "helpers", "image_queue", "classifier", "run_web_server", "run_model_server"}
+OURS = {
+    "access",
+    "settings",
+    "helpers",
+    "image_checks",
+    "image_queue",
+    "classifier",
+    "run_web_server",
+    "run_model_server",
+}
 KERAS = {"keras", "tensorflow", "torch", "jax", "classifier"}
 
 
@@ -34,7 +43,8 @@ def test_the_model_side_never_imports_flask() -> None:
 
 @pytest.mark.parametrize(
     ("module", "may_import"),
-    [("settings", set()), ("helpers", set()), ("image_queue", {"settings", "helpers"}),
+    [("settings", set()), ("helpers", set()), ("image_checks", set()),
+     ("access", {"settings", "helpers", "image_queue"}), ("image_queue", {"settings", "helpers"}),
      ("run_model_server", {"settings", "helpers", "image_queue"})],
 )  # fmt: skip
 def test_each_module_imports_only_those_below_it(module: str, may_import: set[str]) -> None:
