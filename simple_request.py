@@ -2,6 +2,7 @@
 """Ask the service what one image shows, and print its answer, most probable first."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,15 +23,24 @@ def full_address(url: str) -> str:
     return url if parts.path.strip("/") else parts._replace(path="/predict").geturl()
 
 
-def post(image: Path, url: str, timeout: float) -> requests.Response:
-    """Send the image as the form field `image`."""
+def api_key(text: str) -> str:
+    """Return the key, without the line's end that a file or a paste may have left."""
+    key = text.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise argparse.ArgumentTypeError("must be letters, digits and signs on one line")
+    return key
+
+
+def post(image: Path, url: str, timeout: float, key: str) -> requests.Response:
+    """Send the image as the form field `image`, with the key where the service wants one."""
     try:
         payload = {"image": image.read_bytes()}
     except OSError as error:
         raise ClientError(f"Cannot read {image} ({error.strerror}): give the path of an image.") from error
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         # A followed redirect would turn the POST into a GET and hide that the address is wrong.
-        return requests.post(full_address(url), files=payload, timeout=timeout, allow_redirects=False)
+        return requests.post(full_address(url), files=payload, headers=headers, timeout=timeout, allow_redirects=False)
     except requests.Timeout as error:
         raise ClientError(f"No answer from {url} in {timeout:g} s: try later or raise --timeout.") from error
     except ValueError as error:  # whatever requests finds wrong with an address is one of these
@@ -58,11 +68,13 @@ def main() -> int:
     parser.add_argument("image", nargs="?", type=Path, default=IMAGE_PATH, help="default: %(default)s")
     parser.add_argument("--url", default=KERAS_REST_API_URL, help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120, help="seconds of silence to bear (%(default)s)")
+    key = os.environ.get("API_KEY", "")
+    parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment's API_KEY")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:
         parser.error("--timeout takes seconds, more than 0 and at most 86400")
     try:
-        print(*predictions(post(options.image, options.url, options.timeout)), sep="\n")
+        print(*predictions(post(options.image, options.url, options.timeout, options.api_key)), sep="\n")
     except ClientError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1

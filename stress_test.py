@@ -16,6 +16,7 @@ Exit code: 0 all answered, 1 some were not, 2 bad arguments, 130 stopped by Ctrl
 import argparse
 import errno
 import json
+import os
 import signal
 import sys
 import threading
@@ -188,10 +189,13 @@ class Target:
     environment: dict[str, Any]
 
     @classmethod
-    def prepare(cls, address: str, image: bytes, timeout: float) -> "Target":
+    def prepare(cls, address: str, image: bytes, timeout: float, key: str = "") -> "Target":
         """Encode the request, and look up here once what requests would look up in every thread."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         with requests.Session() as session:
-            request = session.prepare_request(requests.Request("POST", address, files={"image": image}))
+            request = session.prepare_request(
+                requests.Request("POST", address, files={"image": image}, headers=headers)
+            )
             # Proxies and certificates named by the environment, as requests.post would use them.
             environment = session.merge_environment_settings(request.url or address, {}, False, None, None)
         return cls(request, timeout, dict(environment))
@@ -383,6 +387,14 @@ def address(text: str) -> str:
     return full
 
 
+def api_key(text: str) -> str:
+    """Return the key, without the line's end that a file or a paste may have left."""
+    key = text.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise argparse.ArgumentTypeError("must be letters, digits and signs on one line")
+    return key
+
+
 def image_bytes(text: str) -> bytes:
     """Return the image, read once for all threads."""
     try:
@@ -410,6 +422,8 @@ def command_line() -> argparse.Namespace:
     add("--interval", type=interval, default=SLEEP_COUNT, help="seconds between two starts (%(default)s)")
     add("--concurrency", type=count, metavar="N", help="N clients share out the requests; no --interval then")
     add("--timeout", type=time_limit, default=TIMEOUT, metavar="SECONDS", help="per request (%(default)s)")
+    key = os.environ.get("API_KEY", "")
+    add("--api-key", type=api_key, default=key, metavar="KEY", help="default: the environment's API_KEY")
     add("--json", type=writable, metavar="FILE", help="write the figures and every request there")
     return parser.parse_args()
 
@@ -426,7 +440,7 @@ def main() -> int:
     options = command_line()
     threading.stack_size(STACK_BYTES)
     allow_open_files(min(options.requests, options.concurrency or options.requests) + SPARE_FILES)
-    target = Target.prepare(options.url, options.image, options.timeout)
+    target = Target.prepare(options.url, options.image, options.timeout, options.api_key)
     with tqdm(total=options.requests, unit="request") as bar:
         test = StressTest(target, options.requests, bar)
         signal.signal(signal.SIGINT, test.stop)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -156,7 +157,7 @@ def run_model_server(log: Path, **environment: str) -> Iterator[Process]:
 
 
 @contextmanager
-def run_apache(*, wait: bool = True, **environment: str) -> Iterator[str]:
+def run_apache(*, wait: bool = True, log: Path | None = None, **environment: str) -> Iterator[str]:
     """Run the production site in a private Apache; give its URL, with `wait` when the web answers."""
     need("apache2")
     directory = Path(tempfile.mkdtemp(prefix="keras-rest-api-test-"))
@@ -165,7 +166,7 @@ def run_apache(*, wait: bool = True, **environment: str) -> Iterator[str]:
     options = {"RUN_DIR": str(directory), "APP_PORT": str(port)} | environment
     url = f"http://127.0.0.1:{port}"
     try:
-        with running([str(ROOT / "deploy/apache/run-private")], directory / "log", **options) as process:
+        with running([str(ROOT / "deploy/apache/run-private")], log or directory / "log", **options) as process:
             if wait:
                 wait_until(lambda: responds(url) or not process.alive, f"Apache answers: {process.log}")
                 assert process.alive, process.log
@@ -206,8 +207,7 @@ class Service:
 @contextmanager
 def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterator[Service]:
     """Run Apache and `servers` model servers on a queue of their own, until ready."""
-    queue = f"queue-{free_port()}"
-    environment["IMAGE_QUEUE"] = queue
+    queue = environment.setdefault("IMAGE_QUEUE", f"queue-{free_port()}")
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
@@ -215,7 +215,7 @@ def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterat
             )
             for i in range(servers)
         ]
-        url = stack.enter_context(run_apache(wait=True, **environment))
+        url = stack.enter_context(run_apache(wait=True, log=directory / "apache", **environment))
         for process in processes:
             process.wait_for_log("* Model loaded")
         wait_until(lambda: len(ready(url).get("model_servers", {})) == servers, f"{servers} model servers are alive")
@@ -234,6 +234,84 @@ def service(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running_service
 
 
+def variables(pid: int) -> dict[str, str]:
+    """The environment of a process; empty when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def processes_with(redis_port: str) -> set[int]:
+    """The processes of the bin/serve that was given this port."""
+    pids = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+    return {pid for pid in pids if variables(pid).get("REDIS_PORT") == redis_port}
+
+
+def model_servers(redis_port: str) -> set[int]:
+    return {pid for pid in processes_with(redis_port) if b"run_model_server.py" in command_of(pid)}
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process; empty when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def raw_answer(service: Service, request: bytes) -> requests.Response:
+    """Send bytes that no client library would; return the answer as such a library gives it."""
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(request)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        response = requests.Response()
+        response.status_code = answer.status
+        response.headers.update(answer.getheaders())
+        response._content = answer.read()
+        return response
+
+
+def web_processes(url: str) -> list[int]:
+    """The mod_wsgi daemons of the Apache at `url`."""
+    port = url.rsplit(":", 1)[1]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended while we looked
+            command = (folder / "cmdline").read_bytes()
+            if command.startswith(b"(wsgi:") and f"APP_PORT {port}".encode() in command:
+                found.append(int(folder.name))
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_certificates(directory: Path, name: str = "ca") -> dict[str, str]:
+    """Make an authority of the test's own and a certificate of it for 127.0.0.1; the paths of both and of the key."""
+    files = {part: str(directory / f"{name}-{part}.pem") for part in ("ca", "ca-key", "certificate", "key")}
+    new = [need("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    config = directory / "openssl.cnf"
+    config.write_text(
+        "[req]\ndistinguished_name = name\n[name]\n"
+        "[ca]\nbasicConstraints = critical, CA:TRUE\nkeyUsage = critical, keyCertSign\nsubjectKeyIdentifier = hash\n"
+        "[server]\nsubjectAltName = IP:127.0.0.1, DNS:localhost\nsubjectKeyIdentifier = hash\n"
+        "authorityKeyIdentifier = keyid\n"
+    )
+    new += ["-config", str(config), "-days", "2"]
+    ca, key = ["-out", files["ca"], "-keyout", files["ca-key"]], ["-out", files["certificate"], "-keyout", files["key"]]
+    signed = ["-CA", files["ca"], "-CAkey", files["ca-key"]]
+    subprocess.run([*new, "-extensions", "ca", "-subj", f"/CN={name}", *ca], check=True, capture_output=True)
+    subprocess.run(
+        [*new, "-extensions", "server", "-subj", "/CN=service", *key, *signed], check=True, capture_output=True
+    )
+    return files
+
+
 def assert_error(response: Any, status: int, code: str) -> str:
     """Check the one shape that every error has; return its message."""
     assert response.status_code == status, response.text
@@ -247,3 +325,17 @@ def assert_error(response: Any, status: int, code: str) -> str:
     assert "\n" not in message
     assert "Traceback" not in message
     return message
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the figures that tests recorded, a line each, for the tables of the README."""
+    figures = [
+        (report.nodeid.rpartition("::")[2], value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "figures"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+        for test, value in figures:
+            terminalreporter.write_line(f"{test}: {value}")

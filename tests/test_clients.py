@@ -88,11 +88,13 @@ class FakeService(ThreadingHTTPServer):
         self.changed = threading.Condition()
         self.paths: list[str] = []
         self.bodies: list[bytes] = []
+        self.keys: list[str | None] = []
         self.connections = self.in_flight = self.most_in_flight = 0
 
-    def arrive(self, path: str, body: bytes) -> int:
+    def arrive(self, path: str, body: bytes, key: str | None) -> int:
         with self.changed:
             self.paths.append(path)
+            self.keys.append(key)
             self.bodies.append(body)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -124,7 +126,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        reply = self.server.behaviour(self.server, self.server.arrive(self.path, body))
+        key = self.headers["Authorization"]
+        reply = self.server.behaviour(self.server, self.server.arrive(self.path, body, key))
         self.server.leave()  # before the client can send its next one
         if reply is None:
             self.close_connection = True
@@ -180,16 +183,17 @@ def image(tmp_path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    bare = {name: value for name, value in os.environ.items() if name != "API_KEY"}
+    return bare | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
-def run(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(script: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment() | variables,
         timeout=LIMIT,
         check=False,
         cwd=script.anchor,
@@ -287,6 +291,43 @@ def test_a_client_adds_the_path_only_where_none_is_given(
     # then
     assert done.returncode == 0
     assert service.paths == [posted]
+
+
+@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+@pytest.mark.parametrize(
+    ("arguments", "variable", "sent"),
+    [
+        ([], "", None),
+        (["--api-key", "key-1"], "", "Bearer key-1"),
+        ([], "key-2\n", "Bearer key-2"),
+        (["--api-key", "key-1"], "key-2", "Bearer key-1"),
+    ],
+    ids=["none", "argument", "environment", "both"],
+)
+def test_a_client_sends_the_key_that_it_is_given(
+    serve: Serve, script: str, arguments: list[str], variable: str, sent: str | None
+) -> None:
+    # given
+    service = serve(always(OK))
+    once = [] if script == "simple_request.py" else ["--requests", 1]
+
+    # when
+    done = run(ROOT / script, *once, "--url", service.url, *arguments, API_KEY=variable)
+
+    # then
+    assert done.returncode == 0
+    assert service.keys == [sent]
+
+
+@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+def test_a_client_refuses_a_key_that_no_header_can_carry_and_does_not_show_it(script: str) -> None:
+    # when
+    done = run(ROOT / script, "--api-key", "schl\u00fcssel")
+
+    # then
+    assert done.returncode == 2
+    assert "--api-key: must be letters, digits and signs on one line" in done.stderr
+    assert "schl" not in done.stderr
 
 
 @pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])

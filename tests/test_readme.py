@@ -43,11 +43,21 @@ def test_every_error_of_the_service_is_in_the_table() -> None:
     documented = set(re.findall(r"^\| (\d+) \| `(\w+)` \|", section, re.MULTILINE))
 
     kinds: list[type[helpers.ServiceError]] = [helpers.ServiceError, *helpers.ServiceError.__subclasses__()]
-    site = (ROOT / "deploy/apache/000-default.conf").read_text(encoding="utf-8")
+    site = (ROOT / "deploy/apache/service.conf").read_text(encoding="utf-8")
     apaches = set(re.findall(r'ErrorDocument (\d+) .*?\\"code\\": \\"(\w+)\\"', site))
     assert len(kinds) >= 8
     assert len(apaches) >= 12
     assert documented == {(str(kind.status), kind.code) for kind in kinds} | apaches
+
+
+def test_every_test_of_the_faults_table_is_there_and_every_fault_is_in_it() -> None:
+    tests = "\n".join(re.findall(r"^def (test_\w+)", (ROOT / "tests/test_faults.py").read_text(), re.MULTILINE))
+    others = (ROOT / "tests/test_hostile_input.py").read_text()
+    names = re.findall(r"\| `(\w+)` \|$", README.split("\n## When things die\n")[1].split("\n## ")[0], re.MULTILINE)
+
+    for name in names:
+        assert tests.count(name) == 1 or re.search(rf"def test_\w*{name}", others), name
+    assert sum(name in tests for name in names) == tests.count("test_")
 
 
 def test_the_first_screen_s_curl_line_answers_what_it_shows(service: Service) -> None:
@@ -64,7 +74,7 @@ def test_the_first_screen_s_curl_line_answers_what_it_shows(service: Service) ->
 
 
 @pytest.mark.parametrize(
-    "script", ["bin/serve", "bin/test", "simple_request.py", "stress_test.py", "models/train_digits.py"]
+    "script", ["bin/serve", "bin/test", "bin/audit", "simple_request.py", "stress_test.py", "models/train_digits.py"]
 )
 def test_the_commands_that_it_names_are_there(script: str) -> None:
     assert script in README

@@ -1,0 +1,307 @@
+"""Run the service at a share of its capacity for a long time, and see whether anything grows.
+
+    .venv/bin/python benchmarks/soak.py                    20 minutes at 80% of capacity, the bundled model
+    MODEL=ResNet50 MODEL_WEIGHTS=random .venv/bin/python benchmarks/soak.py --minutes 60
+
+It starts a bin/serve of its own, measures the capacity in a closed loop, then sends at a fixed rate whatever happens,
+and counts each latency from the moment at which the request was due, so that a stall shows in all of those it holds up.
+A line a minute: what was answered, p50 and p99 in ms, the resident size of each process in MB, and Redis' keys (mean of
+a sample a second). The end is compared with minute 2, when caches and pools are warm.
+
+Exit code: 0 nothing grew and nothing was lost, 1 otherwise.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+
+import requests
+from redis import Redis
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from stress_test import percentile  # noqa: E402 - the path comes first
+
+BUNDLED = str(ROOT / "models/digits.keras")
+IMAGES = [(ROOT / f"images/{name}", label) for name, label in (("three.png", "3"), ("seven.jpg", "7"))]
+CLIENTS = 256  # requests that may be in flight, in the closed loop that measures the capacity as in the open one
+CAPACITY_SECONDS = 40.0
+START_LIMIT = 600.0  # seconds
+TIMEOUT = 120.0  # seconds of one request
+GROWTH = 0.05  # share by which the end may exceed minute 2
+FEW_KEYS = 5  # keys: with so few in flight a share says nothing
+DRIFT = 1.25  # p99 of the last third against that of the first: below it is noise of the machine
+PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass
+class Minute:
+    """What was seen within one minute."""
+
+    number: int
+    answered: int = 0
+    lost: int = 0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    keys: float = 0.0
+    resident_mb: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request: the second after the start at which it was due, the seconds from then, and what was wrong."""
+
+    due: float
+    seconds: float
+    wrong: str
+
+    @property
+    def ended(self) -> float:
+        """The second after the start at which the answer was there."""
+        return self.due + self.seconds
+
+
+def free_port() -> int:
+    """Return a port that nothing has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def service(log: Path) -> Iterator[tuple[str, int, int]]:
+    """Run bin/serve; give its URL, its pid and the port of its Redis."""
+    port, redis_port = free_port(), free_port()
+    environment = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}
+    environment = {"MODEL": BUNDLED} | os.environ | environment
+    with log.open("w") as output:
+        process = subprocess.Popen([str(ROOT / "bin/serve")], env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + START_LIMIT
+        while "* Ready on port" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"bin/serve did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/predict", process.pid, redis_port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+
+
+def post(url: str, number: int, check: bool) -> str:
+    """Send one of the images on a connection of its own, as curl does; return what was wrong, "" if nothing.
+
+    With `check` the label must be right, else any will do.
+    """
+    path, label = IMAGES[number % len(IMAGES)]
+    try:
+        with path.open("rb") as image:
+            response = requests.post(url, files={"image": image}, timeout=TIMEOUT)
+        if response.status_code != 200:
+            return f"{response.status_code} {response.json()['error']['code']}"
+        return "wrong label" if check and response.json()["predictions"][0]["label"] != label else ""
+    except (requests.RequestException, ValueError, LookupError) as error:
+        return type(error).__name__
+
+
+def capacity(url: str, check: bool) -> float:
+    """Return the requests a second of CLIENTS in a closed loop, of its second half: the first one warms up."""
+    ends: list[float] = []
+    begun = time.monotonic()
+
+    def client(number: int) -> None:
+        while time.monotonic() < begun + CAPACITY_SECONDS:
+            if not post(url, number, check):
+                ends.append(time.monotonic())
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(client, range(CLIENTS)))
+    half = begun + CAPACITY_SECONDS / 2
+    return sum(half < end < begun + CAPACITY_SECONDS for end in ends) / (CAPACITY_SECONDS / 2)
+
+
+class OpenLoop:
+    """Sends at a fixed rate, whatever the answers do."""
+
+    def __init__(self, url: str, rate: float, seconds: float, check: bool) -> None:
+        self.outcomes: list[Outcome] = []
+        self._url, self._rate, self._check = url, rate, check
+        self.count = int(rate * seconds)
+        self._next = 0
+        self._lock = threading.Lock()
+        self._begun = time.monotonic()
+
+    def run(self) -> None:
+        """Send all and wait for the answers."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for _ in range(CLIENTS):
+                pool.submit(self._send)
+
+    def stop(self) -> None:
+        """Send no more."""
+        self.count = 0
+
+    def _send(self) -> None:
+        while (number := self._take()) < self.count:
+            due = number / self._rate
+            time.sleep(max(0.0, self._begun + due - time.monotonic()))
+            wrong = post(self._url, number, self._check)
+            self.outcomes.append(Outcome(due, time.monotonic() - self._begun - due, wrong))
+
+    def _take(self) -> int:
+        with self._lock:
+            self._next += 1
+            return self._next - 1
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that `pid` started, and those that they started."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found, new = [], [pid]
+    while new:
+        new = [child for each in new for child in parents.get(each, [])]
+        found += new
+    return found
+
+
+def resident_mb(serve: int) -> dict[str, float]:
+    """Return the resident megabytes of each process of the service, by what it is and its pid.
+
+    Apache starts and ends workers as it sees fit, so they count together.
+    """
+    sizes: dict[str, float] = {}
+    for pid in descendants(serve):
+        with suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            size = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_MB
+            name = role(command) if role(command) == "Apache" else f"{role(command)} {pid}"
+            sizes[name] = sizes.get(name, 0) + size
+    return sizes
+
+
+def role(command: str) -> str:
+    """Return what a process is for, by its command line."""
+    for mark, name in (
+        ("run_model_server", "model server"),
+        ("(wsgi:", "web"),
+        ("redis-server", "Redis"),
+        ("apache2", "Apache"),
+        ("supervisord", "supervisor"),
+    ):
+        if mark in command:
+            return name
+    return "other"
+
+
+def watch(loop: OpenLoop, serve: int, redis: Redis, minutes: int) -> list[Minute]:
+    """Return what was seen, a Minute each, while `loop` runs; print each as it ends."""
+    seen = []
+    begun = time.monotonic()
+    progress = tqdm(total=minutes * 60, unit="s", disable=not sys.stderr.isatty())
+    for number in range(1, minutes + 1):
+        keys = []
+        while time.monotonic() < begun + 60 * number:
+            keys.append(redis.dbsize())
+            time.sleep(max(0.0, min(1.0, begun + 60 * number - time.monotonic())))
+            progress.update(int(time.monotonic() - begun) - progress.n)
+        ended = [outcome for outcome in list(loop.outcomes) if 60 * (number - 1) <= outcome.ended < 60 * number]
+        ascending = sorted(outcome.seconds for outcome in ended) or [0.0]
+        right = sum(not outcome.wrong for outcome in ended)
+        p50, p99 = (percentile(ascending, percent) * 1000 for percent in (50, 99))
+        seen.append(Minute(number, right, len(ended) - right, p50, p99, fmean(keys), resident_mb(serve)))
+        tqdm.write(heading(seen[0]) + row(seen[0], seen[0]) if number == 1 else row(seen[-1], seen[0]))
+    progress.close()
+    return seen
+
+
+def heading(first: Minute) -> str:
+    """Return the first two lines of the Markdown table."""
+    names = [re.sub(r" \d+$", "", name) for name in sorted(first.resident_mb)]
+    columns = ["minute", "answered", "lost", "p50 ms", "p99 ms", "keys", *(f"{name} MB" for name in names)]
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+
+
+def row(minute: Minute, first: Minute) -> str:
+    """Return a line of the Markdown table; processes in the order of the first one."""
+    sizes = " | ".join(f"{minute.resident_mb.get(name, float('nan')):.0f}" for name in sorted(first.resident_mb))
+    return (
+        f"| {minute.number} | {minute.answered} | {minute.lost} | {minute.p50_ms:.0f} | {minute.p99_ms:.0f} "
+        f"| {minute.keys:.0f} | {sizes} |"
+    )
+
+
+def verdicts(seen: list[Minute], sent: int, answered: int) -> list[tuple[bool, str]]:
+    """Return each thing that must hold, whether it does and with which figures. Needs four minutes or more."""
+    base, end = seen[1], seen[-1]
+    results = [(answered == sent, f"{sent} requests, {sent - answered} lost")]
+    for name, before in sorted(base.resident_mb.items()):
+        after = end.resident_mb.get(name)
+        if after is None:
+            results.append((False, f"{name} is gone"))
+        else:
+            results.append((after <= before * (1 + GROWTH), f"{name}: {before:.1f} MB, then {after:.1f} MB"))
+    few = end.keys <= base.keys + FEW_KEYS
+    results.append((few or end.keys <= base.keys * (1 + GROWTH), f"keys: {base.keys:.1f}, then {end.keys:.1f}"))
+    third = max(1, (len(seen) - 1) // 3)
+    first, last = (median(minute.p99_ms for minute in part) for part in (seen[1 : 1 + third], seen[-third:]))
+    results.append((last <= first * DRIFT, f"p99 of the first third {first:.0f} ms, of the last {last:.0f} ms"))
+    return results
+
+
+def main() -> int:
+    """Run the soak; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=int, default=20, help="at least 4 (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=0.8, help="of the capacity (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    arguments = parser.parse_args()
+    if arguments.minutes < 4 or not 0 < arguments.share <= 1:
+        parser.error("--minutes must be at least 4, and --share between 0 and 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that bin/serve is stopped then, too
+    log = Path(f"/tmp/soak-{os.getpid()}.log")  # noqa: S108  bin/serve's, for when something goes wrong
+    with service(log) as (url, serve, redis_port):
+        check = os.environ.get("MODEL", BUNDLED) == BUNDLED
+        most = capacity(url, check)
+        rate = most * arguments.share
+        print(f"capacity {most:.1f} requests/s in a closed loop of {CLIENTS}; sending {rate:.1f}/s", flush=True)
+        loop = OpenLoop(url, rate, 60.0 * arguments.minutes, check)
+        sender = threading.Thread(target=loop.run)
+        sender.start()
+        try:
+            seen = watch(loop, serve, Redis(port=redis_port, socket_timeout=30), arguments.minutes)
+            sender.join(TIMEOUT)
+        finally:
+            loop.stop()
+    for wrong, times in Counter(outcome.wrong for outcome in loop.outcomes if outcome.wrong).items():
+        print(f"{times} x {wrong}")
+    results = verdicts(seen, int(rate * 60.0 * arguments.minutes), sum(not outcome.wrong for outcome in loop.outcomes))
+    for holds, text in results:
+        print(f"{'ok  ' if holds else 'FAIL'} {text}")
+    if arguments.json:
+        figures = {"capacity": most, "rate": rate, "minutes": [asdict(minute) for minute in seen]}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0 if all(holds for holds, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Load with known answers, and the means to hurt the processes that bear it, for test_faults.py."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import keras
+import numpy as np
+import requests
+from conftest import ROOT, wait_until
+from PIL import Image
+from redis import Redis
+from samples import saved
+from train_digits import render, split
+
+CLIENTS = 32
+ALIKE = 1e-4  # probabilities closer than this count as the same
+LONGEST = 150  # seconds that any request may take
+
+
+@dataclass(frozen=True)
+class Known:
+    """An image, and the answer that plain Keras gives for it."""
+
+    data: bytes
+    answer: tuple[tuple[str, float], ...]
+
+    def is_right(self, body: Any) -> bool:
+        got = [(each["label"], each["probability"]) for each in body["predictions"]]
+        return [label for label, _ in got] == [label for label, _ in self.answer] and all(
+            abs(mine - theirs) < ALIKE for (_, mine), (_, theirs) in zip(got, self.answer, strict=True)
+        )
+
+
+@cache
+def known_images(count: int = 320) -> list[Known]:
+    """Digits whose answers by the bundled model all differ, so that each shows whose it is."""
+    rng = np.random.default_rng(3)
+    model = keras.saving.load_model(ROOT / "models/digits.keras", compile=False)
+    labels = (ROOT / "models/digits.labels.txt").read_text().split()
+    (digits, _), _ = split()
+    images = [render(digit, "raw", rng) for digit in digits[: count + count // 2]]
+    pixels = [image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for image in images]
+    probabilities = model.predict(np.stack([np.asarray(each, np.float32) for each in pixels]), verbose=0)
+    chosen: list[int] = []
+    for i, row in enumerate(probabilities):
+        if all(np.abs(probabilities[j] - row).max() > 4 * ALIKE for j in chosen):
+            chosen.append(i)
+    assert len(chosen) >= count
+    return [
+        Known(
+            saved(images[i], "PNG"),
+            tuple((labels[k], float(probabilities[i][k])) for k in probabilities[i].argsort()[::-1][:5]),
+        )
+        for i in chosen[:count]
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request: `code` is the JSON error's, or the exception where no answer came."""
+
+    started: float
+    seconds: float
+    status: int
+    code: str
+    message: str
+    retry_after: bool
+
+    @property
+    def right(self) -> bool:
+        return self.status == 200 and not self.code
+
+
+def ask(url: str, image: Known, **options: Any) -> Outcome:
+    """Post one image on a connection of its own, as curl does."""
+    started = time.monotonic()
+    status, message, retry_after = 0, "", False
+    try:
+        response = requests.post(f"{url}/predict", files={"image": image.data}, **{"timeout": LONGEST, **options})
+        status, retry_after = response.status_code, "Retry-After" in response.headers
+        body = response.json()
+        if status == 200:
+            code = "" if image.is_right(body) else "wrong answer"
+        else:
+            code, message = body["error"]["code"], body["error"]["message"]
+    except Exception as error:
+        code = repr(error)[:200]
+    return Outcome(started, time.monotonic() - started, status, code, message, retry_after)
+
+
+class Load:
+    """Clients in a closed loop: each sends its next image when its last one is answered."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.outcomes: list[Outcome] = []
+        self._stopping = threading.Event()
+        images = known_images()
+        self._threads = [
+            threading.Thread(target=self._send, args=[images[i::CLIENTS]], daemon=True) for i in range(CLIENTS)
+        ]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(LONGEST)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+    def _send(self, images: list[Known]) -> None:
+        number = 0
+        while not self._stopping.is_set():
+            self.outcomes.append(ask(self.url, images[number % len(images)]))
+            number += 1
+
+    def wait_for(self, more: int, seconds: float = 120) -> None:
+        """Wait for so many answers to requests that are sent from now on, so that what is asked now is behind them."""
+        now = time.monotonic()
+        wait_until(lambda: sum(o.started > now for o in self.outcomes) >= more, f"{more} more answers", seconds)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """What was not answered rightly, counted by status and code."""
+        return dict(Counter(f"{o.status} {o.code}" for o in self.outcomes if not o.right))
+
+    @property
+    def figures(self) -> str:
+        """What the README's table says of the run."""
+        longest = max(o.seconds for o in self.outcomes)
+        return f"{len(self.outcomes)} requests, {sum(self.failures.values())} lost, longest {longest:.1f} s"
+
+
+def in_flight(redis: Redis, queue: str, server: str = "*") -> int:
+    """How many jobs model servers have taken and not yet answered."""
+    return sum(redis.llen(key) for key in redis.keys(f"{queue}:taken:{server}"))
+
+
+def freeze_in_mid_batch(pid: int, count: Callable[[], int], least: int = 4) -> int:
+    """Stop a model server at a moment when it has a batch of `least` jobs or more; return how many."""
+
+    def frozen() -> int:
+        os.kill(pid, signal.SIGSTOP)
+        jobs = count()
+        if jobs >= least:
+            return jobs
+        os.kill(pid, signal.SIGCONT)
+        return 0
+
+    jobs: int = wait_until(frozen, f"{pid} has a batch", 60)
+    return jobs
