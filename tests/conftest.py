@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
 import requests
@@ -142,10 +142,19 @@ def answers(client: Redis) -> bool:
 
 @pytest.fixture
 def redis(redis_port: int) -> Iterator[Redis]:
-    """A client of the test run's Redis, on a database that is empty before and after."""
+    """A client of the test run's Redis, in which a test leaves nothing behind.
+
+    Services of the test run have queues of their own there, and go on living.
+    """
     client = Redis(port=redis_port, socket_timeout=5)
     yield client
-    client.flushdb()
+    for key in own_keys(client):
+        client.delete(key)
+
+
+def own_keys(redis: Redis) -> list[bytes]:
+    """Every key but those of the services that the tests run, whose queues are queue-<number>."""
+    return [key for key in cast(list[bytes], redis.keys("*")) if not key.startswith(b"queue-")]
 
 
 @contextmanager

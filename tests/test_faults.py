@@ -327,10 +327,10 @@ def test_five_graceful_reloads_fail_next_to_no_request(
     record_property("figures", load.figures)
 
 
-def test_a_request_that_began_before_a_graceful_reload_is_answered_after_it(
+def test_a_request_that_begins_before_a_graceful_reload_and_ends_after_it_is_told_to_come_again(
     redis_port: int, tmp_path: Path, record_property: Record
 ) -> None:
-    """An old worker holds the first half of its headers, and finds the new web processes with the rest."""
+    """An old worker holds the first half of its headers when its web processes, which the rest is for, are no more."""
     image = known_images()[0]
     request = requests.Request("POST", "http://x/predict", files={"image": image.data}).prepare()
     assert isinstance(request.body, bytes)
@@ -346,9 +346,9 @@ def test_a_request_that_began_before_a_graceful_reload_is_answered_after_it(
         answer.begin()
         body = answer.read()
 
-    assert answer.status == 200, body
-    assert image.is_right(json.loads(body))
-    record_property("figures", "answered")
+    assert (answer.status, json.loads(body)["error"]["code"]) == (503, "unavailable"), body
+    assert answer.getheader("Retry-After")
+    record_property("figures", "503 unavailable with Retry-After")
 
 
 def is_accepted(connection: socket.socket) -> bool:

@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from conftest import free_port, run_redis, wait_until
+from conftest import free_port, own_keys, run_redis, wait_until
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -90,7 +90,7 @@ def test_an_answered_image_leaves_no_key(redis: Redis, web: WebQueue, server: Se
     server.answer(batch.jobs, [ANSWER], batch.entries)
 
     assert asked.result(10) == ANSWER
-    assert redis.keys("*") == [server.heartbeat.encode()]
+    assert own_keys(redis) == [server.heartbeat.encode()]
 
 
 def test_a_job_that_is_answered_is_not_queued_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
@@ -150,7 +150,7 @@ def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: Web
     wait_until(lambda: web.waiting() == 1, "another job waits")
 
     kinds = {}
-    for key in (key.decode() for key in cast(list[bytes], redis.keys("*"))):
+    for key in (key.decode() for key in own_keys(redis)):
         assert key.startswith(settings.IMAGE_QUEUE)
         kinds[re.sub(r":[^:]*$", "", key)] = redis.pttl(key)
     eternal = {kind for kind, ttl in kinds.items() if ttl == -1}
@@ -516,7 +516,7 @@ def test_a_request_that_times_out_leaves_no_key(redis: Redis, web: WebQueue) -> 
     with pytest.raises(image_queue.ResultTimeout):
         web.ask("aW1hZ2U=", time.time() + 0.5)
 
-    assert redis.keys("*") == []
+    assert own_keys(redis) == []
 
 
 def test_pushing_twice_makes_one_job(redis: Redis, web: WebQueue) -> None:
