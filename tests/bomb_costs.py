@@ -1,4 +1,7 @@
-"""Print what each bomb of hostile.py costs the web, one JSON object a line: seconds of CPU, megabytes of memory."""
+"""Print what each bomb of hostile.py costs the web, one JSON object a line: seconds of CPU, megabytes of memory.
+
+Other load on a machine makes even CPU time up to twice as long; a fixed piece of work beside it takes that out.
+"""
 
 import ctypes
 import json
@@ -6,7 +9,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -17,6 +23,8 @@ import samples  # noqa: E402
 import run_web_server as web  # noqa: E402
 from helpers import ServiceError  # noqa: E402
 
+QUIET = 0.022  # seconds
+
 
 def main() -> None:
     web.keep_memory_small()
@@ -24,19 +32,39 @@ def main() -> None:
         outcome(samples.saved(hostile.SMALL, form))
     for name, make in hostile.BOMBS.items():
         data = make()
-        child = os.fork()
-        if not child:
-            print(json.dumps({"name": name} | cost(data)), flush=True)
-            os._exit(0)
-        os.waitpid(child, 0)
+        costs = [in_a_child(partial(cost, data)) for _ in range(3)]
+        # The least of three, since what else the machine does only adds to it.
+        print(json.dumps({"name": name} | min(costs, key=lambda cost: cost["seconds"])), flush=True)
 
 
-def cost(data: bytes) -> dict[str, object]:
+def in_a_child(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `measure` returns in a process that nothing else was measured in."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, json.dumps(measure()).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as printed:
+        measured: dict[str, Any] = json.load(printed)
+    os.waitpid(child, 0)
+    return measured
+
+
+def cost(data: bytes) -> dict[str, Any]:
     ctypes.CDLL(None).malloc_trim(0)  # so that what was free before is not used unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak is the present
     before, started = peak_megabytes(), time.process_time()
     end = outcome(data)
-    return {"outcome": end, "seconds": time.process_time() - started, "megabytes": peak_megabytes() - before}
+    seconds = time.process_time() - started
+    return {"outcome": end, "seconds": seconds / slowness(), "megabytes": peak_megabytes() - before}
+
+
+def slowness() -> float:
+    """How much longer than on the quiet machine that the limit is for a fixed piece of Python takes now; 1 or more."""
+    started = time.process_time()
+    sum(number % 7 for number in range(500_000))
+    return max(1.0, (time.process_time() - started) / QUIET)
 
 
 def outcome(data: bytes) -> str:

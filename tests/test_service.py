@@ -218,8 +218,8 @@ def test_a_web_process_that_dies_with_a_request_gives_json(redis: Redis) -> None
 
 @pytest.fixture(scope="module")
 def lonely(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
-    """A service without a model server, with short limits; and the name of its queue."""
-    queue = f"queue-{free_port()}"
+    """A service without a model server, with short limits; and the name of its queue, which each test leaves empty."""
+    queue = f"lonely-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="2", MAX_QUEUE="3") as url:
         yield Service(url), queue
 
