@@ -16,7 +16,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,23 +30,21 @@ from statistics import fmean, median
 
 import requests
 from redis import Redis
+from system import ROOT, START_LIMIT, command_line, descendants, free_port, resident_mb, role
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stress_test import percentile  # noqa: E402 - the path comes first
+from stress_test import percentile
 
 BUNDLED = str(ROOT / "models/digits.keras")
 IMAGES = [(ROOT / f"images/{name}", label) for name, label in (("three.png", "3"), ("seven.jpg", "7"))]
 CLIENTS = 256  # requests that may be in flight, in the closed loop that measures the capacity as in the open one
 CAPACITY_SECONDS = 40.0
-START_LIMIT = 600.0  # seconds
 TIMEOUT = 120.0  # seconds of one request
 GROWTH = 0.05  # share by which the end may exceed minute 2
 FEW_KEYS = 5  # keys: with so few in flight a share says nothing
 DRIFT = 1.25  # p99 of the last third against that of the first: below it is noise of the machine
-PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @dataclass
@@ -75,14 +72,6 @@ class Outcome:
     def ended(self) -> float:
         """The second after the start at which the answer was there."""
         return self.due + self.seconds
-
-
-def free_port() -> int:
-    """Return a port that nothing has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -171,20 +160,7 @@ class OpenLoop:
             return self._next - 1
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the processes that `pid` started, and those that they started."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-    found, new = [], [pid]
-    while new:
-        new = [child for each in new for child in parents.get(each, [])]
-        found += new
-    return found
-
-
-def resident_mb(serve: int) -> dict[str, float]:
+def sizes_mb(serve: int) -> dict[str, float]:
     """Return the resident megabytes of each process of the service, by what it is and its pid.
 
     Apache starts and ends workers as it sees fit, so they count together.
@@ -192,25 +168,10 @@ def resident_mb(serve: int) -> dict[str, float]:
     sizes: dict[str, float] = {}
     for pid in descendants(serve):
         with suppress(OSError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            size = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_MB
-            name = role(command) if role(command) == "Apache" else f"{role(command)} {pid}"
+            kind, size = role(command_line(pid)), resident_mb(pid)
+            name = kind if kind == "Apache" else f"{kind} {pid}"
             sizes[name] = sizes.get(name, 0) + size
     return sizes
-
-
-def role(command: str) -> str:
-    """Return what a process is for, by its command line."""
-    for mark, name in (
-        ("run_model_server", "model server"),
-        ("(wsgi:", "web"),
-        ("redis-server", "Redis"),
-        ("apache2", "Apache"),
-        ("supervisord", "supervisor"),
-    ):
-        if mark in command:
-            return name
-    return "other"
 
 
 def watch(loop: OpenLoop, serve: int, redis: Redis, minutes: int) -> list[Minute]:
@@ -228,7 +189,7 @@ def watch(loop: OpenLoop, serve: int, redis: Redis, minutes: int) -> list[Minute
         ascending = sorted(outcome.seconds for outcome in ended) or [0.0]
         right = sum(not outcome.wrong for outcome in ended)
         p50, p99 = (percentile(ascending, percent) * 1000 for percent in (50, 99))
-        seen.append(Minute(number, right, len(ended) - right, p50, p99, fmean(keys), resident_mb(serve)))
+        seen.append(Minute(number, right, len(ended) - right, p50, p99, fmean(keys), sizes_mb(serve)))
         tqdm.write(heading(seen[0]) + row(seen[0], seen[0]) if number == 1 else row(seen[-1], seen[0]))
     progress.close()
     return seen

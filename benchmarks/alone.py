@@ -1,0 +1,108 @@
+"""What the hardware allows, each measured in a process of its own: printed as a line of JSON.
+
+    alone.py model SIZE WAY    images/s of ResNet50 alone in batches of SIZE; WAY is plain, xla or predict
+    alone.py prepare IMAGE     images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
+    alone.py load              seconds that the model server's model takes to load and to warm up
+
+The model is untrained, which costs the same.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+SECONDS = 8.0  # that each measurement lasts
+TARGET = (224, 224)
+
+
+def rate(call: Callable[[], object], seconds: float = SECONDS) -> float:
+    """Return the median seconds of a call, after two that warm up."""
+    call()
+    call()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 5:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def model(size: int, way: str) -> dict[str, float]:
+    """Return images/s of ResNet50 in batches of `size`, raw pixels in, probabilities out."""
+    import keras  # noqa: PLC0415 - only here
+
+    network = keras.applications.ResNet50(weights=None)
+    network.compile(jit_compile=way == "xla")
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.float32)
+    if way == "predict":
+        return {"per_s": size / rate(lambda: network.predict(pixels, verbose=0))}
+    return {"per_s": size / rate(lambda: network.predict_on_batch(pixels))}
+
+
+def decode(data: bytes, draft: bool = True) -> object:
+    """Decode a file and resize it, with nothing around it."""
+    image = Image.open(io.BytesIO(data))
+    if draft:
+        image.draft(None, TARGET)
+    return np.asarray(image.convert("RGB").resize(TARGET, Image.Resampling.BICUBIC))
+
+
+def count_decodes(data: bytes, start: float) -> int:
+    """Return how many are done in SECONDS from `start` on, of time.time()."""
+    time.sleep(max(0.0, start - time.time()))
+    done = 0
+    while time.time() < start + SECONDS:
+        decode(data)
+        done += 1
+    return done
+
+
+def prepare(path: str) -> dict[str, float]:
+    """Return images/s on all cores at once, and ms of one image by itself, in draft mode and without."""
+    data = Path(path).read_bytes()
+    cores = os.cpu_count() or 1
+    one = rate(lambda: decode(data), SECONDS / 4)
+    full = rate(lambda: decode(data, draft=False), SECONDS / 4)
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        done = pool.starmap(count_decodes, [(data, time.time() + 2)] * cores)
+    return {"per_s": sum(done) / SECONDS, "one_ms": 1000 * one, "full_ms": 1000 * full}
+
+
+def load() -> dict[str, float]:
+    """Return the seconds of each step of a model server's start."""
+    started = time.perf_counter()
+    import classifier  # noqa: PLC0415 - is measured
+
+    imported = time.perf_counter()
+    loaded = classifier.load()
+    built = time.perf_counter()
+    loaded.warm_up()
+    return {"import_s": imported - started, "load_s": built - imported, "warm_up_s": time.perf_counter() - built}
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    what, *words = sys.argv[1:]
+    if what == "model":
+        figures = model(int(words[0]), words[1])
+    elif what == "prepare":
+        figures = prepare(words[0])
+    else:
+        figures = load()
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Measure everything in one run on this machine, and write what came out as Markdown, JSON and charts.
+
+    bin/bench                       all parts, about 25 minutes
+    bin/bench limits plumbing       some of them
+    bin/bench --seconds 60          each load for longer, on a noisy machine
+
+What is compared is measured within one run, and given as a ratio: the same machine is up to twice as fast an hour
+later. The load comes from the same cores (closed_loop.py), as cheaply as it can.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import report
+from redis import Redis
+from system import (
+    ROOT,
+    Service,
+    apache,
+    application,
+    child,
+    directory,
+    free_port,
+    redis_server,
+    responds,
+    running,
+    service,
+    wait_until,
+)
+from tqdm import tqdm
+
+from images import write_images
+
+RESNET50 = {"MODEL": "ResNet50", "MODEL_WEIGHTS": "random"}
+HERE = ROOT / "benchmarks"
+LIMITS_SIZES = (1, 8, 32)
+CLIENTS = (1, 8, 64, 256)
+PHOTO = "png-432kB"  # the tutorial's kind of upload, on which the targets are
+FIXED_SECONDS = 5.0  # of work for each server of fixed cost
+
+Figures = dict[str, Any]
+
+
+class Bench:
+    """One run: its pictures, how long each load lasts, and what was measured so far."""
+
+    def __init__(self, scratch: Path, seconds: float, progress: "tqdm[Any]") -> None:
+        self.seconds = seconds
+        self.images = write_images(scratch)
+        self.scratch = scratch
+        self.figures: Figures = {}
+        self._progress = progress
+
+    def say(self, what: str) -> None:
+        """Show what is being measured."""
+        self._progress.set_description(what)
+        self._progress.update()
+
+    def load(self, url: str, image: str, clients: int, seconds: float | None = None) -> Figures:
+        """Return what clients in a closed loop get."""
+        self.say(f"{clients} clients, {image}")
+        words = [url, str(self.images[image]), str(clients), str(seconds or self.seconds)]
+        return dict(child("closed_loop.py", *words))
+
+    def watched(self, running_service: Service, image: str, clients: int, seconds: float | None = None) -> Figures:
+        """Return what clients get, and what it cost the service."""
+        before, sent = running_service.cpu_seconds(), running_service.redis_bytes()
+        logged, begun = running_service.log.stat().st_size, time.monotonic()
+        figures = self.load(running_service.url, image, clients, seconds)
+        took = time.monotonic() - begun
+        after = running_service.cpu_seconds()
+        return figures | {
+            "cores": {name: (after[name] - before.get(name, 0.0)) / took for name in sorted(after)},
+            "peak_mb": running_service.peak_mb(),
+            "redis_mb_per_request": (running_service.redis_bytes() - sent) / figures["requests"] / 1e6,
+            "batches": batch_sizes(running_service.log, logged),
+        }
+
+    def limits(self) -> None:
+        """Measure the model alone and the decoding alone."""
+        model = {}
+        for size in LIMITS_SIZES:
+            for way in ("plain", "xla", "predict"):
+                self.say(f"the model alone, batches of {size}, {way}")
+                model[f"{way} {size}"] = child("alone.py", "model", str(size), way)["per_s"]
+        self.figures["model"] = model
+        self.figures["prepare"] = {name: self._prepare(name) for name in self.images}
+
+    def _prepare(self, name: str) -> Figures:
+        self.say(f"decoding alone, {name}")
+        return dict(child("alone.py", "prepare", str(self.images[name])))
+
+    def resnet50(self) -> None:
+        """Measure the whole service with ResNet50."""
+        with service(RESNET50) as ours:
+            rows = {
+                f"{PHOTO} x {clients}": self.watched(ours, PHOTO, clients, self._long(clients)) for clients in CLIENTS
+            }
+            for name in self.images:
+                if name != PHOTO:
+                    rows[f"{name} x 64"] = self.watched(ours, name, 64, self._long(64))
+            self.figures["resnet50"] = rows
+            self.figures["bursts"] = {"500 x 0.05 s": self._burst(ours, 0.05), "500 at once": self._burst(ours, 0)}
+
+    def _by_clients(self, running_service: Service, counts: Iterable[int]) -> Figures:
+        return {f"{PHOTO} x {n}": self.watched(running_service, PHOTO, n, self._long(n)) for n in counts}
+
+    def _long(self, clients: int) -> float:
+        # Each of 256 clients needs several answers of a model that gives a dozen a second.
+        return self.seconds * (1 if clients <= 64 else 2)
+
+    def _burst(self, running_service: Service, interval: float) -> Figures:
+        self.say(f"stress_test.py --interval {interval:g}")
+        written = self.scratch / "burst.json"
+        logged = running_service.log.stat().st_size
+        command = [sys.executable, str(ROOT / "stress_test.py"), "--url", f"{running_service.url}/predict"]
+        command += ["--image", str(self.images[PHOTO]), "--interval", str(interval), "--json", str(written)]
+        subprocess.run(command, capture_output=True, check=False)
+        figures: Figures = json.loads(written.read_text())
+        del figures["results"]
+        return figures | {"batches": batch_sizes(running_service.log, logged)}
+
+    def tutorial(self) -> None:
+        """Measure the tutorial's design, rebuilt."""
+        with application(loads("tutorial_web")) as root:
+            (root / "run_model_server.py").symlink_to(HERE / "tutorial_server.py")
+            with service({}, root=root, APACHE_DEFINES="WEB_PROCESSES=1 WEB_THREADS=10") as theirs:
+                self.figures["tutorial"] = self._by_clients(theirs, (1, 64))
+
+    def plumbing(self) -> None:
+        """Measure the service around a model that costs nothing, and decoding alone behind the same Apache."""
+        model = self.scratch / "costless.keras"
+        subprocess.run([sys.executable, str(HERE / "costless.py"), str(model)], check=True, capture_output=True)
+        rows = {}
+        with service({"MODEL": str(model)}) as ours:
+            for name in self.images:
+                rows[f"service, {name} x 64"] = self.watched(ours, name, 64)
+            rows[f"service, {PHOTO} x 1"] = self.watched(ours, PHOTO, 1)
+        with (
+            application(loads("decode_only")) as root,
+            directory() as logs,
+            apache(root, os.environ, logs / "apache") as url,
+        ):
+            for name in self.images:
+                rows[f"decode only, {name} x 64"] = self.load(url, name, 64)
+            rows[f"decode only, {PHOTO} x 1"] = self.load(url, PHOTO, 1)
+        self.figures["plumbing"] = rows
+
+    def servers(self) -> None:
+        """Measure 1, 2, 4 and 8 model servers of fixed cost, fed from a queue that is full."""
+        self.figures["servers"] = {str(count): self._drain(count) for count in (1, 2, 4, 8)}
+
+    def _drain(self, servers: int) -> float:
+        """Return images/s of so many servers, in batches of one, which take 20 ms."""
+        self.say(f"{servers} model servers of fixed cost")
+        jobs = int(servers * FIXED_SECONDS / 0.02)
+        with directory() as logs, redis_server(logs / "redis") as redis:
+            port = str(redis.connection_pool.connection_kwargs["port"])
+            environment = {**os.environ, "REDIS_PORT": port, "REDIS_HOST": "127.0.0.1", "BATCH_SIZE": "1"}
+            pending = json.dumps({"image": "A" * 200_704, "deadline": time.time() + 600})
+            log = logs / "model-servers"
+            with fixed_cost_servers(servers, environment, log):
+                wait_until(lambda: log.read_text().count("* Joined the queue") == servers, f"they join; see {log}", 60)
+                with redis.pipeline(transaction=True) as together:
+                    for number in range(jobs):
+                        together.rpush("image_queue", f'{{"id": "job{number}", {pending[1:]}')
+                    together.execute()
+                begun = time.perf_counter()
+                # Nothing is left but answers and heartbeats; counting the answers themselves takes Redis' time.
+                wait_until(lambda: redis.dbsize() == jobs + servers and results(redis) == jobs, "all are answered", 120)
+                return jobs / (time.perf_counter() - begun)
+
+    def start(self) -> None:
+        """Measure how long bin/serve takes to the first answer, and the model and the web alone."""
+        self.say("start-up")
+        steps = child("alone.py", "load", environment=RESNET50)
+        port, redis_port = free_port(), free_port()
+        ports = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}
+        environment = {**os.environ, **RESNET50, **ports}
+        log = self.scratch / "serve.log"
+        begun = time.perf_counter()
+        with running([str(ROOT / "bin/serve")], environment, log):
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda: responds(f"{url}/livez"), f"the web answers; see {log}")
+            web = time.perf_counter() - begun
+            child("closed_loop.py", url, str(self.images[PHOTO]), "1", "1")
+            self.figures["start"] = {"first_answer_s": time.perf_counter() - begun, "web_s": web, **steps}
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "limits": Bench.limits,
+    "resnet50": Bench.resnet50,
+    "tutorial": Bench.tutorial,
+    "plumbing": Bench.plumbing,
+    "servers": Bench.servers,
+    "start": Bench.start,
+}
+
+
+@contextmanager
+def fixed_cost_servers(count: int, environment: dict[str, str], log: Path) -> Iterator[None]:
+    """Run so many model servers whose model sleeps."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(running([sys.executable, str(HERE / "fixed_cost_server.py")], environment, log))
+        yield
+
+
+def loads(module: str) -> str:
+    """Return a .wsgi file that serves the app of a module of this folder."""
+    return f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom {module} import app as application\n"
+
+
+def results(redis: Redis) -> int:
+    """Return how many answers are there."""
+    return sum(1 for _ in redis.scan_iter("image_queue:result:*", count=10_000))
+
+
+def batch_sizes(log: Path, start: int) -> dict[str, Any]:
+    """Return the mean and the most images of a batch, of the lines after byte `start` of a model server's log."""
+    sizes = [int(size) for size in re.findall(r"\* Batch size: \((\d+),", log.read_bytes()[start:].decode())]
+    if not sizes:
+        return {}
+    common = Counter(sizes).most_common(3)
+    return {"mean": sum(sizes) / len(sizes), "most": max(sizes), "count": len(sizes), "common": common}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were taken on."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine(), "python": platform.python_version()}
+
+
+def main() -> None:
+    """Run the parts that are asked for, and write the report after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--seconds", type=float, default=30, help="that each load lasts (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder to write to (default: %(default)s)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}, but {', '.join(PARTS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with directory() as scratch, tqdm(unit=" measured", disable=not sys.stderr.isatty()) as progress:
+        bench = Bench(scratch, arguments.seconds, progress)
+        bench.figures["machine"] = machine()
+        for name in arguments.parts or PARTS:
+            PARTS[name](bench)
+            report.write(bench.figures, arguments.out)
+    print((arguments.out / "bench.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Clients in a closed loop, cheap enough to share the cores with what they measure: one process, plain sockets.
+
+    load.py URL IMAGE CLIENTS SECONDS
+
+Each client keeps its connection and sends its next request when it has its answer. A request costs this program about
+0.2 ms of CPU, where 64 threads of `requests` take 2 ms, of the same two cores that serve it. The first fifth of the
+time warms up and counts for nothing. Prints a line of JSON; latencies in ms.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stress_test import percentile
+
+BOUNDARY = "yardstick"
+LIMIT = 120.0  # seconds that an answer may take
+WARM_UP = 0.2  # share of the time
+
+
+def request(host: str, image: bytes) -> bytes:
+    """Return the bytes of a POST of `image` to /predict, as curl -F makes it."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="image"\r\n\r\n'
+    body = head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+    return (
+        f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
+async def answer(reader: asyncio.StreamReader) -> bool:
+    """Read an answer; return whether it is a prediction."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    length = int(head.split("content-length:")[1].split("\r\n")[0])
+    body = await reader.readexactly(length)
+    return head.startswith("http/1.1 200 ") and json.loads(body)["success"] is True
+
+
+async def client(host: str, data: bytes, until: float, ends: list[tuple[float, float]], failures: list[str]) -> None:
+    """Send one request after the other until `until`; put (end, latency) of each into `ends`, in seconds."""
+    name, _, port = host.partition(":")
+    reader = writer = None
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        try:
+            if writer is None or reader is None:
+                reader, writer = await asyncio.open_connection(name, int(port))
+            writer.write(data)
+            right = await asyncio.wait_for(answer(reader), LIMIT)
+        except (OSError, EOFError, ValueError, LookupError, TimeoutError) as error:
+            failures.append(repr(error))
+            if writer:
+                writer.close()
+            writer = None
+            continue
+        now = time.perf_counter()
+        ends.append((now, now - started)) if right else failures.append("no prediction")
+    if writer:
+        writer.close()
+
+
+async def closed_loop(url: str, image: bytes, clients: int, seconds: float) -> dict[str, float]:
+    """Return the figures of `clients` in a closed loop for `seconds`."""
+    host = urlsplit(url).netloc
+    data = request(host, image)
+    ends: list[tuple[float, float]] = []
+    failures: list[str] = []
+    begun = time.perf_counter()
+    cpu = time.process_time()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(client(host, data, begun + seconds, ends, failures))
+    cpu = time.process_time() - cpu
+    everything = len(ends) + len(failures)
+    # Those that are answered while all clients ask: not the warm-up, and not the last ones, whom nobody follows.
+    counted = [(end, latency) for end, latency in ends if begun + seconds * WARM_UP < end <= begun + seconds]
+    return summary(counted) | {"failed": len(failures), "requests": everything, "client_ms": 1000 * cpu / everything}
+
+
+def summary(counted: list[tuple[float, float]]) -> dict[str, float]:
+    """Return throughput per second and latencies in ms of requests (end, latency) in seconds.
+
+    The throughput is from the first end to the last, since a batch's answers come all at once.
+    """
+    ends = sorted(end for end, _ in counted)
+    latencies = sorted(1000 * latency for _, latency in counted)
+    if not ends:
+        return {"per_s": 0.0}
+    first = sum(end < ends[0] + 0.05 for end in ends)  # the answers of the batch that the time begins with
+    span = ends[-1] - ends[0]
+    ranks = {f"p{rank}": percentile(latencies, rank) for rank in (50, 95, 99)}
+    return {"per_s": (len(ends) - first) / span if span else 0.0, "mean": fmean(latencies), **ranks}
+
+
+def main() -> None:
+    """Run the load that the command line asks for."""
+    url, image, clients, seconds = sys.argv[1:]
+    print(json.dumps(asyncio.run(closed_loop(url, Path(image).read_bytes(), int(clients), float(seconds)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A model server whose model takes 20 ms a batch and no CPU, as a GPU would: what is left is what the service costs.
+
+All of run_model_server.py but for the network, which is a stand-in here: it sleeps. MODEL_MS is its time a batch.
+"""
+
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import run_model_server
+import settings
+
+SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
+
+
+class Sleeper:
+    """A classifier of one class that waits for its answer."""
+
+    shape = (settings.IMAGE_HEIGHT, settings.IMAGE_WIDTH, settings.IMAGE_CHANS)
+    slowest = SECONDS
+
+    def warm_up(self) -> None:
+        """Do nothing: there is nothing to compile."""
+
+    def classify(self, images: Any) -> list[list[tuple[str, float]]]:
+        """Return the one class for each image, after the time that a batch takes."""
+        time.sleep(SECONDS)
+        return [[("something", 1.0)] for _ in images]
+
+
+stand_in: Any = types.ModuleType("classifier")
+stand_in.load = Sleeper
+stand_in.describe = lambda: {"model": "sleeper", "weights": "none"}
+sys.modules["classifier"] = stand_in
+
+if __name__ == "__main__":
+    sys.exit(run_model_server.main())

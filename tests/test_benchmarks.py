@@ -1,0 +1,103 @@
+"""The yardstick itself: what it counts, and what it makes of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Service
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import closed_loop
+import report
+import system
+
+import images
+
+FIGURES = {
+    "machine": {"cpu": "a processor", "cores": 2, "python": "3.11"},
+    "model": {"plain 1": 10.0, "xla 8": 12.0, "predict 1": 3.0},
+    "prepare": {"png-432kB": {"per_s": 60.0, "one_ms": 30.0, "full_ms": 30.0}},
+}
+
+
+def closed(url: str, image: Path, clients: int) -> dict[str, float]:
+    return system.child("closed_loop.py", url, str(image), str(clients), "2")
+
+
+def test_clients_in_a_closed_loop_are_counted(service: Service) -> None:
+    figures = closed(service.url, ROOT / "images/three.png", 8)
+
+    assert figures["failed"] == 0
+    assert figures["requests"] >= figures["per_s"] > 0
+    assert 0 < figures["p50"] <= figures["p95"] <= figures["p99"]
+
+
+def test_an_answer_that_is_no_prediction_is_a_failure(service: Service) -> None:
+    figures = closed(service.url, ROOT / "README.md", 2)
+
+    assert figures["failed"] == figures["requests"] > 0
+    assert figures["per_s"] == 0
+
+
+def test_throughput_does_not_count_the_batch_that_the_time_begins_with() -> None:
+    four_a_second = [(second + place / 1000, 0.5) for second in (1.0, 2.0, 3.0) for place in range(4)]
+
+    assert closed_loop.summary(four_a_second)["per_s"] == pytest.approx(4, rel=0.01)
+
+
+def test_the_serial_limit_is_of_the_best_call_and_the_decoding() -> None:
+    assert report.serial_limit(FIGURES, "png-432kB") == pytest.approx(10)  # 1 / (1/12 + 1/60)
+
+
+def test_a_target_is_told_where_its_parts_were_measured_and_left_out_where_not() -> None:
+    loads = {"png-432kB x 64": {"per_s": 9.0, "failed": 0}, "png-432kB x 1": {"per_s": 7.0, "p50": 135.0, "failed": 0}}
+
+    text = report.markdown(FIGURES | {"resnet50": loads})
+
+    assert "| throughput at 64 clients / L | at least 0.95 | 0.9 |" in text
+    assert "| p50 of one idle request minus decode and predict, ms | at most 5 | 5 |" in text  # 135 - 30 - 100
+    assert "8 model servers" not in text
+
+
+def test_the_backlog_that_nobody_can_spare_is_the_arithmetic_s() -> None:
+    # At 10 images/s request 495, sent after 24.7 s, is answered after 49.5 s at the earliest: 24.8 s.
+    burst = {"latency_ms": {"p99": 2 * 24_800.0}, "failed": 0}
+
+    ratios = {what: value for what, _, value in report.ratios(FIGURES | {"bursts": {"500 x 0.05 s": burst}})}
+
+    assert ratios["500 x 0.05 s: p99 / unavoidable backlog"] == pytest.approx(2)
+
+
+def test_a_part_is_measured_and_reported(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/bench.py", "plumbing", "--seconds", "2", "--out", str(tmp_path)]
+
+    printed = subprocess.check_output(command, cwd=ROOT, timeout=280, text=True)
+
+    figures = json.loads((tmp_path / "bench.json").read_text())["plumbing"]
+    assert all(row["failed"] == 0 and row["per_s"] > 0 for row in figures.values())
+    busy = figures["service, png-432kB x 64"]
+    assert {"Apache", "Redis", "model server", "web"} <= set(busy["cores"])
+    assert 20 < busy["peak_mb"]["web"] < 200
+    # The pixels of one image as base64 are 0.2 MB, and go in once and out once.
+    assert 0.4 < busy["redis_mb_per_request"] < 0.5
+    assert busy["batches"]["most"] > 1
+    assert printed.startswith("# Benchmarks")
+
+
+def test_the_pictures_are_as_large_as_they_are_called(tmp_path: Path) -> None:
+    sizes = {name: path.stat().st_size for name, path in images.write_images(tmp_path).items()}
+
+    assert sizes["png-432kB"] == pytest.approx(432_000, rel=0.1)
+    assert sizes["jpeg-90kB"] == pytest.approx(90_000, rel=0.1)
+
+
+def test_a_part_that_there_is_not_is_refused_in_a_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/bench.py", "nonsense"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "there is no part nonsense" in done.stderr
