@@ -34,12 +34,12 @@ def request(host: str, image: bytes) -> bytes:
     ).encode() + body
 
 
-async def answer(reader: asyncio.StreamReader) -> bool:
-    """Read an answer; return whether it is a prediction."""
+async def answer(reader: asyncio.StreamReader) -> tuple[bool, bool]:
+    """Read an answer; return whether it is a prediction, and whether the connection ends with it (Apache's 100th)."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     length = int(head.split("content-length:")[1].split("\r\n")[0])
     body = await reader.readexactly(length)
-    return head.startswith("http/1.1 200 ") and json.loads(body)["success"] is True
+    return head.startswith("http/1.1 200 ") and json.loads(body)["success"] is True, "connection: close" in head
 
 
 async def client(host: str, data: bytes, until: float, ends: list[tuple[float, float]], failures: list[str]) -> None:
@@ -52,7 +52,7 @@ async def client(host: str, data: bytes, until: float, ends: list[tuple[float, f
             if writer is None or reader is None:
                 reader, writer = await asyncio.open_connection(name, int(port))
             writer.write(data)
-            right = await asyncio.wait_for(answer(reader), LIMIT)
+            right, last = await asyncio.wait_for(answer(reader), LIMIT)
         except (OSError, EOFError, ValueError, LookupError, TimeoutError) as error:
             failures.append(repr(error))
             if writer:
@@ -60,6 +60,9 @@ async def client(host: str, data: bytes, until: float, ends: list[tuple[float, f
             writer = None
             continue
         now = time.perf_counter()
+        if last:
+            writer.close()
+            writer = None
         ends.append((now, now - started)) if right else failures.append("no prediction")
     if writer:
         writer.close()
