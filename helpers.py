@@ -1,6 +1,5 @@
 """What the web and the model server share: pixels to text and back, the log's form, and waiting with growing pauses."""
 
-import base64
 import binascii
 import logging
 import random
@@ -8,13 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import pybase64
 
 Pixels = npt.NDArray[np.generic]
 
 
 def base64_encode_image(a: Pixels) -> str:
     """Return the bytes of array `a`, in C order, as base64 text, which JSON can carry."""
-    return base64.b64encode(np.ascontiguousarray(a).data).decode("ascii")
+    return pybase64.b64encode_as_string(np.ascontiguousarray(a).data)
 
 
 def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
@@ -23,7 +23,7 @@ def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
     Raises ValueError when `a` is not base64 or holds another number of bytes than the shape needs.
     """
     try:
-        data = base64.b64decode(a, validate=True)
+        data = pybase64.b64decode(a, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(f"the image is not base64: {error}") from error
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize

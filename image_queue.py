@@ -46,6 +46,7 @@ from threading import Lock
 from typing import Any, cast
 
 import numpy as np
+import orjson
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
@@ -185,7 +186,7 @@ class Job:
         turn like any image that can't be decoded.
         """
         try:
-            fields = json.loads(raw)
+            fields = orjson.loads(raw)
             if not ID.fullmatch(fields["id"]):
                 raise ValueError("bad id")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -200,10 +201,10 @@ class Job:
             return cls(fields["id"], image, deadline, crashes)
         return cls(fields["id"], "", time.time() + RESULT_GRACE)
 
-    def dump(self) -> str:
+    def dump(self) -> bytes:
         """Return the JSON that goes onto the queue."""
         crashes = {"crashes": self.crashes} if self.crashes else {}
-        return json.dumps({"id": self.id, "deadline": self.deadline, **crashes, "image": self.image})
+        return orjson.dumps({"id": self.id, "deadline": self.deadline, **crashes, "image": self.image})
 
     @property
     def expired(self) -> bool:
@@ -263,6 +264,8 @@ def connect() -> Redis:
 
 
 def _connect_by_url(options: dict[str, Any]) -> Redis:
+    if settings.REDIS_URL.startswith("unix:"):
+        del options["socket_keepalive"]
     try:
         client = Redis.from_url(settings.REDIS_URL, **options)
         client.connection_pool.make_connection()  # connects nothing, but finds options that there are not
@@ -346,7 +349,7 @@ class WebQueue(ImageQueue):
         """
         job_id = uuid.uuid4().hex
         # Hundreds wait at once, each with its job, to push it again if need be: one copy of its pixels, no more.
-        job = Job(job_id, image, deadline).dump().encode()
+        job = Job(job_id, image, deadline).dump()
         del image
         give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
         accepted = pushed = False
@@ -477,11 +480,9 @@ class ServerQueue(ImageQueue):
         Suspects come alone, and never when taking `ahead`, that is while another batch is computed: if that one killed
         the server, they would be blamed.
         """
-        raw = self._take_now(most)
-        if not raw and wait:
-            raw = self._wait_for_one(wait)
-            if raw and most > 1:
-                raw += self._take_now(most - 1)
+        raw = self._wait_for_one(wait) if wait else self._take_now(most)
+        if raw and wait and most > 1:
+            raw += self._take_now(most - 1)
         parsed = [self._parse(entry) for entry in raw]
         keep = self._before_suspect(parsed, ahead=ahead)
         if keep < len(raw):

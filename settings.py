@@ -115,13 +115,15 @@ IMAGE_RESAMPLE = _one_of("IMAGE_RESAMPLE", "bicubic", ["nearest", "box", "biline
 IMAGE_QUEUE = _matching("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "made of letters, digits, '_', '.' and '-'")
 # The most images in one batch.
 BATCH_SIZE = _whole("BATCH_SIZE", 32, 1, 1024)
-# Seconds: the longest that one poll of the queue (server) or of a result key (client) blocks. An arrival ends the
-# poll at once, so these cost no latency; they bound how late a stop or a lost connection is noticed.
+# Seconds: the longest that one poll of the queue blocks. An arrival ends the poll at once, so this costs no latency; it
+# bounds how late a stop or a lost connection is noticed.
 SERVER_SLEEP = _seconds("SERVER_SLEEP", 0.25, 0.01, 5)
-CLIENT_SLEEP = _seconds("CLIENT_SLEEP", 0.25, 0.01, 5)
 # Seconds from upload to answer; then 504, and the job is never computed. Apache's own limit is 300
 # (deploy/apache/000-default.conf): the service must be the one that says what went wrong.
 REQUEST_TIMEOUT = _seconds("REQUEST_TIMEOUT", 60, 0.5, 240)
+# The same for a poll of a result. Longer than the tutorial's, since each of hundreds of waiting requests polls: at four
+# a second, 500 of them took a third of a core.
+CLIENT_SLEEP = _seconds("CLIENT_SLEEP", min(2.0, REQUEST_TIMEOUT / 2), 0.01, 5)
 # Seconds that a request which is not yet queued waits for a Redis that does not answer; then 503.
 REDIS_TIMEOUT = _seconds("REDIS_TIMEOUT", min(30.0, REQUEST_TIMEOUT / 2), 0.1, 240)
 # Jobs that may wait; beyond it 503.
@@ -153,6 +155,11 @@ MODEL_WEIGHTS = _matching(
 )
 # A file with one class a line. Empty: ImageNet's for keras.applications, else <model>.labels.txt beside the model.
 LABELS = env.str("LABELS", "")
+# What the model computes in: Keras' names. bfloat16 and float16 are faster on what has instructions for them, and right
+# to two or three digits; the last layer stays in float32.
+DTYPE_POLICY = _one_of("DTYPE_POLICY", "float32", ["float32", "mixed_bfloat16", "mixed_float16"])
+# Whether XLA compiles the model, once for each batch size: a longer start, for a GPU that then has less to do.
+XLA = _read(env.bool, "XLA", False, "true or false")
 # Predictions in an answer.
 TOP = _whole("TOP", 5, 1, 1000)
 

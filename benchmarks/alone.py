@@ -1,6 +1,7 @@
 """What the hardware allows, each measured in a process of its own: printed as a line of JSON.
 
-    alone.py model SIZE WAY    images/s of ResNet50 alone in batches of SIZE; WAY is plain, xla or predict
+    alone.py model SIZE WAY    images/s of ResNet50 alone in batches of SIZE; WAY is plain, xla, predict, frozen or
+                               frozen-twice, which is as the model server has it: two batches at once
     alone.py prepare IMAGE     images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
     alone.py load              seconds that the model server's model takes to load and to warm up
 
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -43,12 +45,36 @@ def model(size: int, way: str) -> dict[str, float]:
     """Return images/s of ResNet50 in batches of `size`, raw pixels in, probabilities out."""
     import keras  # noqa: PLC0415 - only here
 
+    from classifier import Frozen  # noqa: PLC0415
+
     network = keras.applications.ResNet50(weights=None)
-    network.compile(jit_compile=way == "xla")
-    pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.uint8)
     if way == "predict":
         return {"per_s": size / rate(lambda: network.predict(pixels, verbose=0))}
+    if way.startswith("frozen"):
+        network = Frozen(network)
+    else:
+        network.compile(jit_compile=way == "xla")
+    if way == "frozen-twice":
+        return {"per_s": at_once(lambda: network.predict_on_batch(pixels), 2) * size}
     return {"per_s": size / rate(lambda: network.predict_on_batch(pixels))}
+
+
+def at_once(call: Callable[[], object], threads: int) -> float:
+    """Return the calls a second of so many threads that call again and again."""
+    call()
+    call()
+    counts = [0] * threads
+    begun = time.perf_counter()
+
+    def again(thread: int) -> None:
+        while time.perf_counter() < begun + SECONDS:
+            call()
+            counts[thread] += 1
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(again, range(threads)))
+    return sum(counts) / (time.perf_counter() - begun)
 
 
 def decode(data: bytes, draft: bool = True) -> object:

@@ -91,7 +91,7 @@ class Bench:
         """Measure the model alone and the decoding alone."""
         model = {}
         for size in LIMITS_SIZES:
-            for way in ("plain", "xla", "predict"):
+            for way in ("plain", "xla", "predict", "frozen", "frozen-twice"):
                 self.say(f"the model alone, batches of {size}, {way}")
                 model[f"{way} {size}"] = child("alone.py", "model", str(size), way)["per_s"]
         self.figures["model"] = model

@@ -12,9 +12,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+
 import run_model_server
 import settings
 
+ONE = np.ones(1, np.float32)
 SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
 
 
@@ -23,14 +26,19 @@ class Sleeper:
 
     shape = (settings.IMAGE_HEIGHT, settings.IMAGE_WIDTH, settings.IMAGE_CHANS)
     slowest = SECONDS
+    batch_size = settings.BATCH_SIZE
 
     def warm_up(self) -> None:
         """Do nothing: there is nothing to compile."""
 
-    def classify(self, images: Any) -> list[list[tuple[str, float]]]:
-        """Return the one class for each image, after the time that a batch takes."""
+    def classify(self, images: Any) -> Any:
+        """Return the one class' probability for each image, after the time that a batch takes."""
         time.sleep(SECONDS)
-        return [[("something", 1.0)] for _ in images]
+        return [ONE for _ in images]
+
+    def decode(self, _probabilities: Any) -> list[tuple[str, float]]:
+        """Return the one class."""
+        return [("something", 1.0)]
 
 
 stand_in: Any = types.ModuleType("classifier")

@@ -1,9 +1,11 @@
 """The Keras model: what it refuses to serve, how it computes a batch, and what one bad image may not do to the rest."""
 
 import inspect
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,11 @@ def batch(*levels: int) -> Any:
     return np.stack([np.full((4, 6, 3), level, np.uint8) for level in levels])
 
 
+def predicted(model: Classifier, images: Any) -> list[list[Prediction] | Exception]:
+    """What classify() makes of each image, decoded where it is not an error."""
+    return [each if isinstance(each, Exception) else model.decode(each) for each in model.classify(images)]
+
+
 def good(result: list[Prediction] | Exception) -> list[Prediction]:
     assert not isinstance(result, Exception)
     return result
@@ -66,7 +73,7 @@ def first_probabilities(results: Any) -> list[float | None]:
 def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "TOP", 2)
 
-    [prediction] = warmed_up(Network()).classify(batch(102))
+    [prediction] = predicted(warmed_up(Network()), batch(102))
 
     assert [label for label, _ in good(prediction)] == ["one", "zero"]
     assert [probability for _, probability in good(prediction)] == pytest.approx([0.45, 0.4])
@@ -80,7 +87,7 @@ def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
     warm = set(network.sizes)
     network.sizes.clear()
 
-    results = model.classify(batch(*range(count)))
+    results = predicted(model, batch(*range(count)))
 
     assert first_probabilities(results) == list(range(count))
     assert set(network.sizes) <= warm
@@ -91,13 +98,42 @@ def test_a_batch_is_cut_into_the_pieces_that_take_least_time() -> None:
     model = warmed_up(network)
 
     model._seconds = {1: 1.0, 4: 2.0, 8: 7.0}
-    model.classify(batch(*range(9)))
+    predicted(model, batch(*range(9)))
     assert sorted(network.sizes) == [1, 4, 4]
 
     network.sizes.clear()
     model._seconds = {1: 3.0, 8: 4.0}
-    model.classify(batch(1, 2, 3))
+    predicted(model, batch(1, 2, 3))
     assert network.sizes == [8]  # padded: three single ones would take longer
+
+
+def slow(*, sweet: int) -> Callable[[Any], None]:
+    """A fault that is none: images take 5 ms each, and a fifth more for each halving or doubling of `sweet` at once."""
+    return lambda images: time.sleep(len(images) * 0.005 * (1 + 0.2 * abs(math.log2(len(images) / sweet))))
+
+
+@pytest.mark.parametrize("sweet", [4, 32])
+def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
+    network = Network(slow(sweet=sweet))
+    model = Classifier(network, LABELS)
+
+    model.warm_up()
+
+    assert model.batch_size == sweet
+    assert model.slowest == pytest.approx(sweet * 0.005, rel=0.3)
+
+
+def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
+    network = Network(slow(sweet=2))
+
+    Classifier(network, LABELS).warm_up()
+
+    assert max(network.sizes) == 8
+
+
+def test_what_a_batch_costs_besides_its_computing_counts() -> None:
+    """Where computing takes next to no time, small batches are not chosen for a chance difference."""
+    assert warmed_up(Network()).batch_size == 32
 
 
 def test_an_image_that_breaks_the_model_fails_alone() -> None:
@@ -105,7 +141,7 @@ def test_an_image_that_breaks_the_model_fails_alone() -> None:
         if (images == POISON).all(axis=(1, 2, 3)).any():
             raise RuntimeError("poison")
 
-    results = warmed_up(Network(fault)).classify(batch(1, 2, POISON, 4, 5, 6, POISON, 8))
+    results = predicted(warmed_up(Network(fault)), batch(1, 2, POISON, 4, 5, 6, POISON, 8))
 
     assert first_probabilities(results) == [1, 2, None, 4, 5, 6, None, 8]
 
@@ -117,7 +153,7 @@ def test_an_output_that_is_not_finite_fails_alone() -> None:
             output[(images == POISON).all(axis=(1, 2, 3))] = np.nan
             return output
 
-    assert first_probabilities(warmed_up(NotANumber()).classify(batch(1, POISON, 3))) == [1, None, 3]
+    assert first_probabilities(predicted(warmed_up(NotANumber()), batch(1, POISON, 3))) == [1, None, 3]
 
 
 OUT_OF_MEMORY = [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
@@ -134,13 +170,14 @@ def test_a_batch_too_big_for_memory_is_split_and_the_limit_remembered(error: Exc
 
     network = Network(fault)
     model = warmed_up(network)
-    model._seconds = dict.fromkeys(model._seconds, 1.0)
+    assert model.batch_size == 32
     largest = 7
 
-    assert first_probabilities(model.classify(batch(*range(32)))) == list(range(32))
+    assert first_probabilities(predicted(model, batch(*range(32)))) == list(range(32))
     network.sizes.clear()
-    assert first_probabilities(model.classify(batch(*range(32)))) == list(range(32))
+    assert first_probabilities(predicted(model, batch(*range(32)))) == list(range(32))
     assert max(network.sizes) <= 7
+    assert model.batch_size == 4
 
 
 def test_warm_up_stops_at_the_batch_that_does_not_fit() -> None:
@@ -151,7 +188,7 @@ def test_warm_up_stops_at_the_batch_that_does_not_fit() -> None:
     network = Network(fault)
     model = warmed_up(network)
 
-    assert first_probabilities(model.classify(batch(*range(20)))) == list(range(20))
+    assert first_probabilities(predicted(model, batch(*range(20)))) == list(range(20))
     assert max(network.sizes) <= 8
 
 
@@ -176,7 +213,7 @@ def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch,
     model = load(monkeypatch, MODEL=path)
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
 
-    results = model.classify(images)
+    results = predicted(model, images)
 
     plain = keras.saving.load_model(path).predict(images.astype(np.float32), verbose=0)
     for result, expected in zip(results, plain, strict=True):
@@ -186,7 +223,7 @@ def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch,
 def test_a_model_of_any_size_takes_the_settings_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "any.keras", (None, None, 3)))
 
-    assert len(model.classify(batch(1, 2))) == 2
+    assert len(predicted(model, batch(1, 2))) == 2
 
 
 def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -194,7 +231,7 @@ def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, 
 
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "own.keras"), LABELS=tmp_path / "names")
 
-    assert {label for label, _ in good(model.classify(batch(1))[0])} == {"a", "b", "c"}
+    assert {label for label, _ in good(predicted(model, batch(1))[0])} == {"a", "b", "c"}
 
 
 def test_labels_may_be_of_any_language_and_from_any_editor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -203,7 +240,7 @@ def test_labels_may_be_of_any_language_and_from_any_editor(monkeypatch: pytest.M
 
     model = load(monkeypatch, MODEL=path)
 
-    assert {label for label, _ in good(model.classify(batch(1))[0])} == {"chien\u00a0loup", "\u72ac", "n02\tfox"}
+    assert {label for label, _ in good(predicted(model, batch(1))[0])} == {"chien\u00a0loup", "\u72ac", "n02\tfox"}
 
 
 def break_labels(path: Path) -> None:
@@ -313,7 +350,7 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
     images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
 
     model = load(monkeypatch, MODEL=name, MODEL_WEIGHTS=tmp_path / "own.weights.h5", LABELS=tmp_path / "labels")
-    results = model.classify(images)
+    results = predicted(model, images)
 
     module = classifier.applications()[name]
     plain = network.predict(module.preprocess_input(images.astype(np.float32)), verbose=0)

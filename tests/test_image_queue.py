@@ -95,11 +95,11 @@ def test_an_answered_image_leaves_no_key(redis: Redis, web: WebQueue, server: Se
 
 def test_a_job_that_is_answered_is_not_queued_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
     job = Job("same", "aW1hZ2U=", time.time() + 10)
-    web._push(job.id, job.dump().encode(), job.deadline, unlimited=False)
+    web._push(job.id, job.dump(), job.deadline, unlimited=False)
     batch = server.take(32)
     server.answer(batch.jobs, [ANSWER], batch.entries)
 
-    web._push(job.id, job.dump().encode(), job.deadline, unlimited=True)
+    web._push(job.id, job.dump(), job.deadline, unlimited=True)
 
     assert waiting_ids(redis) == []
     assert result_of(redis, "same") == ANSWER
@@ -108,12 +108,12 @@ def test_a_job_that_is_answered_is_not_queued_again(redis: Redis, web: WebQueue,
 def test_an_answer_that_is_lost_on_its_way_is_computed_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
     """Redis hands it out and forgets it, and the connection breaks before it arrives."""
     job = Job("same", "aW1hZ2U=", time.time() + 10)
-    web._push(job.id, job.dump().encode(), job.deadline, unlimited=False)
+    web._push(job.id, job.dump(), job.deadline, unlimited=False)
     batch = server.take(32)
     server.answer(batch.jobs, [ANSWER], batch.entries)
     assert redis.blpop([web.result_key("same")], 1)
 
-    web._push(job.id, job.dump().encode(), job.deadline, unlimited=True)
+    web._push(job.id, job.dump(), job.deadline, unlimited=True)
 
     assert waiting_ids(redis) == ["same"]
 
@@ -523,7 +523,7 @@ def test_pushing_twice_makes_one_job(redis: Redis, web: WebQueue) -> None:
     job = Job("same", "aW1hZ2U=", time.time() + 10)
 
     for _ in range(2):
-        web._push(job.id, job.dump().encode(), job.deadline, unlimited=False)
+        web._push(job.id, job.dump(), job.deadline, unlimited=False)
 
     assert waiting_ids(redis) == ["same"]
 
@@ -618,6 +618,20 @@ def test_a_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web
 
     with pytest.raises(Refusal, match="999 or newer is needed"):
         web.check()
+
+
+def test_a_redis_behind_a_unix_socket_is_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(settings, "REDIS_URL", f"unix://{tmp_path}/socket?db=0")
+    with run_redis(tmp_path / "log", free_port(), "--unixsocket", str(tmp_path / "socket")):
+        web, queue = WebQueue(), ServerQueue(ABOUT, 5)
+        wait_until(lambda: (tmp_path / "socket").exists(), "Redis is up")
+        queue.join()
+        asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+
+        batch = queue.take(32, wait=10)
+        queue.answer(batch.jobs, [ANSWER], batch.entries)
+
+        assert asked.result(10) == ANSWER
 
 
 def test_the_password_in_redis_url_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """The model server: step by step with a classifier made for the purpose, and as a process with the bundled model."""
 
 import json
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ import settings
 from classifier import Classifier
 from helpers import base64_encode_image
 from image_queue import ServerQueue, WebQueue
-from run_model_server import ModelServer
+from run_model_server import BATCHES_AT_ONCE, ModelServer
 
 POISON = 13
 
@@ -32,6 +34,7 @@ class MeanClassifier:
     """Labels an image with its first pixel; breaks on POISON; `before` is called with each batch."""
 
     shape = (2, 2, 3)
+    batch_size = 32
 
     def __init__(self) -> None:
         self.before: Callable[[Any], object] = lambda images: None
@@ -41,7 +44,10 @@ class MeanClassifier:
         self.sizes.append(len(images))
         self.before(images)
         levels = [int(image.flat[0]) for image in images]
-        return [RuntimeError("poison") if level == POISON else [(str(level), 1.0)] for level in levels]
+        return [RuntimeError("poison") if level == POISON else level for level in levels]
+
+    def decode(self, level: int) -> list[tuple[str, float]]:
+        return [(str(level), 1.0)]
 
 
 @pytest.fixture
@@ -50,7 +56,8 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     model_server = ModelServer(cast(Classifier, MeanClassifier()), queue)
     queue.join()
     yield model_server
-    model_server._helper.shutdown()
+    model_server._computers.shutdown()
+    model_server._answerer.shutdown()
     queue._held.close()
 
 
@@ -108,57 +115,86 @@ def test_an_image_that_can_not_be_decoded_is_answered_like_its_batch_mates(
     assert [label(redis, 1), label(redis, 3)] == ["1", "3"]
 
 
-def test_the_next_batch_is_filled_up_with_what_comes_while_one_is_computed(
+@contextmanager
+def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[None]:
+    """Every batch that is computed waits until the block ends, which begins when so many do, and the server runs on."""
+    classifier = cast(MeanClassifier, server.classifier)
+    go_on = threading.Event()
+    classifier.before = lambda images: go_on.wait(30)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: len(classifier.sizes) == batches, f"{batches} batches are being computed")
+        yield
+    finally:
+        go_on.set()
+    wait_until(lambda: server.queue.redis.llen(server.queue.taken) == 0, "all is answered")
+    server.stop(signal.SIGTERM, None)
+    thread.join(20)
+
+
+def test_two_batches_are_computed_at_once_and_a_third_is_taken_meanwhile(redis: Redis, server: ModelServer) -> None:
+    push(redis, *range(20, 120))
+
+    with held_up(server):
+        wait_until(lambda: redis.llen(server.queue.taken) == 96, "three batches are taken")
+        assert redis.llen(settings.IMAGE_QUEUE) == 4
+
+
+def test_a_batch_that_waits_is_filled_up_with_what_comes_meanwhile(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    push(redis, *range(20, 60))
+    push(redis, *range(20, 92))
 
-    def more_come(images: Any) -> None:
-        if len(classifier.sizes) == 1:
-            wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "eight are taken ahead")
-            push(redis, *range(60, 100))
+    with held_up(server):
+        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "eight are taken")
+        push(redis, *range(100, 140))
 
-    classifier.before = more_come
-    for _ in range(3):
-        server.step()
-
-    assert classifier.sizes == [32, 32, 16]
-    assert [label(redis, level) for level in range(20, 100)] == [str(level) for level in range(20, 100)]
-    assert redis.llen(server.queue.taken) == 0
+    assert classifier.sizes == [32, 32, 32, 16]
+    levels = [*range(20, 92), *range(100, 140)]
+    assert [label(redis, level) for level in levels] == [str(level) for level in levels]
 
 
-def test_a_batch_is_taken_ahead_while_one_is_computed(
+def test_answers_go_out_in_the_order_of_the_taken_list_whichever_batch_ends_first(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    push(redis, *range(40))
-    taken_during_first: list[int] = []
+    """Else a crash would find the unanswered batch taken off the list, and the answered one on it."""
+    push(redis, *range(20, 84))
+    first = threading.Event()
+    second = threading.Event()
 
-    def look(images: Any) -> None:
-        if not taken_during_first:
-            wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "the rest is taken while the first is computed")
-            taken_during_first.append(redis.llen(server.queue.taken))
+    def computing(images: Any) -> None:
+        if images[0].flat[0] == 20:
+            first.wait(30)
+        else:
+            second.set()
 
-    classifier.before = look
-    server.step()
-
-    assert taken_during_first == [40]
-
-
-def test_a_job_that_expires_while_it_waits_for_the_last_batch_is_not_computed(
-    redis: Redis, server: ModelServer, classifier: MeanClassifier
-) -> None:
-    push(redis, *range(20, 52))
-    gone = time.time() + 0.3
-    push(redis, 1, seconds=0.3)
-    push(redis, 2)
-    classifier.before = lambda images: wait_until(lambda: time.time() > gone + 0.1, "the job has expired")
-
+    classifier.before = computing
     for _ in range(2):
         server.step()
+    assert second.wait(10)
 
-    assert classifier.sizes == [32, 1]
-    assert label(redis, 2) == "2"
+    assert redis.llen(server.queue.taken) == 64
+    first.set()
+    server.settle()
     assert redis.llen(server.queue.taken) == 0
+    assert [label(redis, level) for level in range(20, 84)] == [str(level) for level in range(20, 84)]
+
+
+def test_a_job_that_expires_while_it_waits_for_earlier_batches_is_not_computed(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, *range(20, 84))
+    gone = time.time() + 0.5
+    push(redis, 1, seconds=0.5)
+    push(redis, 2)
+
+    with held_up(server):
+        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "both are taken")
+        wait_until(lambda: time.time() > gone + 0.1, "the job has expired")
+
+    assert classifier.sizes == [32, 32, 1]
+    assert label(redis, 2) == "2"
 
 
 def test_a_suspect_is_computed_alone_with_nothing_else_in_flight(
@@ -172,9 +208,26 @@ def test_a_suspect_is_computed_alone_with_nothing_else_in_flight(
 
     for _ in range(2):
         server.step()
+    server.settle()
 
     assert classifier.sizes == [1, 2]
     assert in_flight[0] == 1
+
+
+def test_a_suspect_waits_until_nothing_else_is_in_flight(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    push(redis, 1, 2)
+    last = json.loads(cast(bytes, redis.rpop(settings.IMAGE_QUEUE)))
+    redis.rpush(settings.IMAGE_QUEUE, json.dumps(last | {"crashes": 1}))
+    in_flight = []
+    classifier.before = lambda images: in_flight.append(redis.llen(server.queue.taken))
+
+    while len(in_flight) < 2:
+        server.step()
+
+    assert in_flight == [1, 1]
+    assert [label(redis, 1), label(redis, 2)] == ["1", "2"]
 
 
 def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelServer) -> None:
@@ -182,21 +235,21 @@ def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelS
 
     for _ in range(3):
         server.step()
+    server.settle()
 
     assert redis.llen(server.queue.taken) == 0
 
 
-def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(
-    redis: Redis, server: ModelServer, classifier: MeanClassifier
-) -> None:
-    push(redis, *range(20, 60))
-    classifier.before = lambda images: server.stop(signal.SIGTERM, None)
+def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(redis: Redis, server: ModelServer) -> None:
+    push(redis, *range(20, 120))
 
-    server.run()
+    with held_up(server):
+        wait_until(lambda: redis.llen(server.queue.taken) == 96, "three batches are taken")
+        server.stop(signal.SIGTERM, None)
 
-    assert [label(redis, level) for level in range(20, 52)] == [str(level) for level in range(20, 52)]
+    assert [label(redis, level) for level in range(20, 84)] == [str(level) for level in range(20, 84)]
     assert [json.loads(job)["id"] for job in redis.lrange(settings.IMAGE_QUEUE, 0, -1)] == [
-        f"job{level}" for level in range(52, 60)
+        f"job{level}" for level in range(84, 120)
     ]
     assert server.queue.live_servers() == {}
 
@@ -234,12 +287,34 @@ def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp
         asked = ThreadPoolExecutor(1).submit(web.ask, image, time.time() + 30)
         assert computing.wait(10)
         process.stop(signal.SIGKILL)
-    classifier.classify = lambda images: time.sleep(1) or [[("again", 1.0)]]  # type: ignore
+    classifier.classify = lambda images: time.sleep(1) or [8]  # type: ignore
     go_on.set()
     with run_redis(tmp_path / "log2", port):
         assert asked.result(30)["predictions"][0]["label"] == "7"
         server.stop(signal.SIGTERM, None)
         thread.join(20)
+
+
+@pytest.mark.parametrize(("visible", "number", "chosen"), [("4,7", 0, "4"), ("4,7", 1, "7"), ("4,7", 2, "4"),
+                                                           ("GPU-1a", 3, "GPU-1a"), ("", 1, "")])  # fmt: skip
+def test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round(
+    monkeypatch: pytest.MonkeyPatch, visible: str, number: int, chosen: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    run_model_server.pin_gpu(number)
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+
+
+def test_without_a_gpu_its_number_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is a GPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    run_model_server.pin_gpu(1)
+
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redis, tmp_path: Path) -> None:
