@@ -310,7 +310,7 @@ class Frozen:
         others = [variable.numpy() for variable in model.non_trainable_variables]
         pixels = tf.TensorSpec((None, *_image_shape()), settings.IMAGE_DTYPE)
 
-        @tf.function(input_signature=[pixels])  # type: ignore[untyped-decorator]
+        @tf.function(input_signature=[pixels], autograph=False)  # type: ignore[untyped-decorator]
         def predict(images: Any) -> Any:
             return model.stateless_call(trainable, others, images, training=False)[0]
 

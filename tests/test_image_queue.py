@@ -624,7 +624,7 @@ def test_a_redis_behind_a_unix_socket_is_reached(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(settings, "REDIS_URL", f"unix://{tmp_path}/socket?db=0")
     with run_redis(tmp_path / "log", free_port(), "--unixsocket", str(tmp_path / "socket")):
         web, queue = WebQueue(), ServerQueue(ABOUT, 5)
-        wait_until(lambda: (tmp_path / "socket").exists(), "Redis is up")
+        wait_until((tmp_path / "socket").exists, "Redis is up")
         queue.join()
         asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
 
