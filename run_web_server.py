@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-LARGE_BLOCK = 4 * 2**20  # bytes
+LARGE_BLOCK = 2**20  # bytes
 SMALL_UPLOAD = 64 * 2**10  # bytes
 WHITE = (255, 255, 255, 255)
 
@@ -230,6 +230,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 def to_colour(image: Image.Image) -> Image.Image:
     """Return `image`, of any mode that Pillow knows, as RGB (or grey where IMAGE_CHANS is 1)."""
+    if image.mode == "P" and image.palette is None:
+        image = image.copy()  # which gets a palette of greys
     if image.mode.startswith(("I", "F")):
         image = to_eight_bits(image)
     if image.has_transparency_data:
@@ -343,7 +345,7 @@ def watch_for_redis() -> None:
 
 
 def keep_memory_small() -> None:
-    """Keep two of malloc's arenas instead of eight a core, and of each at most LARGE_BLOCK that nothing uses.
+    """Keep one of malloc's arenas instead of eight a core, with at most LARGE_BLOCK at its end that nothing uses.
 
     Hundreds of threads else leave holes in an arena each: a process grew from 64 to 200 MB in a thousand requests. To
     return every block of a photo's size to the system at once would be smaller still, but to get it back, page by page,
@@ -351,7 +353,7 @@ def keep_memory_small() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if mallopt:
-        mallopt(M_ARENA_MAX, 2)
+        mallopt(M_ARENA_MAX, 1)
         mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
         mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
 
