@@ -220,6 +220,30 @@ def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch,
         assert dict(good(result)) == pytest.approx(dict(zip(LABELS, expected, strict=True)), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "tolerance"), [("XLA", True, 1e-6), ("DTYPE_POLICY", "mixed_bfloat16", 0.02)]
+)
+def test_a_faster_way_to_compute_gives_the_same_within_its_precision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any, tolerance: float
+) -> None:
+    monkeypatch.setattr(settings, "BATCH_SIZE", 2)
+    path = tmp_path / "own.keras"
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((4, 6, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(8, 3, activation="relu"),
+              keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, activation="softmax")]  # fmt: skip
+    keras.Sequential(layers).save(path)
+    path.with_suffix(".labels.txt").write_text("zero\none\ntwo\n")
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    plain = load(monkeypatch, MODEL=path).classify(images)
+    monkeypatch.setattr(settings, name, value)
+
+    faster = load(monkeypatch, MODEL=path).classify(images)
+
+    difference = np.abs(np.stack(faster) - np.stack(plain)).max()
+    assert difference < tolerance
+    assert name == "XLA" or difference > 1e-6  # it does compute in another precision
+
+
 def test_a_model_of_any_size_takes_the_settings_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "any.keras", (None, None, 3)))
 
