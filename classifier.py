@@ -42,7 +42,8 @@ DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for eve
 # Seconds that a batch costs besides its computing, for the take and the answer. Where images compute in a millisecond,
 # a small batch would pay it too often.
 BATCH_OVERHEAD = 0.002
-GAIN = 0.97  # of the time of an image: what a larger batch must at least save to be worth the wait for it
+# Of the least time of an image: so near, two sizes count as equal, since no measurement at warm-up is better than that.
+NEAR = 1.03
 MOST_CONSTANTS = 1_900_000_000  # bytes: TensorFlow can't hold a function of 2 GiB
 
 
@@ -75,12 +76,12 @@ class Classifier:
 
     @property
     def batch_size(self) -> int:
-        """The most images that are worth computing together: the fewest that take, each, next to the least time.
+        """The most images that are worth computing together: as many as take, each, next to the least time.
 
-        More at once would only answer the first of them later. On a GPU it is BATCH_SIZE as a rule, on a CPU often 8.
+        More would only answer the first of them later. On a GPU it is BATCH_SIZE as a rule, on a CPU often less.
         """
         least = min(map(self._seconds_an_image, self._seconds))
-        return min(size for size in self._seconds if self._seconds_an_image(size) * GAIN <= least)
+        return max(size for size in self._seconds if self._seconds_an_image(size) <= least * NEAR)
 
     @property
     def slowest(self) -> float:

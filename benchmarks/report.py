@@ -101,7 +101,7 @@ def _throughput_to_limit(figures: Figures, part: str = "resnet50") -> float:
 
 def _idle(figures: Figures) -> float:
     """Milliseconds of an idle request beyond what decoding and the best call for one image take in a process."""
-    one = max(rate for name, rate in figures["model"].items() if name.endswith(" 1"))
+    one = max(rate for name, rate in figures["model"].items() if name.endswith(" 1") and "twice" not in name)
     return float(figures["resnet50"][f"{PHOTO} x 1"]["p50"] - figures["prepare"][PHOTO]["one_ms"] - 1000 / one)
 
 
