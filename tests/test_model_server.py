@@ -226,7 +226,8 @@ def test_a_suspect_waits_until_nothing_else_is_in_flight(
     while len(in_flight) < 2:
         server.step()
 
-    assert in_flight == [1, 1]
+    assert classifier.sizes == [1, 1]
+    assert in_flight[1] == 1  # the first may see the suspect for the moment in which it is looked at
     assert [label(redis, 1), label(redis, 2)] == ["1", "2"]
 
 
