@@ -340,6 +340,8 @@ def _compiled(model: Any, preprocess: Callable[[Any], Any]) -> Any:
 
 
 def _set_precision(model: Any) -> None:
+    if settings.DTYPE_POLICY == "float32":
+        return  # a model may have policies of its own, such as a quantized one
     for layer in model.layers[:-1]:  # the last makes the probabilities
         layer.dtype_policy = settings.DTYPE_POLICY
 
