@@ -122,7 +122,7 @@ SERVER_SLEEP = _seconds("SERVER_SLEEP", 0.25, 0.01, 5)
 # (deploy/apache/000-default.conf): the service must be the one that says what went wrong.
 REQUEST_TIMEOUT = _seconds("REQUEST_TIMEOUT", 60, 0.5, 240)
 # The same for a poll of a result. Longer than the tutorial's, since each of hundreds of waiting requests polls: at four
-# a second, 500 of them took a third of a core.
+# a second, 500 of them would take a third of a core.
 CLIENT_SLEEP = _seconds("CLIENT_SLEEP", min(2.0, REQUEST_TIMEOUT / 2), 0.01, 5)
 # Seconds that a request which is not yet queued waits for a Redis that does not answer; then 503.
 REDIS_TIMEOUT = _seconds("REDIS_TIMEOUT", min(30.0, REQUEST_TIMEOUT / 2), 0.1, 240)
