@@ -42,8 +42,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import orjson
@@ -348,9 +349,13 @@ class WebQueue(ImageQueue):
         Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
         """
         job_id = uuid.uuid4().hex
-        # Hundreds wait at once, each with its job, to push it again if need be: one copy of its pixels, no more.
-        job = Job(job_id, image, deadline).dump()
-        del image
+        # Hundreds wait at once, each with its job, to push it again if need be: not in the memory of the process.
+        with TemporaryFile(buffering=0) as job:
+            job.write(Job(job_id, image, deadline).dump())
+            del image
+            return self._ask(job_id, job, deadline)
+
+    def _ask(self, job_id: str, job: IO[bytes], deadline: float) -> Answer:
         give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
         accepted = pushed = False
         error: RedisError | None = None
@@ -358,7 +363,7 @@ class WebQueue(ImageQueue):
         while time.time() < (deadline if accepted else give_up):
             try:
                 if not pushed:
-                    self._push(job_id, job, deadline, unlimited=accepted)
+                    self._push(job_id, _content(job), deadline, unlimited=accepted)
                     accepted = pushed = True
                 answer = self._poll(job_id, deadline)
                 if answer is not None:
@@ -373,7 +378,7 @@ class WebQueue(ImageQueue):
                 time.sleep(min(seconds, max(0.0, deadline - time.time())))
         if not accepted:
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
-        self._withdraw(job_id, job)
+        self._withdraw(job_id, _content(job))
         raise ResultTimeout(self._why_late(error))
 
     def _push(self, job_id: str, job: bytes, deadline: float, *, unlimited: bool) -> None:
@@ -615,6 +620,11 @@ def _about(beat: bytes | str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         about = None
     return about if isinstance(about, dict) else {}
+
+
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def _last_part(key: bytes) -> str:

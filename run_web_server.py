@@ -10,6 +10,7 @@ import ctypes
 import io
 import logging
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -358,9 +359,16 @@ def keep_memory_small() -> None:
         mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
+def allow_many_files() -> None:
+    """Raise the limit on open files: each of hundreds of requests that wait has three, and 1,024 is a common limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def start() -> flask.Flask:
     """Return the app, with its log and its watch for Redis running."""
     keep_memory_small()
+    allow_many_files()
     log_to_stderr()
     threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
     return app

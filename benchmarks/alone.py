@@ -3,6 +3,7 @@
     alone.py model SIZE WAY    images/s of ResNet50 alone in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice, which is as the model server has it: two batches at once
     alone.py prepare IMAGE     images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
+    alone.py answer IMAGE      ms of decoding, resizing and classifying one image after the other
     alone.py load              seconds that the model server's model takes to load and to warm up
 
 The model is untrained, which costs the same.
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -77,12 +79,12 @@ def at_once(call: Callable[[], object], threads: int) -> float:
     return sum(counts) / (time.perf_counter() - begun)
 
 
-def decode(data: bytes, draft: bool = True) -> object:
-    """Decode a file and resize it, with nothing around it."""
+def decode(data: bytes, draft: bool = True) -> npt.NDArray[np.uint8]:
+    """Decode a file and resize it, with nothing around it; return its pixels."""
     image = Image.open(io.BytesIO(data))
     if draft:
         image.draft(None, TARGET)
-    return np.asarray(image.convert("RGB").resize(TARGET, Image.Resampling.BICUBIC))
+    return np.asarray(image.convert("RGB").resize(TARGET, Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
 def count_decodes(data: bytes, start: float) -> int:
@@ -106,6 +108,17 @@ def prepare(path: str) -> dict[str, float]:
     return {"per_s": sum(done) / SECONDS, "one_ms": 1000 * one, "full_ms": 1000 * full}
 
 
+def answer(path: str) -> dict[str, float]:
+    """Return ms of one image from its file to its probabilities, one after the other: a service without a service."""
+    import keras  # noqa: PLC0415 - only here
+
+    from classifier import Frozen  # noqa: PLC0415
+
+    data = Path(path).read_bytes()
+    network = Frozen(keras.applications.ResNet50(weights=None))
+    return {"one_ms": 1000 * rate(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
+
+
 def load() -> dict[str, float]:
     """Return the seconds of each step of a model server's start."""
     started = time.perf_counter()
@@ -125,6 +138,8 @@ def main() -> None:
         figures = model(int(words[0]), words[1])
     elif what == "prepare":
         figures = prepare(words[0])
+    elif what == "answer":
+        figures = answer(words[0])
     else:
         figures = load()
     print(json.dumps(figures))
