@@ -7,7 +7,7 @@ image_queue                      list         jobs that wait: RPUSH by the web, 
 image_queue:taken:<server>       list         jobs that a model server has taken and not yet answered, in that order
 image_queue:server:<server>      string, TTL  heartbeat of a model server: what it serves
 image_queue:result:<id>          list, TTL    the one answer to a job; a list, so that the wait for it can block
-image_queue:accepted:<id>        string, TTL  the job was pushed and has no answer yet: a second push of it does nothing
+image_queue:accepted:<id>        string, TTL  the job was pushed and has no answer yet: it is not pushed again
 image_queue:limit:...            string, TTL  how many requests a client has made, by Flask-Limiter (access.py)
 
 A job is      {"id", "image" (base64), "deadline" (unix seconds), "crashes" (only if in flight when a server died)}.
@@ -33,6 +33,7 @@ Deadlines are compared on different machines, so their clocks must agree to well
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -72,27 +73,19 @@ RESULT_GRACE = 2
 LATEST_DEADLINE = 3600
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ID_IN_RUBBISH = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"')
-# Bytes of a job beyond its pixels, generously. A longer entry is rubbish, of which only the beginning leaves Redis: the
-# id may be in it.
+# Bytes of a job beyond its pixels, generously. A longer entry is rubbish, of which only the beginning is looked at:
+# the id may be in it.
 ENVELOPE = 1000
 BEGINNING = 200
 OLDEST_REDIS = 7  # scripts with flags: taking and answering must work when Redis is out of memory
 
-ACCEPT = """
-if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then return 1 end
-local most = tonumber(ARGV[2])
-if most >= 0 and redis.call('LLEN', KEYS[1]) >= most then return 0 end
-redis.call('RPUSH', KEYS[1], ARGV[1])
-redis.call('SET', KEYS[2], '', 'PX', ARGV[3])
-return 1
-"""
-
+# An image in a script costs Redis 0.2 ms, as Lua copies it, and in a plain command a tenth of that. So scripts are for
+# what plain commands can't do: several steps in one, or any at all when Redis is out of memory.
 TAKE = """#!lua flags=allow-oom
 local jobs = {}
 for i = 1, tonumber(ARGV[1]) do
     local job = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT')
     if not job then break end
-    if #job > tonumber(ARGV[2]) then job = string.sub(job, 1, tonumber(ARGV[3])) end
     jobs[i] = job
 end
 return jobs
@@ -341,7 +334,7 @@ class WebQueue(ImageQueue):
 
     def __init__(self) -> None:
         super().__init__()
-        self._accept = self.redis.register_script(ACCEPT)
+        self._full = False  # when last an image was pushed
 
     def ask(self, image: str, deadline: float) -> Answer:
         """Queue `image` (base64 text) and return its answer, at the latest at `deadline` (unix seconds).
@@ -363,7 +356,8 @@ class WebQueue(ImageQueue):
         while time.time() < (deadline if accepted else give_up):
             try:
                 if not pushed:
-                    self._push(job_id, _content(job), deadline, unlimited=accepted)
+                    if error is None or not self._known(job_id):
+                        self._push(job_id, _content(job), deadline, unlimited=accepted)
                     accepted = pushed = True
                 answer = self._poll(job_id, deadline)
                 if answer is not None:
@@ -378,14 +372,18 @@ class WebQueue(ImageQueue):
                 time.sleep(min(seconds, max(0.0, deadline - time.time())))
         if not accepted:
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
-        self._withdraw(job_id, _content(job))
+        with suppress(RedisError):  # to make room: without a model server nobody else drops what has expired
+            self._remove(job_id, _content(job), from_end=False)
         raise ResultTimeout(self._why_late(error))
 
+    def _known(self, job_id: str) -> bool:
+        """Whether Redis has the job, or its answer, from an attempt whose reply was lost."""
+        return bool(self.redis.exists(self.accepted_key(job_id), self.result_key(job_id)))
+
     def _push(self, job_id: str, job: bytes, deadline: float, *, unlimited: bool) -> None:
-        most = -1 if unlimited else settings.MAX_QUEUE
-        ttl = max(1, int((deadline - time.time()) * 1000))
+        most = math.inf if unlimited else settings.MAX_QUEUE
         try:
-            room = self._accept([self.key, self.accepted_key(job_id), self.result_key(job_id)], [job, most, ttl])
+            room = not (self._full and self.waiting() >= most) and self._append(job_id, job, deadline, most)
         except OutOfMemoryError as error:
             if unlimited:
                 raise  # was promised an answer, so it goes on trying
@@ -396,11 +394,22 @@ class WebQueue(ImageQueue):
                 raise QueueFull(f"{settings.MAX_QUEUE} images wait already, so try again in a few seconds.")
             raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
 
-    def _withdraw(self, job_id: str, job: bytes) -> None:
-        """Make room: without a model server nobody else drops what has expired."""
-        with suppress(RedisError):
-            self.redis.lrem(self.key, 1, cast(str, job))
+    def _append(self, job_id: str, job: bytes, deadline: float, most: float) -> bool:
+        """Append the job and return True; False when it turned out to be more than `most`, and was not yet taken."""
+        ttl = max(1, int((deadline - time.time()) * 1000))
+        with self.redis.pipeline(transaction=True) as together:
+            together.rpush(self.key, job)
+            together.set(self.accepted_key(job_id), "", px=ttl)
+            length, _ = together.execute()
+        self._full = length > most
+        return not (self._full and self._remove(job_id, job, from_end=True))
+
+    def _remove(self, job_id: str, job: bytes, *, from_end: bool) -> bool:
+        """Take the job out of the queue again; return whether it was still there."""
+        found = bool(self.redis.lrem(self.key, -1 if from_end else 1, cast(str, job)))
+        if found:
             self.redis.delete(self.accepted_key(job_id))
+        return found
 
     def _poll(self, job_id: str, deadline: float) -> Answer | None:
         # Not 0, which would block for ever.
@@ -522,12 +531,22 @@ class ServerQueue(ImageQueue):
         try:
             job = self.redis.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
         except OutOfMemoryError:
-            # Moving is refused like any write, though it needs no memory; the script is allowed to.
             return self._take_now(1)
         return [] if job is None else [cast(bytes, job)]
 
     def _take_now(self, most: int) -> list[bytes]:
-        return list(self._take([self.key, self.taken], [most, longest_job(), BEGINNING]))
+        """Take up to `most` of those that wait; where Redis is out of memory by a script, which it allows to."""
+        with self.redis.pipeline(transaction=False) as moves:
+            for _ in range(min(most, self.waiting())):
+                moves.lmove(self.key, self.taken, "LEFT", "RIGHT")
+            replies = moves.execute(raise_on_error=False)
+        taken = [reply for reply in replies if isinstance(reply, bytes)]
+        errors = [reply for reply in replies if isinstance(reply, RedisError)]
+        if taken or not errors:
+            return taken
+        if isinstance(errors[0], OutOfMemoryError):
+            return list(self._take([self.key, self.taken], [most]))
+        raise errors[0]
 
     def _before_suspect(self, parsed: list[Job | None], *, ahead: bool) -> int:
         """Return how many of the entries may be computed together."""

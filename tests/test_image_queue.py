@@ -99,8 +99,7 @@ def test_a_job_that_is_answered_is_not_queued_again(redis: Redis, web: WebQueue,
     batch = server.take(32)
     server.answer(batch.jobs, [ANSWER], batch.entries)
 
-    web._push(job.id, job.dump(), job.deadline, unlimited=True)
-
+    assert web._known(job.id)
     assert waiting_ids(redis) == []
     assert result_of(redis, "same") == ANSWER
 
@@ -113,9 +112,7 @@ def test_an_answer_that_is_lost_on_its_way_is_computed_again(redis: Redis, web: 
     server.answer(batch.jobs, [ANSWER], batch.entries)
     assert redis.blpop([web.result_key("same")], 1)
 
-    web._push(job.id, job.dump(), job.deadline, unlimited=True)
-
-    assert waiting_ids(redis) == ["same"]
+    assert not web._known(job.id)
 
 
 def test_first_in_is_first_out_and_a_batch_has_its_limit(redis: Redis, server: ServerQueue) -> None:
@@ -247,14 +244,6 @@ def test_an_entry_too_long_for_an_image_is_not_parsed_but_answered(
     assert redis.llen(server.taken) == 0
 
 
-def test_of_an_entry_too_long_for_an_image_only_the_beginning_leaves_redis(redis: Redis, server: ServerQueue) -> None:
-    push(redis, "long", image="A" * 20_000_000)
-
-    [entry] = server._take_now(1)
-
-    assert len(entry) == 200
-
-
 @pytest.mark.parametrize("rubbish", [b"", b"[]", b"7", b"\xff", b"{", b"[" * 100_000])
 def test_a_heartbeat_that_is_rubbish_harms_nobody(redis: Redis, web: WebQueue, rubbish: bytes) -> None:
     redis.set(f"{settings.IMAGE_QUEUE}:server:odd", rubbish, ex=60)
@@ -347,7 +336,7 @@ def test_what_a_held_up_command_takes_for_a_server_that_joined_again_is_brought_
     server.join()
     push(redis, "a", "b")
 
-    server._take([settings.IMAGE_QUEUE, taken_before], [1, 1000, 100])
+    server._take([settings.IMAGE_QUEUE, taken_before], [1])
     batch = server.take(1)
     server.answer(batch.jobs, [ANSWER], batch.entries)
     server.recover()
@@ -519,13 +508,52 @@ def test_a_request_that_times_out_leaves_no_key(redis: Redis, web: WebQueue) -> 
     assert own_keys(redis) == []
 
 
-def test_pushing_twice_makes_one_job(redis: Redis, web: WebQueue) -> None:
-    job = Job("same", "aW1hZ2U=", time.time() + 10)
+def test_an_image_whose_push_got_no_reply_is_queued_once(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
+) -> None:
+    append, known = web._append, web._known
+    looked = threading.Event()
 
-    for _ in range(2):
-        web._push(job.id, job.dump(), job.deadline, unlimited=False)
+    def without_reply(*arguments: Any) -> bool:
+        append(*arguments)
+        raise RedisError("the connection broke")
 
-    assert waiting_ids(redis) == ["same"]
+    def look(job_id: str) -> bool:
+        try:
+            return known(job_id)
+        finally:
+            looked.set()
+
+    monkeypatch.setattr(web, "_append", without_reply)
+    monkeypatch.setattr(web, "_known", look)
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    assert looked.wait(10)
+
+    batch = server.take(32, wait=10)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert asked.result(10) == ANSWER
+    assert batch.entries == 1
+
+
+def test_an_image_too_many_that_is_taken_before_it_is_withdrawn_is_answered(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
+) -> None:
+    monkeypatch.setattr(settings, "MAX_QUEUE", 1)
+    push(redis, "first")
+    remove, batches = web._remove, []
+
+    def too_late(*arguments: Any, **options: Any) -> bool:
+        batches.append(server.take(32))
+        return remove(*arguments, **options)
+
+    monkeypatch.setattr(web, "_remove", too_late)
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    wait_until(lambda: len(batches) == 1, "both are taken")
+
+    server.answer(batches[0].jobs, [ANSWER, ANSWER], batches[0].entries)
+
+    assert asked.result(10) == ANSWER
 
 
 def test_without_redis_a_request_is_refused_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
