@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import flask
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-LARGE_BLOCK = 2**20  # bytes
+LARGE_BLOCK = 2**22  # bytes
 SMALL_UPLOAD = 64 * 2**10  # bytes
 WHITE = (255, 255, 255, 255)
 
@@ -152,10 +152,12 @@ def in_turn(upload: FileStorage, deadline: float) -> str:
     Raises QueueFull when half of the time until `deadline` (unix seconds) is over before that.
     """
     prepared = preparing.submit(prepare_upload, upload)
-    wait([prepared], timeout=max(0.0, deadline - time.time()) / 2)
-    if prepared.cancel():  # it has not begun
-        upload.close()
-        raise QueueFull("Too many images are being prepared, so try again in a few seconds.")
+    try:
+        return prepared.result(max(0.0, deadline - time.time()) / 2)
+    except TimeoutError:
+        if prepared.cancel():  # it has not begun
+            upload.close()
+            raise QueueFull("Too many images are being prepared, so try again in a few seconds.") from None
     return prepared.result()
 
 
