@@ -45,7 +45,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Lock
-from typing import IO, Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import orjson
@@ -206,6 +206,34 @@ class Job:
         return time.time() >= self.deadline
 
 
+class KeptJob:
+    """What goes onto the queue for a job, kept to be pushed again if need be.
+
+    Hundreds wait for their answers at once: once pushed, in a file without a name and not in the memory of the process.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._content = job.dump()
+        self._file = TemporaryFile(buffering=0)  # noqa: SIM115 - __exit__ closes it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put_away(self) -> None:
+        """Move it from the memory to the file."""
+        if self._content:
+            self._file.write(self._content)
+            self._content = b""
+
+    def read(self) -> bytes:
+        """Return it, wherever it is."""
+        self._file.seek(0)
+        return self._content or self._file.read()
+
+
 @dataclass
 class Batch:
     """What was taken together.
@@ -342,13 +370,11 @@ class WebQueue(ImageQueue):
         Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
         """
         job_id = uuid.uuid4().hex
-        # Hundreds wait at once, each with its job, to push it again if need be: not in the memory of the process.
-        with TemporaryFile(buffering=0) as job:
-            job.write(Job(job_id, image, deadline).dump())
+        with KeptJob(Job(job_id, image, deadline)) as job:
             del image
             return self._ask(job_id, job, deadline)
 
-    def _ask(self, job_id: str, job: IO[bytes], deadline: float) -> Answer:
+    def _ask(self, job_id: str, job: KeptJob, deadline: float) -> Answer:
         give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
         accepted = pushed = False
         error: RedisError | None = None
@@ -357,8 +383,9 @@ class WebQueue(ImageQueue):
             try:
                 if not pushed:
                     if error is None or not self._known(job_id):
-                        self._push(job_id, _content(job), deadline, unlimited=accepted)
+                        self._push(job_id, job.read(), deadline, unlimited=accepted)
                     accepted = pushed = True
+                job.put_away()
                 answer = self._poll(job_id, deadline)
                 if answer is not None:
                     return answer
@@ -373,7 +400,7 @@ class WebQueue(ImageQueue):
         if not accepted:
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
         with suppress(RedisError):  # to make room: without a model server nobody else drops what has expired
-            self._remove(job_id, _content(job), from_end=False)
+            self._remove(job_id, job.read(), from_end=False)
         raise ResultTimeout(self._why_late(error))
 
     def _known(self, job_id: str) -> bool:
@@ -494,9 +521,7 @@ class ServerQueue(ImageQueue):
         Suspects come alone, and never when taking `ahead`, that is while another batch is computed: if that one killed
         the server, they would be blamed.
         """
-        raw = self._wait_for_one(wait) if wait else self._take_now(most)
-        if raw and wait and most > 1:
-            raw += self._take_now(most - 1)
+        raw = self._move(most, wait)
         parsed = [self._parse(entry) for entry in raw]
         keep = self._before_suspect(parsed, ahead=ahead)
         if keep < len(raw):
@@ -527,26 +552,24 @@ class ServerQueue(ImageQueue):
                     f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
                 )
 
-    def _wait_for_one(self, wait: float) -> list[bytes]:
-        try:
-            job = self.redis.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
-        except OutOfMemoryError:
-            return self._take_now(1)
-        return [] if job is None else [cast(bytes, job)]
-
-    def _take_now(self, most: int) -> list[bytes]:
-        """Take up to `most` of those that wait; where Redis is out of memory by a script, which it allows to."""
-        with self.redis.pipeline(transaction=False) as moves:
-            for _ in range(min(most, self.waiting())):
-                moves.lmove(self.key, self.taken, "LEFT", "RIGHT")
-            replies = moves.execute(raise_on_error=False)
-        taken = [reply for reply in replies if isinstance(reply, bytes)]
-        errors = [reply for reply in replies if isinstance(reply, RedisError)]
-        if taken or not errors:
-            return taken
-        if isinstance(errors[0], OutOfMemoryError):
+    def _move(self, most: int, wait: float) -> list[bytes]:
+        with self.redis.pipeline(transaction=False) as together:
+            if wait:
+                together.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
+            together.llen(self.key)
+            *first, waiting = together.execute(raise_on_error=False)
+            if isinstance(waiting, RedisError):
+                raise waiting
+            for _ in range(min(most - len(first), waiting)):
+                together.lmove(self.key, self.taken, "LEFT", "RIGHT")
+            replies = first + together.execute(raise_on_error=False)
+        moved = [reply for reply in replies if isinstance(reply, bytes)]
+        refused = [reply for reply in replies if isinstance(reply, RedisError)]
+        if moved or not refused:
+            return moved
+        if isinstance(refused[0], OutOfMemoryError):  # it refuses every write, though moving needs no memory
             return list(self._take([self.key, self.taken], [most]))
-        raise errors[0]
+        raise refused[0]
 
     def _before_suspect(self, parsed: list[Job | None], *, ahead: bool) -> int:
         """Return how many of the entries may be computed together."""
@@ -639,11 +662,6 @@ def _about(beat: bytes | str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         about = None
     return about if isinstance(about, dict) else {}
-
-
-def _content(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
 
 
 def _last_part(key: bytes) -> str:
