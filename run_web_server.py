@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-LARGE_BLOCK = 2**22  # bytes
+LARGE_BLOCK = 2**21  # bytes
 SMALL_UPLOAD = 64 * 2**10  # bytes
 WHITE = (255, 255, 255, 255)
 
