@@ -6,6 +6,7 @@ Only the model server imports this, since importing Keras takes seconds and hund
 import inspect
 import itertools
 import logging
+import math
 import os
 import re
 import socket
@@ -44,6 +45,7 @@ DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for eve
 BATCH_OVERHEAD = 0.002
 # Of the least time of an image: so near, two sizes count as equal, since no measurement at warm-up is better than that.
 NEAR = 1.03
+LONG = 0.1  # seconds of a batch, beside which what it costs besides does not count any more
 MOST_CONSTANTS = 1_900_000_000  # bytes: TensorFlow can't hold a function of 2 GiB
 
 
@@ -81,7 +83,8 @@ class Classifier:
         More would only answer the first of them later. On a GPU it is BATCH_SIZE as a rule, on a CPU often less.
         """
         least = min(map(self._seconds_an_image, self._seconds))
-        return max(size for size in self._seconds if self._seconds_an_image(size) <= least * NEAR)
+        near = [size for size in self._seconds if self._seconds_an_image(size) <= least * NEAR]
+        return min((size for size in near if self._seconds[size] >= LONG), default=max(near))
 
     @property
     def slowest(self) -> float:
@@ -347,7 +350,7 @@ def _set_precision(model: Any) -> None:
 
 
 def _weights_bytes(model: Any) -> int:
-    return sum(int(np.prod(variable.shape)) * 4 for variable in model.variables)
+    return sum(math.prod(variable.shape) * 4 for variable in model.variables)
 
 
 def _check_input(model: Any) -> None:

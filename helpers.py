@@ -2,6 +2,7 @@
 
 import binascii
 import logging
+import math
 import random
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
         data = pybase64.b64decode(a, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(f"the image is not base64: {error}") from error
-    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
     if len(data) != expected:
         raise ValueError(f"the image has {len(data)} bytes, but {shape} of {dtype} takes {expected}")
     return np.frombuffer(data, dtype=dtype).reshape(shape)

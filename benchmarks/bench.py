@@ -169,19 +169,20 @@ class Bench:
         """Measure the service around a model that costs nothing, and decoding alone behind the same Apache."""
         model = self.scratch / "costless.keras"
         subprocess.run([sys.executable, str(HERE / "costless.py"), str(model)], check=True, capture_output=True)
-        rows = {}
-        with service({"MODEL": str(model)}) as ours:
-            for name in self.images:
-                rows[f"service, {name} x 64"] = self.watched(ours, name, 64)
-            rows[f"service, {PHOTO} x 1"] = self.watched(ours, PHOTO, 1)
+        rows: Figures = {}
         with (
+            service({"MODEL": str(model)}) as ours,
             application(loads("decode_only")) as root,
             directory() as logs,
             apache(root, os.environ, logs / "apache") as url,
         ):
-            for name in self.images:
-                rows[f"decode only, {name} x 64"] = self.load(url, name, 64)
-            rows[f"decode only, {PHOTO} x 1"] = self.load(url, PHOTO, 1)
+            # By turns, since they are compared, and a machine that others share is not the same for minutes.
+            for name, clients in [(PHOTO, 1), *((name, 64) for name in self.images), (PHOTO, 64)]:
+                for row, figures in (
+                    (f"service, {name} x {clients}", self.watched(ours, name, clients)),
+                    (f"decode only, {name} x {clients}", self.load(url, name, clients)),
+                ):
+                    rows[row] = max(rows.get(row, figures), figures, key=lambda each: each["per_s"])
         self.figures["plumbing"] = rows
 
     def servers(self) -> None:

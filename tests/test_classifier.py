@@ -123,6 +123,15 @@ def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
     assert model.slowest == pytest.approx(sweet * 0.005, rel=0.3)
 
 
+def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
+    """Larger ones would answer their first image later, and no sooner their last."""
+    model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), LABELS)
+
+    model.warm_up()
+
+    assert model.batch_size == 8  # 0.12 s
+
+
 def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
     network = Network(slow(sweet=2))
 
