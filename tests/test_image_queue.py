@@ -588,6 +588,7 @@ def test_a_restart_of_redis_that_forgets_all_loses_no_request(
         server.answer(batch.jobs, [ANSWER], batch.entries)
 
         assert asked.result(10) == ANSWER
+        assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
 
 
 def test_each_loss_of_redis_begins_with_short_pauses(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,25 @@ def test_500_requests_at_the_same_instant_are_all_answered(service: Service) -> 
     figures = stress(service, "--interval", "0")
 
     assert figures["answered"] == 500
+
+
+def test_hundreds_wait_where_a_process_begins_with_few_open_files(redis: Redis, tmp_path: Path) -> None:
+    """As under systemd, whose limit for the sum of connections and files is 1,024 unless a process raises it."""
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    images, queue = 300, f"queue-{free_port()}"
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, most))
+        try:
+            url = stack.enter_context(run_apache(log=tmp_path / "apache", IMAGE_QUEUE=queue, REQUEST_TIMEOUT="120"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+        pool = stack.enter_context(ThreadPoolExecutor(images))
+        asked = [pool.submit(Service(url).post, PNG) for _ in range(images)]
+        wait_until(lambda: redis.llen(queue) == images, "all of them wait", 60)
+
+        stack.enter_context(run_model_server(tmp_path / "server", IMAGE_QUEUE=queue))
+
+        assert [answer.result(120).status_code for answer in asked] == [200] * images
 
 
 def test_the_tutorials_stress_test_passes(service: Service) -> None:
