@@ -55,6 +55,10 @@ def limits(figures: Figures) -> list[list[Any]]:
     """Return the rows of what each part gives by itself."""
     model = ((*name.split(), rate) for name, rate in figures["model"].items())
     rows: list[list[Any]] = [[f"ResNet50, {way}, batch of {size}", rate] for way, size, rate in model]
+    if "L" in figures:
+        rows.append([f"L, {PHOTO}, right before and after 64 clients", figures["L"]])
+    if "in_process_ms" in figures:
+        rows.append([f"ResNet50 and {PHOTO}, one after the other in one process", 1000 / figures["in_process_ms"]])
     for name, each in figures["prepare"].items():
         rows.append([f"decode and resize, {name}, all cores", each["per_s"]])
         rows.append([f"L: both in series, {name}", serial_limit(figures, name)])
@@ -100,12 +104,13 @@ def _value(measure: Any) -> float:
 
 
 def _throughput_to_limit(figures: Figures, part: str = "resnet50") -> float:
-    return float(figures[part][f"{PHOTO} x 64"]["per_s"] / serial_limit(figures, PHOTO))
+    limit = figures["L"] if part == "resnet50" else serial_limit(figures, PHOTO)
+    return float(figures[part][f"{PHOTO} x 64"]["per_s"] / limit)
 
 
 def _idle(figures: Figures) -> float:
     """Milliseconds of an idle request beyond what the same takes in one process."""
-    return float(figures["resnet50"][f"{PHOTO} x 1"]["p50"] - figures["in_process"]["one_ms"])
+    return float(figures["resnet50"][f"{PHOTO} x 1"]["p50"] - figures["in_process_ms"])
 
 
 def _plumbing(figures: Figures) -> float:

@@ -20,7 +20,8 @@ FIGURES = {
     "machine": {"cpu": "a processor", "cores": 2, "python": "3.11"},
     "model": {"plain 1": 10.0, "xla 8": 12.0, "predict 1": 3.0},
     "prepare": {"png-432kB": {"per_s": 60.0, "one_ms": 30.0, "full_ms": 30.0}},
-    "in_process": {"one_ms": 130.0},
+    "in_process_ms": 130.0,
+    "L": 12.0,
 }
 
 
@@ -58,7 +59,7 @@ def test_a_target_is_told_where_its_parts_were_measured_and_left_out_where_not()
 
     text = report.markdown(FIGURES | {"resnet50": loads})
 
-    assert "| throughput at 64 clients / L | at least 0.95 | 0.9 |" in text
+    assert "| throughput at 64 clients / L | at least 0.95 | 0.75 |" in text
     assert "| p50 of one idle request minus decode and predict, ms | at most 5 | 5 |" in text  # 135 - 130
     assert "8 model servers" not in text
 
