@@ -45,7 +45,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Lock
-from typing import Any, Self, cast
+from typing import IO, Any, Self, cast
 
 import numpy as np
 import orjson
@@ -214,24 +214,28 @@ class KeptJob:
 
     def __init__(self, job: Job) -> None:
         self._content = job.dump()
-        self._file = TemporaryFile(buffering=0)  # noqa: SIM115 - __exit__ closes it
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def put_away(self) -> None:
         """Move it from the memory to the file."""
-        if self._content:
+        if not self._file:
+            self._file = TemporaryFile(buffering=0)  # noqa: SIM115 - __exit__ closes it
             self._file.write(self._content)
             self._content = b""
 
     def read(self) -> bytes:
         """Return it, wherever it is."""
+        if not self._file:
+            return self._content
         self._file.seek(0)
-        return self._content or self._file.read()
+        return self._file.read()
 
 
 @dataclass

@@ -189,6 +189,7 @@ class Bench:
             apache(root, os.environ, logs / "apache") as url,
         ):
             # By turns, since they are compared, and a machine that others share is not the same for minutes.
+            self.figures["decode_ms"] = self._prepare(PHOTO)["one_ms"]
             for name, clients in [(PHOTO, 1), *((name, 64) for name in self.images), (PHOTO, 64)]:
                 for row, figures in (
                     (f"service, {name} x {clients}", self.watched(ours, name, clients)),

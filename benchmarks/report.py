@@ -123,7 +123,7 @@ def _plumbing_alone(figures: Figures) -> float:
 
 
 def _idle_plumbing(figures: Figures) -> float:
-    return float(figures["plumbing"][f"service, {PHOTO} x 1"]["p50"] - figures["prepare"][PHOTO]["one_ms"])
+    return float(figures["plumbing"][f"service, {PHOTO} x 1"]["p50"] - figures["decode_ms"])
 
 
 def _web_memory(figures: Figures) -> float:
