@@ -141,9 +141,9 @@ class Classifier:
             half = len(images) // 2
             return self.classify(images[:half]) + self.classify(images[half:])
 
-    def decode(self, probabilities: Probabilities) -> list[Prediction]:
-        """Return the TOP classes by their labels, most probable first."""
-        top = min(settings.TOP, len(probabilities))
+    def decode(self, probabilities: Probabilities, top: int = 0) -> list[Prediction]:
+        """Return the `top` classes (0: TOP) by their labels, most probable first."""
+        top = min(top or settings.TOP, len(probabilities))
         best = np.argpartition(probabilities, -top)[-top:]
         best = best[np.argsort(probabilities[best])[::-1]]
         return [(self._labels[i], float(probabilities[i])) for i in best]

@@ -10,8 +10,9 @@ image_queue:result:<id>          list, TTL    the one answer to a job; a list, s
 image_queue:accepted:<id>        string, TTL  the job was pushed and has no answer yet: it is not pushed again
 image_queue:limit:...            string, TTL  how many requests a client has made, by Flask-Limiter (access.py)
 
-A job is      {"id", "image" (base64), "deadline" (unix seconds), "crashes" (only if in flight when a server died)}.
-An answer is  {"predictions": [{"label", "probability"}, ...]} or {"error": {"code", "message"}}.
+A job is      {"id", "image" (base64), "deadline" (unix seconds)}, and where they are not the default "request" (the id
+              that the client knows), "top" (predictions wanted), "crashes" (of servers that had it in flight).
+An answer is  {"predictions": [{"label", "probability"}, ...], "held_s", "compute_s"} or {"error": {"code", "message"}}.
 A <server> is <slot>.<session>: the slot is the same when a model server is started again, the session is new each
 time that it joins. A command that was held up on a dead connection and arrives late thus finds the taken list of a
 session without a heartbeat, and what it takes is brought back, instead of being mixed into the batch of another.
@@ -165,12 +166,19 @@ class DeclaredDead(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One image on its way: `image` is base64 text, `deadline` unix seconds, `crashes` the servers that it saw die."""
+    """One image on its way.
+
+    `image` is base64 text, `deadline` unix seconds, `request` the id that the client knows, `top` how many predictions
+    are wanted (0: as many as TOP says), `crashes` how many servers it saw die, `taken` time.monotonic() of the parsing.
+    """
 
     id: str
     image: str
     deadline: float
+    request: str = ""
+    top: int = 0
     crashes: int = 0
+    taken: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
     def parse(cls, raw: bytes | str) -> "Job":
@@ -189,16 +197,18 @@ class Job:
             if not found:
                 raise ValueError(f"not a job with an id ({type(error).__name__})") from error
             fields = {"id": found[1].decode()}
-        image, deadline, crashes = fields.get("image"), fields.get("deadline"), fields.get("crashes", 0)
-        latest = time.time() + LATEST_DEADLINE
-        if isinstance(image, str) and _is_count(crashes) and isinstance(deadline, int | float) and deadline <= latest:
-            return cls(fields["id"], image, deadline, crashes)
+        image, deadline, request = fields.get("image"), fields.get("deadline"), fields.get("request", "")
+        top, crashes = fields.get("top", 0), fields.get("crashes", 0)
+        in_time = isinstance(deadline, int | float) and deadline <= time.time() + LATEST_DEADLINE
+        if isinstance(image, str) and isinstance(request, str) and _is_count(top) and _is_count(crashes) and in_time:
+            return cls(fields["id"], image, deadline, request, top, crashes)
         return cls(fields["id"], "", time.time() + RESULT_GRACE)
 
     def dump(self) -> bytes:
         """Return the JSON that goes onto the queue."""
-        crashes = {"crashes": self.crashes} if self.crashes else {}
-        return orjson.dumps({"id": self.id, "deadline": self.deadline, **crashes, "image": self.image})
+        given = {"request": self.request, "top": self.top, "crashes": self.crashes}
+        more = {name: value for name, value in given.items() if value}
+        return orjson.dumps({"id": self.id, "deadline": self.deadline, **more, "image": self.image})
 
     @property
     def expired(self) -> bool:
@@ -368,13 +378,15 @@ class WebQueue(ImageQueue):
         super().__init__()
         self._full = False  # when last an image was pushed
 
-    def ask(self, image: str, deadline: float) -> Answer:
+    def ask(self, image: str, deadline: float, request: str = "", top: int = 0) -> Answer:
         """Queue `image` (base64 text) and return its answer, at the latest at `deadline` (unix seconds).
+
+        `request` is the id that the client knows, `top` the number of predictions that it wants (0: as many as TOP).
 
         Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
         """
         job_id = uuid.uuid4().hex
-        with KeptJob(Job(job_id, image, deadline)) as job:
+        with KeptJob(Job(job_id, image, deadline, request, top)) as job:
             del image
             return self._ask(job_id, job, deadline)
 

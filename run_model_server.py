@@ -47,10 +47,11 @@ SHORTEST_LIFE = 5.0  # seconds
 
 
 class Computed(NamedTuple):
-    """A batch and what came out for each of its images that could be decoded, in its order."""
+    """A batch, what came out for each of its images that could be decoded, in its order, and the seconds it took."""
 
     batch: Batch
     results: "list[Probabilities | Exception]"
+    seconds: float
 
 
 class ModelServer:
@@ -123,28 +124,29 @@ class ModelServer:
         try:
             return base64_decode_image(job.image, settings.IMAGE_DTYPE, self.classifier.shape)
         except ValueError as error:
-            log.error("Job %s can't be decoded: %s", job.id, error)
+            log.error("The image of request %s can't be decoded: %s", job.request or job.id, error)
             return None
 
-    def _classify(self, batch: Batch) -> "list[Probabilities | Exception]":
-        """Return what comes out for each image of `batch` that could be decoded, in its order."""
+    def _classify(self, batch: Batch) -> Computed:
         images = [image for image in batch.images if image is not None]
         if not images:
-            return []
+            return Computed(batch, [], 0.0)
         stacked = np.stack(images)
-        log.info("* Batch size: %s", stacked.shape)
-        return self.classifier.classify(stacked)
+        log.info("* Batch size: %s of requests %s", stacked.shape, " ".join(job.request for job in batch.jobs))
+        begun = time.monotonic()
+        return Computed(batch, self.classifier.classify(stacked), time.monotonic() - begun)
 
-    def _answer(self, batch: Batch, computing: "Future[list[Probabilities | Exception]]") -> None:
-        self._unsent.append(Computed(batch, computing.result()))
+    def _answer(self, batch: Batch, computing: Future[Computed]) -> None:
+        self._unsent.append(computing.result())
         if len(self._unsent) == 1:  # else it is not the first in the taken list
             self._send_oldest(batch.entries)
 
     def _send_oldest(self, entries: int) -> None:
         """Hand out the answers to the batch that has waited longest, and take so many `entries` off the taken list."""
-        batch, results = self._unsent[0]
+        batch, results, seconds = self._unsent[0]
         each = iter(results)
-        answers = [UNREADABLE if image is None else self._answer_to(next(each)) for image in batch.images]
+        pairs = zip(batch.jobs, batch.images, strict=True)
+        answers = [UNREADABLE if image is None else self._answer_to(job, next(each), seconds) for job, image in pairs]
         try:
             self.queue.answer(batch.jobs, answers, entries)
         except DeclaredDead:  # they were handed out all the same
@@ -152,12 +154,13 @@ class ModelServer:
             raise
         self._unsent.popleft()
 
-    def _answer_to(self, result: "Probabilities | Exception") -> Answer:
+    def _answer_to(self, job: Job, result: "Probabilities | Exception", seconds: float) -> Answer:
         if isinstance(result, Exception):
-            log.error("An image broke the model", exc_info=result)
+            log.error("The image of request %s broke the model", job.request, exc_info=result)
             return BROKEN
-        decoded = self.classifier.decode(result)
-        return {"predictions": [{"label": label, "probability": probability} for label, probability in decoded]}
+        decoded = self.classifier.decode(result, job.top)
+        predictions = [{"label": label, "probability": probability} for label, probability in decoded]
+        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, "compute_s": seconds}
 
     def _join(self) -> None:
         """Hand out what could not be handed out, then be alive with nothing in flight; wait for Redis if need be."""

@@ -10,20 +10,23 @@ import ctypes
 import io
 import logging
 import os
+import re
 import resource
+import shutil
 import tempfile
 import threading
 import time
+import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from functools import partial
+from typing import IO, Any, NamedTuple
 
 import flask
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 from redis.exceptions import RedisError
-from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import settings
@@ -38,6 +41,8 @@ RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 2**21  # bytes
 SMALL_UPLOAD = 64 * 2**10  # bytes
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MOST_TOP = 1000
 WHITE = (255, 255, 255, 255)
 
 # Pixels of a side. Pillow keeps a pointer for each row, and the resize a table of 32 bytes for each pixel of the longer
@@ -73,6 +78,8 @@ check_rate = rate_check(app, queue)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
 # more of them than there are cores are prepared at once, first come, first served.
 preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
+# Who waits for the answers to requests of several images, beside the threads of Apache, of which each has but one.
+asking = ThreadPoolExecutor(128, thread_name_prefix="ask")
 
 
 class MissingImage(ServiceError):
@@ -111,18 +118,39 @@ def homepage() -> str:
     return "Welcome to the PyImageSearch Keras REST API!"
 
 
+@app.before_request
+def begin() -> None:
+    """Note when the request began, and its id: its client's own if that is one, else Apache's."""
+    given = flask.request.headers.get("X-Request-ID", "")
+    apaches = flask.request.environ.get("UNIQUE_ID")
+    flask.g.request_id = given if REQUEST_ID.fullmatch(given) else apaches or uuid.uuid4().hex
+    flask.g.begun = time.monotonic()
+
+
+@app.after_request
+def name_request(response: flask.Response) -> flask.Response:
+    """Tell the client the id of its request, which is in the logs of both programs."""
+    response.headers["X-Request-ID"] = flask.g.request_id
+    return response
+
+
 @app.post("/predict")
 def predict() -> flask.Response:
-    """Classify the image in the multipart field `image`."""
+    """Classify the image in the multipart field `image`, or each of several, or the body itself."""
     # Before anything touches the body: a stranger's upload is not even read.
     check_key()
     check_rate()
-    upload = only_upload()  # a slow network is not the service's time
+    top = wanted_top()
+    images = uploads()  # a slow network is not the service's time
     deadline = time.time() + settings.REQUEST_TIMEOUT
-    answer = queue.ask(in_turn(upload, deadline), deadline)
-    if "error" in answer:
-        raise ModelFailed(answer["error"]["message"])
-    return flask.jsonify({"success": True, "predictions": answer["predictions"]})
+    if len(images) == 1:
+        found = classify(images[0], deadline, flask.g.request_id, top)
+        return timed(result_of(found), [found])
+    ask = partial(outcome, deadline=deadline, request_id=flask.g.request_id, top=top)
+    outcomes = list(asking.map(ask, images))
+    answered = [each for each in outcomes if isinstance(each, Classified)]
+    body = {"success": len(answered) == len(outcomes), "results": [result_of(each) for each in outcomes]}
+    return timed(body, answered)
 
 
 @app.get("/livez")
@@ -146,7 +174,65 @@ def readyz() -> tuple[flask.Response, int] | flask.Response:
     return flask.jsonify({"ready": True, "model_servers": servers, "queue_length": waiting})
 
 
-def in_turn(upload: FileStorage, deadline: float) -> str:
+class Classified(NamedTuple):
+    """What the model server says of an image, and the seconds that each stage took."""
+
+    predictions: list[dict[str, Any]]
+    prepare: float
+    queue: float
+    compute: float
+
+
+def classify(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
+    """Return what the image in `upload` shows: `top` classes, or TOP where that is 0. Raises ServiceError."""
+    begun = time.monotonic()
+    image = in_turn(upload, deadline)
+    prepared = time.monotonic()
+    answer = queue.ask(image, deadline, request_id, top)
+    if "error" in answer:
+        raise ModelFailed(answer["error"]["message"])
+    waited = time.monotonic() - prepared - answer["held_s"]
+    return Classified(answer["predictions"], prepared - begun, waited, answer["compute_s"])
+
+
+def outcome(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified | ServiceError:
+    """Return what classify() does, or what it raises: one bad image of several is no reason to refuse the others."""
+    try:
+        return classify(upload, deadline, request_id, top)
+    except ServiceError as error:
+        return error
+    except Exception:
+        log.exception("Request %s", request_id)
+        return ServiceError(OUR_FAULT)
+
+
+def result_of(found: Classified | ServiceError) -> dict[str, Any]:
+    """Return what the client is told of one image."""
+    if isinstance(found, ServiceError):
+        return error_body(found.code, str(found))
+    return {"success": True, "predictions": found.predictions}
+
+
+def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
+    """Return the answer with the milliseconds of each stage in its header Server-Timing: of several images the most."""
+    stages = {name: max((getattr(each, name) for each in classified), default=0.0) for name in Classified._fields[1:]}
+    stages["total"] = time.monotonic() - flask.g.begun
+    response = flask.jsonify(body)
+    response.headers["Server-Timing"] = ", ".join(f"{name};dur={1000 * took:.1f}" for name, took in stages.items())
+    return response
+
+
+def wanted_top() -> int:
+    """Return how many predictions the client wants, by ?top=N; 0 where it does not say. Raises BadRequest."""
+    given = flask.request.args.get("top")
+    if given is None:
+        return 0
+    if not (re.fullmatch(r"\d{1,4}", given, re.ASCII) and 1 <= int(given) <= MOST_TOP):
+        raise BadRequest(f"top is how many predictions you want, so send a whole number from 1 to {MOST_TOP}.")
+    return int(given)
+
+
+def in_turn(upload: IO[bytes], deadline: float) -> str:
     """Return what prepare_upload() does, when its turn has come. Raises what it raises.
 
     Raises QueueFull when half of the time until `deadline` (unix seconds) is over before that.
@@ -161,23 +247,37 @@ def in_turn(upload: FileStorage, deadline: float) -> str:
     return prepared.result()
 
 
-def prepare_upload(upload: FileStorage) -> str:
+def prepare_upload(upload: IO[bytes]) -> str:
     """Return the image in `upload`, prepared, as base64 text. Raises MissingImage, BadImage, TooLarge."""
-    with upload.stream:  # closed, so that hundreds of waiting requests do not keep their uploads
-        image = prepare_image(open_image(upload.stream), (settings.IMAGE_WIDTH, settings.IMAGE_HEIGHT))
+    with upload:  # closed, so that hundreds of waiting requests do not keep their uploads
+        image = prepare_image(open_image(upload), (settings.IMAGE_WIDTH, settings.IMAGE_HEIGHT))
         return base64_encode_image(image)
 
 
-def only_upload() -> FileStorage:
-    """Return the request's one file `image`. Raises MissingImage, and BadRequest rather than to ignore a second."""
-    uploads = flask.request.files.getlist("image")
-    if not uploads:
+def uploads() -> list[IO[bytes]]:
+    """Return the request's images as they came: its body, or the files `image` of its form.
+
+    Raises MissingImage, TooLarge.
+    """
+    if flask.request.mimetype.startswith("image/"):
+        return [received_body()]
+    files = flask.request.files.getlist("image")
+    if not files:
         raise MissingImage(
-            "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg."
+            "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg, or as the "
+            "body, with its content type."
         )
-    if len(uploads) > 1:
-        raise BadRequest("Send one image a request.")
-    return uploads[0]
+    if len(files) > settings.MAX_IMAGES:
+        raise TooLarge(f"A request may have {settings.MAX_IMAGES} images, so send them in several.")
+    return [file.stream for file in files]
+
+
+def received_body() -> IO[bytes]:
+    """Return the request's body, in a file as Request has it of forms."""
+    body = tempfile.TemporaryFile()  # noqa: SIM115 - prepare_upload() closes it
+    shutil.copyfileobj(flask.request.stream, body, SMALL_UPLOAD)
+    body.seek(0)
+    return body
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
@@ -307,12 +407,11 @@ def http_error(error: HTTPException) -> tuple[flask.Response, int]:
 @app.errorhandler(Exception)
 def unexpected_error(error: Exception) -> tuple[flask.Response, int]:
     """Answer a fault of ours: the traceback is for the log, not for the client."""
-    log.error("%s %s", flask.request.method, flask.request.path, exc_info=error)
-    return error_response(
-        500, ServiceError.code, "Something went wrong on the server, so try again or tell its operator."
-    )
+    log.error("%s %s, request %s", flask.request.method, flask.request.path, flask.g.request_id, exc_info=error)
+    return error_response(500, ServiceError.code, OUR_FAULT)
 
 
+OUR_FAULT = "Something went wrong on the server, so try again or tell its operator."
 MESSAGES = {
     400: "The request is not valid HTTP for this service, so check how it is made.",
     404: "There is nothing at this address, so post the image to /predict.",
@@ -320,9 +419,14 @@ MESSAGES = {
 }
 
 
-def error_response(status: int, code: str, message: str, **more: Any) -> tuple[flask.Response, int]:
+def error_body(code: str, message: str) -> dict[str, Any]:
     """Return the one JSON shape of every error."""
-    response = flask.jsonify({"success": False, "error": {"code": code, "message": message}, **more})
+    return {"success": False, "error": {"code": code, "message": message}}
+
+
+def error_response(status: int, code: str, message: str, **more: Any) -> tuple[flask.Response, int]:
+    """Return an error as an answer; `more` is for what a program may want to know besides."""
+    response = flask.jsonify(error_body(code, message) | more)
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER)
     return response, status

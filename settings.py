@@ -132,6 +132,9 @@ MAX_QUEUE = _whole("MAX_QUEUE", 1000, 1, 1_000_000)
 MAX_UPLOAD_BYTES = _whole("MAX_UPLOAD_BYTES", 16 * 2**20, 1024, 2**30)
 MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 50_000_000, 1, 1_000_000_000)
 
+# Images in one request; beyond it 413.
+MAX_IMAGES = _whole("MAX_IMAGES", 32, 1, 1000)
+
 # Keys of which a client of /predict must send one, as `Authorization: Bearer KEY`. Separated by commas, so that a new
 # one can be given out before the old one is taken away. Empty: whoever reaches the service may use it.
 API_KEYS = _matching(
