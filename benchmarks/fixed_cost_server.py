@@ -36,7 +36,7 @@ class Sleeper:
         time.sleep(SECONDS)
         return [ONE for _ in images]
 
-    def decode(self, _probabilities: Any) -> list[tuple[str, float]]:
+    def decode(self, _probabilities: Any, _top: int) -> list[tuple[str, float]]:
         """Return the one class."""
         return [("something", 1.0)]
 

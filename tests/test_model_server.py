@@ -46,7 +46,7 @@ class MeanClassifier:
         levels = [int(image.flat[0]) for image in images]
         return [RuntimeError("poison") if level == POISON else level for level in levels]
 
-    def decode(self, level: int) -> list[tuple[str, float]]:
+    def decode(self, level: int, _top: int) -> list[tuple[str, float]]:
         return [(str(level), 1.0)]
 
 
