@@ -77,6 +77,11 @@ class Classifier:
         self._seconds: dict[int, float] = {}
 
     @property
+    def classes(self) -> int:
+        """How many classes the model tells apart."""
+        return len(self._labels)
+
+    @property
     def batch_size(self) -> int:
         """The most images that are worth computing together: as many as take, each, next to the least time.
 

@@ -62,3 +62,8 @@ class ServiceError(Exception):
 
     status = 500
     code = "internal_error"
+
+    def __init__(self, message: str, **more: object) -> None:
+        """Say `message`, and to programs `more`, which stands beside the error in the answer."""
+        super().__init__(message)
+        self.more = more

@@ -252,7 +252,9 @@ def classify_process() -> None:
     give_up_root()
     log.info("* Model loaded")
     life = max(SHORTEST_LIFE, BATCHES_TO_LIVE * max(BATCHES_AT_ONCE * model.slowest, settings.SERVER_SLEEP))
-    about = classifier.describe() | {"shape": model.shape, "batch_size": model.batch_size}
+    about = classifier.describe() | {
+        "shape": model.shape, "classes": model.classes, "batch_size": model.batch_size,
+    }  # fmt: skip
     server = ModelServer(model, ServerQueue(about, life))
     signal.signal(signal.SIGTERM, server.stop)
     signal.signal(signal.SIGINT, server.stop)

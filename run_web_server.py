@@ -31,6 +31,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import settings
 from access import RateLimited, Unauthorized, check_key, rate_check
+from health import add_health_routes
 from helpers import Pixels, Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
 from image_checks import FORMATS, MAX_EXIF_BYTES, open_frugally
 from image_queue import QueueFull, WebQueue
@@ -75,6 +76,7 @@ app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 
 queue = WebQueue()
 check_rate = rate_check(app, queue)
+add_health_routes(app, queue)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
 # more of them than there are cores are prepared at once, first come, first served.
 preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
@@ -151,27 +153,6 @@ def predict() -> flask.Response:
     answered = [each for each in outcomes if isinstance(each, Classified)]
     body = {"success": len(answered) == len(outcomes), "results": [result_of(each) for each in outcomes]}
     return timed(body, answered)
-
-
-@app.get("/livez")
-def livez() -> flask.Response:
-    """Answer while the process does."""
-    return flask.jsonify({"live": True})
-
-
-@app.get("/readyz")
-def readyz() -> tuple[flask.Response, int] | flask.Response:
-    """Say whether requests would be answered: Redis is there, and a warmed-up model server is alive."""
-    try:
-        servers = queue.live_servers()
-        waiting = queue.waiting()
-    except RedisError:
-        return not_ready("redis_down", "Redis does not answer, so start it or check REDIS_HOST and REDIS_PORT.")
-    if not servers:
-        return not_ready(
-            "no_model_server", "No model server is alive, so start run_model_server.py or wait until it is."
-        )
-    return flask.jsonify({"ready": True, "model_servers": servers, "queue_length": waiting})
 
 
 class Classified(NamedTuple):
@@ -377,7 +358,7 @@ def too_many_pixels() -> TooLarge:
 @app.errorhandler(ServiceError)
 def service_error(error: ServiceError) -> tuple[flask.Response, int]:
     """Answer what the service itself found wrong."""
-    response, status = error_response(error.status, error.code, str(error))
+    response, status = error_response(error.status, error.code, str(error), **error.more)
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RateLimited):
@@ -430,11 +411,6 @@ def error_response(status: int, code: str, message: str, **more: Any) -> tuple[f
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER)
     return response, status
-
-
-def not_ready(code: str, message: str) -> tuple[flask.Response, int]:
-    """Return the answer of /readyz when a part is missing."""
-    return error_response(503, code, message, ready=False)
 
 
 def watch_for_redis() -> None:

@@ -27,6 +27,7 @@ class Sleeper:
     shape = (settings.IMAGE_HEIGHT, settings.IMAGE_WIDTH, settings.IMAGE_CHANS)
     slowest = SECONDS
     batch_size = settings.BATCH_SIZE
+    classes = 1
 
     def warm_up(self) -> None:
         """Do nothing: there is nothing to compile."""

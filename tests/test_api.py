@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Service, assert_error, raw_answer, wait_until
+from conftest import ROOT, Service, assert_error, free_port, raw_answer, run_apache, wait_until
 
 THREE, SEVEN = (ROOT / "images" / name for name in ("three.png", "seven.jpg"))
 
@@ -115,3 +115,33 @@ def test_the_time_of_each_stage_is_told(service: Service) -> None:
     assert list(stages) == ["prepare", "queue", "compute", "total"]
     assert min(stages["prepare"], stages["compute"]) > 0
     assert stages["total"] >= stages["prepare"] + stages["queue"] + stages["compute"] - 0.2  # each is rounded
+
+
+def get(service: Service, path: str) -> requests.Response:
+    return requests.get(f"{service.url}{path}", timeout=10)
+
+
+def test_the_open_inference_protocol_has_its_health_and_metadata(service: Service) -> None:
+    assert get(service, "/v2/health/live").json() == {"live": True}
+    assert get(service, "/v2/health/ready").json() == {"ready": True}
+    assert get(service, "/v2/models/digits/ready").json() == {"name": "digits", "ready": True}
+    assert get(service, "/v2").json()["name"] == "keras-rest-api"
+    assert get(service, "/v2/models/digits").json() == {
+        "name": "digits",
+        "versions": ["digits.keras"],
+        "platform": "keras",
+        "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 224, 224, 3]}],
+        "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}],
+    }
+
+
+@pytest.mark.parametrize("path", ["/v2/models/cats", "/v2/models/cats/ready"])
+def test_of_a_model_that_is_not_served_it_says_which_are(service: Service, path: str) -> None:
+    assert "digits" in assert_error(get(service, path), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/v2/health/ready", "/v2/models/digits", "/v2/models/digits/ready"])
+def test_without_a_model_server_it_is_not_ready(path: str) -> None:
+    with run_apache(IMAGE_QUEUE=f"queue-{free_port()}") as url:
+        assert_error(get(Service(url), path), 503, "no_model_server")
+        assert get(Service(url), "/v2/health/live").status_code == 200

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 OURS = {
     "access",
+    "health",
     "settings",
     "helpers",
     "image_checks",
@@ -44,6 +45,7 @@ def test_the_model_side_never_imports_flask() -> None:
 @pytest.mark.parametrize(
     ("module", "may_import"),
     [("settings", set()), ("helpers", set()), ("image_checks", set()),
+     ("health", {"settings", "helpers", "image_queue"}),
      ("access", {"settings", "helpers", "image_queue"}), ("image_queue", {"settings", "helpers"}),
      ("run_model_server", {"settings", "helpers", "image_queue"})],
 )  # fmt: skip
