@@ -77,9 +77,16 @@ class Classifier:
         self._seconds: dict[int, float] = {}
 
     @property
-    def classes(self) -> int:
-        """How many classes the model tells apart."""
-        return len(self._labels)
+    def about(self) -> dict[str, Any]:
+        """What the service says of its model."""
+        own = settings.MODEL.endswith(".keras")
+        return {
+            "model": Path(settings.MODEL).stem if own else settings.MODEL,
+            "weights": Path(settings.MODEL if own else settings.MODEL_WEIGHTS).name,
+            "shape": self.shape,
+            "classes": len(self._labels),
+            "batch_size": self.batch_size,
+        }
 
     @property
     def batch_size(self) -> int:
@@ -209,13 +216,6 @@ def fetch() -> None:
         _from_applications(settings.MODEL)
     except Refusal as refusal:
         raise SystemExit(str(refusal)) from None
-
-
-def describe() -> dict[str, str]:
-    """Return what the service says of its model: its name and its weights."""
-    if settings.MODEL.endswith(".keras"):
-        return {"model": Path(settings.MODEL).stem, "weights": Path(settings.MODEL).name}
-    return {"model": settings.MODEL, "weights": Path(settings.MODEL_WEIGHTS).name}
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """The model server: takes a batch from Redis, classifies it with Keras, answers, until it is told to stop.
 
-    python run_model_server.py [--gpu N]
+    python run_model_server.py [--model MODEL] [--gpu N]
+    python run_model_server.py --check [IMAGE]              whether the model works here, and how fast; needs no Redis
 
 Run as many as there are GPUs, each on one of its own; they share the queue. SIGTERM or Ctrl-C: it takes no more,
 answers what it computes, puts back the rest and leaves with exit code 0. Exit code 2: a setting or the model makes no
@@ -44,6 +45,9 @@ BATCHES_AT_ONCE = 2
 # times as long as at warm-up when the web prepares images on the same cores.
 BATCHES_TO_LIVE = 5
 SHORTEST_LIFE = 5.0  # seconds
+
+SAMPLE = Path(__file__).parent / "images/three.png"
+CHECK_SECONDS = 3.0  # that --check measures for
 
 
 class Computed(NamedTuple):
@@ -240,8 +244,8 @@ def _unprivileged_user() -> pwd.struct_passwd:
     raise OSError("there is no such user")
 
 
-def classify_process() -> None:
-    """Load the model, then classify what comes until told to stop. Raises Refusal."""
+def loaded_model() -> "Classifier":
+    """Return the model, warmed up. Raises Refusal."""
     # Here, because it takes seconds, and a wrong setting or no Redis should be told at once.
     import classifier  # noqa: PLC0415
 
@@ -249,16 +253,60 @@ def classify_process() -> None:
     model = classifier.load()
     model.warm_up()
     ctypes.CDLL(None).malloc_trim(0)  # TensorFlow leaves several copies of the weights behind when it compiles
+    return model
+
+
+def classify_process() -> None:
+    """Load the model, then classify what comes until told to stop. Raises Refusal."""
+    model = loaded_model()
     give_up_root()
     log.info("* Model loaded")
     life = max(SHORTEST_LIFE, BATCHES_TO_LIVE * max(BATCHES_AT_ONCE * model.slowest, settings.SERVER_SLEEP))
-    about = classifier.describe() | {
-        "shape": model.shape, "classes": model.classes, "batch_size": model.batch_size,
-    }  # fmt: skip
-    server = ModelServer(model, ServerQueue(about, life))
+    server = ModelServer(model, ServerQueue(model.about, life))
     signal.signal(signal.SIGTERM, server.stop)
     signal.signal(signal.SIGINT, server.stop)
     server.run()
+
+
+def check(path: Path) -> None:
+    """Load the model, classify the image at `path`, and say how fast it is. Raises Refusal."""
+    model = loaded_model()
+    try:
+        pixels = read_image(path, model.shape)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} can't be read as an image ({error}).") from None
+    [result] = model.classify(pixels[np.newaxis])
+    if isinstance(result, Exception):
+        raise Refusal(f"The model can't classify {path} ({result}).")
+    print(f"{path}: " + ", ".join(f"{label} {probability:.4f}" for label, probability in model.decode(result)))
+    speed = images_per_second(model, np.stack([pixels] * model.batch_size))
+    print(f"{settings.MODEL}: {speed:.1f} images/s in batches of {model.batch_size}, {BATCHES_AT_ONCE} at once")
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> Pixels:
+    """Return the image at `path` as pixels of `shape`, in the plainest way: the web's is for strangers' images."""
+    from PIL import Image  # noqa: PLC0415 - the model server itself decodes nothing
+
+    height, width, channels = shape
+    with Image.open(path) as image:
+        small = image.convert("RGB" if channels == 3 else "L").resize((width, height))
+    return np.asarray(small, dtype=settings.IMAGE_DTYPE).reshape(shape)
+
+
+def images_per_second(model: "Classifier", batch: Pixels) -> float:
+    """Return how many images `model` computes in a second, as many batches at once as there are of this server."""
+    begun = time.monotonic()
+
+    def compute(_: int) -> int:
+        done = 0
+        while time.monotonic() < begun + CHECK_SECONDS:
+            model.classify(batch)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(BATCHES_AT_ONCE) as pool:
+        batches = sum(pool.map(compute, range(BATCHES_AT_ONCE)))
+    return batches * len(batch) / (time.monotonic() - begun)
 
 
 def pin_gpu(number: int) -> None:
@@ -285,15 +333,23 @@ def look_for_redis() -> None:
 def main() -> int:
     """Run one model server; return its exit code."""
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
+    parser.add_argument("--model", help="a name in keras.applications or the path of a .keras file (default: MODEL)")
     parser.add_argument("--gpu", type=int, metavar="N", help="compute on this GPU alone, the first being 0")
+    told = "load the model, classify this image (default: a digit), say how fast it is, and leave"
+    parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=told)
     arguments = parser.parse_args()
     log_to_stderr()
+    if arguments.model:
+        settings.MODEL = arguments.model
     if arguments.gpu is not None:
         pin_gpu(arguments.gpu)
     for number in (signal.SIGTERM, signal.SIGINT):  # while loading there is nothing to finish
         # Not sys.exit: raised within a C library that is being imported, it becomes another exception.
         signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     try:
+        if arguments.check:
+            check(arguments.check)
+            return EXIT_STOPPED
         look_for_redis()
         classify_process()
     except Refusal as error:

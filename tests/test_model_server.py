@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -385,3 +387,35 @@ def test_a_model_that_can_not_be_served_ends_with_2(tmp_path: Path, name: str, v
     [error] = [each for each in process.log.splitlines() if "ERROR" in each]
     assert line in error
     assert "Traceback" not in process.log
+
+
+def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
+    """What --check prints, with no Redis, and with another MODEL in the environment."""
+    environment = {**os.environ, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
+    command = [sys.executable, "run_model_server.py", "--model", model, "--check", *image]
+    return subprocess.run(
+        command, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> None:
+    done = checked("models/digits.keras")
+
+    assert done.returncode == 0, done.stderr
+    image, speed = done.stdout.splitlines()
+    assert re.match(r".*images/three\.png: 3 0\.9\d{3}, \d 0\.\d{4}, ", image)
+    found = re.fullmatch(r"models/digits\.keras: ([\d.]+) images/s in batches of \d+, 2 at once", speed)
+    assert found is not None
+    assert float(found[1]) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["nowhere.keras"], "nowhere.keras is not there"),
+     (["models/digits.keras", "README.md"], "README.md can't be read as an image")],
+)  # fmt: skip
+def test_a_check_that_can_not_be_made_says_why(arguments: list[str], reason: str) -> None:
+    done = checked(*arguments)
+
+    assert done.returncode == 2
+    assert reason in done.stderr.splitlines()[-1]
