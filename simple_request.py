@@ -1,16 +1,30 @@
 #!/usr/bin/env python3
-"""Ask the service what one image shows, and print its answer, most probable first."""
+"""Ask the service what images show, and print its answers, most probable first.
+
+simple_request.py photo.jpg
+simple_request.py photo.jpg more.png a/folder --json
+cat photo.jpg | simple_request.py -
+"""
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import BaseHTTPResponse
+from urllib3.util import Retry
 
 KERAS_REST_API_URL = "http://localhost:8080/predict"
 IMAGE_PATH = Path(__file__).parent / "images" / "three.png"
+STDIN = Path("-")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}  # of the images in a folder
+LONGEST_WAIT = 60  # seconds that the service may ask to wait before another try
 
 
 class ClientError(Exception):
@@ -31,54 +45,139 @@ def api_key(text: str) -> str:
     return key
 
 
-def post(image: Path, url: str, timeout: float, key: str) -> requests.Response:
-    """Send the image as the form field `image`, with the key where the service wants one."""
+class Unreachable(ClientError):
+    """There is no service, so that other images would fare no better."""
+
+
+class Patience(Retry):
+    """Tries again where the service says when to, and only there."""
+
+    RETRY_AFTER_STATUS_CODES = frozenset({429, 503})
+
+    def sleep_for_retry(self, response: BaseHTTPResponse) -> bool:
+        """Wait as told, and say so."""
+        seconds = self.get_retry_after(response)
+        if seconds is not None:
+            print(f"The service asks to wait {seconds:.0f} s before another try.", file=sys.stderr, flush=True)
+        return super().sleep_for_retry(response)
+
+
+def patient_session(retries: int, key: str) -> requests.Session:
+    """Return a session with the key where the service wants one."""
+    session = requests.Session()
+    patience = Patience(
+        retries, connect=0, read=False, redirect=False, other=False, allowed_methods=None, raise_on_status=False,
+        retry_after_max=LONGEST_WAIT,
+    )  # fmt: skip
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=patience))
+    if key:
+        session.headers["Authorization"] = f"Bearer {key}"
+    return session
+
+
+def images(sources: list[Path]) -> Iterator[Path]:
+    """Yield the images that the command line names: files, those in folders, and - for standard input."""
+    for source in sources:
+        if not source.is_dir():
+            yield source
+            continue
+        found = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not found:
+            raise ClientError(f"Cannot read {source} (no image is in this folder): give the path of an image.")
+        yield from found
+
+
+def read(image: Path) -> bytes:
+    """Return the bytes of an image."""
     try:
-        payload = {"image": image.read_bytes()}
+        return sys.stdin.buffer.read() if image == STDIN else image.read_bytes()
     except OSError as error:
         raise ClientError(f"Cannot read {image} ({error.strerror}): give the path of an image.") from error
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def post(session: requests.Session, image: bytes, url: str, timeout: float) -> requests.Response:
+    """Send the image as the form field `image`."""
     try:
         # A followed redirect would turn the POST into a GET and hide that the address is wrong.
-        return requests.post(full_address(url), files=payload, headers=headers, timeout=timeout, allow_redirects=False)
+        return session.post(full_address(url), files={"image": image}, timeout=timeout, allow_redirects=False)
     except requests.Timeout as error:
-        raise ClientError(f"No answer from {url} in {timeout:g} s: try later or raise --timeout.") from error
+        raise Unreachable(f"No answer from {url} in {timeout:g} s: try later or raise --timeout.") from error
     except ValueError as error:  # whatever requests finds wrong with an address is one of these
-        raise ClientError(f"{url!r} is not an address: give --url as http://host:port.") from error
+        raise Unreachable(f"{url!r} is not an address: give --url as http://host:port.") from error
     except requests.RequestException as error:
-        raise ClientError(f"No answer from {url}: start the service there or give its --url.") from error
+        raise Unreachable(f"No answer from {url}: start the service there or give its --url.") from error
 
 
-def predictions(response: requests.Response) -> list[str]:
-    """Return the lines to print."""
+def predictions(response: requests.Response) -> list[dict[str, Any]]:
+    """Return what the service says of the image."""
     try:
         answer = response.json()
         if response.status_code != 200 or answer["success"] is not True:
             raise ClientError(f"{answer['error']['message']} (status {response.status_code})")
-        best = enumerate(answer["predictions"], start=1)
-        return [f"{rank}. {entry['label']}: {entry['probability']:.4f}" for rank, entry in best]
+        return [
+            {"label": str(each["label"]), "probability": float(each["probability"])} for each in answer["predictions"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         found = f"{response.url} answered with status {response.status_code}, but not as this service does"
         raise ClientError(f"{found}: give the address of the service with --url.") from error
 
 
+def show(image: Path, found: list[dict[str, Any]], *, as_json: bool, named: bool) -> None:
+    """Print what an image shows."""
+    if as_json:
+        print(json.dumps({"image": str(image), "predictions": found}), flush=True)
+        return
+    lines = [str(image)] if named else []
+    lines += [f"{rank}. {each['label']}: {each['probability']:.4f}" for rank, each in enumerate(found, start=1)]
+    print(*lines, sep="\n", flush=True)
+
+
+def complain(error: ClientError) -> None:
+    """Print the sentence on one line, whatever the service put into it."""
+    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
+def ask_all(options: argparse.Namespace) -> bool:
+    """Ask about each image, print what can be printed, and return whether all of them were answered."""
+    named = len(options.image) > 1 or options.image[0].is_dir()
+    answered = True
+    with patient_session(options.retries, options.api_key) as session:
+        for image in images(options.image):
+            try:
+                found = predictions(post(session, read(image), options.url, options.timeout))
+                show(image, found, as_json=options.json, named=named)
+            except Unreachable:
+                raise
+            except ClientError as error:
+                complain(ClientError(f"{image}: {error}") if named else error)
+                answered = False
+    return answered
+
+
 def main() -> int:
-    """Return the exit code: 0 for an answer, 1 without one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("image", nargs="?", type=Path, default=IMAGE_PATH, help="default: %(default)s")
+    """Return the exit code: 0 for an answer to each image, 1 where one has none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", nargs="*", type=Path, default=[IMAGE_PATH],
+                        help=f"files, folders of images, or - for standard input (default: {IMAGE_PATH})")  # fmt: skip
     parser.add_argument("--url", default=KERAS_REST_API_URL, help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120, help="seconds of silence to bear (%(default)s)")
+    parser.add_argument(
+        "--retries", type=int, default=3, help="tries more where the service says when to (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON an image")
     key = os.environ.get("API_KEY", "")
     parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment's API_KEY")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:
         parser.error("--timeout takes seconds, more than 0 and at most 86400")
+    if not 0 <= options.retries <= 1000:
+        parser.error("--retries takes a number from 0 to 1000")
     try:
-        print(*predictions(post(options.image, options.url, options.timeout, options.api_key)), sep="\n")
+        return 0 if ask_all(options) else 1
     except ClientError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        complain(error)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -42,12 +42,16 @@ MODES = (("--interval", "0.01"), ("--interval", "0"), ("--concurrency", "3"))
 
 
 class Reply(NamedTuple):
-    """What the fake service sends: `missing` bytes are promised but never come, `silent` does not hang up."""
+    """What the fake service sends: `missing` bytes are promised but never come, `silent` does not hang up.
+
+    `retry_after` is the header of that name.
+    """
 
     status: int
     body: bytes
     missing: int = 0
     silent: bool = False
+    retry_after: str = ""
 
 
 def as_reply(status: int, answer: object) -> Reply:
@@ -138,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(reply.body) + reply.missing))
+        if reply.retry_after:
+            self.send_header("Retry-After", reply.retry_after)
         self.end_headers()
         self.wfile.write(reply.body)
         if reply.silent:
@@ -273,6 +279,95 @@ def test_simple_request_posts_the_file_unchanged_as_the_field_image(serve: Serve
     assert IMAGE in service.bodies[0]
 
 
+def test_simple_request_asks_about_each_of_several_images_and_folders(serve: Serve, tmp_path: Path) -> None:
+    # given
+    service = serve(always(OK))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.JPG", "a.png", "notes.txt"):
+        (folder / name).write_bytes(name.encode())
+    (tmp_path / "alone.gif").write_bytes(b"alone")
+
+    # when
+    done = ask(tmp_path / "alone.gif", folder, "--url", service.url)
+
+    # then
+    lines = ["1. beagle: 0.9462", "2. bluetick: 0.0320"]
+    names = [str(tmp_path / "alone.gif"), str(folder / "a.png"), str(folder / "b.JPG")]
+    assert done.stdout.splitlines() == [line for name in names for line in (name, *lines)]
+    assert (done.returncode, done.stderr) == (0, "")
+    for content, body in zip((b"alone", b"a.png", b"b.JPG"), service.bodies, strict=True):
+        assert content in body
+
+
+def test_simple_request_reads_standard_input(serve: Serve) -> None:
+    service = serve(always(OK))
+    command = [sys.executable, str(ROOT / "simple_request.py"), "-", "--url", service.url]
+
+    printed = subprocess.check_output(command, input=IMAGE, env=environment(), timeout=LIMIT)
+
+    assert printed.startswith(b"1. beagle")
+    assert IMAGE in service.bodies[0]
+
+
+def test_simple_request_prints_json_for_programs(serve: Serve, image: Path) -> None:
+    done = ask(image, image, "--json", "--url", serve(always(OK)).url)
+
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers == [{"image": str(image), "predictions": PREDICTIONS}] * 2
+
+
+def test_simple_request_goes_on_after_an_image_that_is_refused(serve: Serve, image: Path, tmp_path: Path) -> None:
+    # given
+    service = serve(lambda _service, number: refusal(400, "bad_image", "Not an image.") if number == 1 else OK)
+
+    # when
+    done = ask(image, tmp_path / "missing.png", image, "--url", service.url)
+
+    # then
+    first, second = done.stderr.splitlines()
+    assert first == f"{image}: Not an image. (status 400)"
+    assert "missing.png" in second
+    assert done.stdout.splitlines()[:2] == [str(image), "1. beagle: 0.9462"]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_simple_request_tries_again_when_the_service_says_when_to(serve: Serve, image: Path, status: int) -> None:
+    # given
+    busy = refusal(status, "queue_full")._replace(retry_after="1")
+    service = serve(lambda _service, number: busy if number <= 2 else OK)
+
+    # when
+    done = ask(image, "--url", service.url)
+
+    # then
+    assert done.stdout.startswith("1. beagle")
+    assert done.stderr == "The service asks to wait 1 s before another try.\n" * 2
+    assert len(service.bodies) == 3
+    assert service.bodies[2] == service.bodies[0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "options", "tries"),
+    [
+        (refusal(503, "queue_full"), [], 1),
+        (refusal(400, "bad_image")._replace(retry_after="1"), [], 1),
+        (refusal(503, "queue_full")._replace(retry_after="1"), ["--retries", "0"], 1),
+        (refusal(503, "queue_full")._replace(retry_after="0"), ["--retries", "2"], 3),
+    ],
+)
+def test_simple_request_tries_no_more_often_than_it_should(
+    serve: Serve, image: Path, reply: Reply, options: list[str], tries: int
+) -> None:
+    service = serve(always(reply))
+
+    done = ask(image, "--url", service.url, *options)
+
+    assert (done.returncode, len(service.bodies)) == (1, tries)
+    assert done.stderr.endswith(f"Try again in a moment. (status {reply.status})\n")
+
+
 @pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
 @pytest.mark.parametrize(
     ("given", "posted"),
@@ -350,6 +445,7 @@ def test_a_client_works_alone_on_another_machine_with_the_image_beside_it(
 
 @pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
 def test_a_client_imports_nothing_but_the_standard_library_requests_and_tqdm(script: str) -> None:
+    """And urllib3, which requests brings."""
     # given
     nodes = list(ast.walk(ast.parse((ROOT / script).read_text())))
 
@@ -358,7 +454,7 @@ def test_a_client_imports_nothing_but_the_standard_library_requests_and_tqdm(scr
     modules |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
 
     # then
-    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names | {"requests", "tqdm"}
+    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names | {"requests", "tqdm", "urllib3"}
 
 
 @pytest.mark.parametrize(
