@@ -120,6 +120,12 @@ def homepage() -> str:
     return "Welcome to the PyImageSearch Keras REST API!"
 
 
+@app.get("/openapi.json")
+def openapi() -> flask.Response:
+    """Describe this interface to programs, by OpenAPI 3.1."""
+    return app.send_static_file("openapi.json")
+
+
 @app.before_request
 def begin() -> None:
     """Note when the request began, and its id: its client's own if that is one, else Apache's."""
