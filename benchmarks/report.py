@@ -22,7 +22,8 @@ def write(figures: Figures, directory: Path) -> None:
     (directory / "bench.json").write_text(json.dumps(figures, indent=2) + "\n")
     (directory / "bench.md").write_text(markdown(figures))
     if {"model", "prepare", "resnet50"} <= figures.keys():
-        chart(figures, directory / "throughput.png")
+        throughput(figures, directory / "throughput.png")
+        costs(figures, directory / "cpu.png")
 
 
 def markdown(figures: Figures) -> str:
@@ -223,7 +224,7 @@ def _cell(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def chart(figures: Figures, path: Path) -> None:
+def throughput(figures: Figures, path: Path) -> None:
     """Draw throughput over clients: the service, the limit, and the tutorial's design."""
     axes: Any
     drawing, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -238,6 +239,29 @@ def chart(figures: Figures, path: Path) -> None:
     axes.set_xlabel("clients in a closed loop")
     axes.set_ylabel("images a second")
     axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, dpi=120)
+    plt.close(drawing)
+
+
+def costs(figures: Figures, path: Path) -> None:
+    """Draw what a request costs in CPU time, by program and load, beside what the limit allows."""
+    axes: Any
+    rows = {name: row for name, row in figures["resnet50"].items() if name.endswith(" 64") or name.startswith(PHOTO)}
+    drawing, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    places = range(len(rows))
+    done = [0.0] * len(rows)
+    for who in ("model server", "web", "Apache", "Redis"):
+        ms = [1000 * row["cores"][who] / row["per_s"] for row in rows.values()]
+        axes.barh(places, ms, left=done, label=who)
+        done = [sum(pair) for pair in zip(done, ms, strict=True)]
+    cores = figures["machine"]["cores"]
+    allowed = [1000 * cores / serial_limit(figures, name.partition(" ")[0]) for name in rows]
+    axes.scatter(allowed, places, marker="|", s=300, color="black", label="what the limit allows", zorder=3)
+    axes.set_yticks(places, rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms of CPU a request")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
