@@ -12,7 +12,8 @@ image_queue:limit:...            string, TTL  how many requests a client has mad
 
 A job is      {"id", "image" (base64), "deadline" (unix seconds)}, and where they are not the default "request" (the id
               that the client knows), "top" (predictions wanted), "crashes" (of servers that had it in flight).
-An answer is  {"predictions": [{"label", "probability"}, ...], "held_s", "compute_s"} or {"error": {"code", "message"}}.
+An answer is  {"predictions": [{"label", "probability"}, ...], "held_s" (since the take), "compute_s" and "batch" (the
+              images) of its batch} or {"error": {"code", "message"}}.
 A <server> is <slot>.<session>: the slot is the same when a model server is started again, the session is new each
 time that it joins. A command that was held up on a dead connection and arrives late thus finds the taken list of a
 session without a heartbeat, and what it takes is brought back, instead of being mixed into the batch of another.

@@ -150,7 +150,8 @@ class ModelServer:
         batch, results, seconds = self._unsent[0]
         each = iter(results)
         pairs = zip(batch.jobs, batch.images, strict=True)
-        answers = [UNREADABLE if image is None else self._answer_to(job, next(each), seconds) for job, image in pairs]
+        spent = {"compute_s": seconds, "batch": len(results)}
+        answers = [UNREADABLE if image is None else self._answer_to(job, next(each), spent) for job, image in pairs]
         try:
             self.queue.answer(batch.jobs, answers, entries)
         except DeclaredDead:  # they were handed out all the same
@@ -158,13 +159,13 @@ class ModelServer:
             raise
         self._unsent.popleft()
 
-    def _answer_to(self, job: Job, result: "Probabilities | Exception", seconds: float) -> Answer:
+    def _answer_to(self, job: Job, result: "Probabilities | Exception", spent: Answer) -> Answer:
         if isinstance(result, Exception):
             log.error("The image of request %s broke the model", job.request, exc_info=result)
             return BROKEN
         decoded = self.classifier.decode(result, job.top)
         predictions = [{"label": label, "probability": probability} for label, probability in decoded]
-        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, "compute_s": seconds}
+        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, **spent}
 
     def _join(self) -> None:
         """Hand out what could not be handed out, then be alive with nothing in flight; wait for Redis if need be."""

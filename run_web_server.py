@@ -162,9 +162,10 @@ def predict() -> flask.Response:
 
 
 class Classified(NamedTuple):
-    """What the model server says of an image, and the seconds that each stage took."""
+    """What the model server says of an image, the images of its batch, and the seconds that each stage took."""
 
     predictions: list[dict[str, Any]]
+    batch: int
     prepare: float
     queue: float
     compute: float
@@ -179,7 +180,7 @@ def classify(upload: IO[bytes], deadline: float, request_id: str, top: int) -> C
     if "error" in answer:
         raise ModelFailed(answer["error"]["message"])
     waited = time.monotonic() - prepared - answer["held_s"]
-    return Classified(answer["predictions"], prepared - begun, waited, answer["compute_s"])
+    return Classified(answer["predictions"], answer["batch"], prepared - begun, waited, answer["compute_s"])
 
 
 def outcome(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified | ServiceError:
@@ -202,10 +203,13 @@ def result_of(found: Classified | ServiceError) -> dict[str, Any]:
 
 def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
     """Return the answer with the milliseconds of each stage in its header Server-Timing: of several images the most."""
-    stages = {name: max((getattr(each, name) for each in classified), default=0.0) for name in Classified._fields[1:]}
-    stages["total"] = time.monotonic() - flask.g.begun
+    most = {name: max((getattr(each, name) for each in classified), default=0) for name in Classified._fields[1:]}
+    total = time.monotonic() - flask.g.begun
     response = flask.jsonify(body)
-    response.headers["Server-Timing"] = ", ".join(f"{name};dur={1000 * took:.1f}" for name, took in stages.items())
+    response.headers["Server-Timing"] = (
+        f"prepare;dur={1000 * most['prepare']:.1f}, queue;dur={1000 * most['queue']:.1f}, "
+        f'compute;dur={1000 * most["compute"]:.1f};desc="batch of {most["batch"]}", total;dur={1000 * total:.1f}'
+    )
     return response
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Send the same image many times at once, count what comes back, and print the figures.
+"""Send images many times at once, count what comes back, and print the figures.
 
     stress_test.py                     500 threads, one started every 0.05 s, one request each
     stress_test.py --interval 0        500 threads that send at the same instant
     stress_test.py --concurrency 32    32 clients, each sending its next request after its last answer
+    stress_test.py --image photos --plot load.png    the images of a folder by turns, and a picture of the latencies
 
 A request counts as answered when its status is 200 and its JSON says success. Its latency runs from before it
 connects (a client of --concurrency connects once) to the end of the answer. Percentiles are nearest-rank: the
@@ -15,8 +16,10 @@ Exit code: 0 all answered, 1 some were not, 2 bad arguments, 130 stopped by Ctrl
 
 import argparse
 import errno
+import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -44,6 +47,8 @@ START_LIMIT = 60.0  # seconds a thread waits for the others before all send at o
 GRACE = 5.0  # seconds a thread may need to report after its time limit
 TICK = 0.1  # seconds until Ctrl-C is noticed
 STACK_BYTES = 512 * 1024  # the usual 8 MiB times 500 is refused where address space is limited
+BATCH = re.compile(r'desc="batch of (\d{1,6})"')
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}  # of the images in a folder
 SPARE_FILES = 64  # open files besides the connections
 
 
@@ -59,6 +64,7 @@ class Result:
     latency_s: float
     status: int | None
     code: str | None
+    batch: int | None = None  # images that the service computed together with this one, itself included
 
     @property
     def ended_s(self) -> float:
@@ -149,6 +155,36 @@ def as_json(figures: Figures, results: Sequence[Result]) -> str:
     return json.dumps(asdict(figures) | {"results": listed}, indent=2) + "\n"
 
 
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw the latency of each request over time, how the latencies are distributed, and the batches they were in."""
+    import matplotlib as mpl  # noqa: PLC0415 - only who wants a picture needs it
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    axes: Any
+    answered = [result for result in results if result.code is None]
+    failed = [result for result in results if result.code is not None]
+    first_start = min((result.started_s for result in results), default=0.0)
+    drawing, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=(2, 1, 1))
+    for some, colour, label in ((answered, "tab:blue", "answered"), (failed, "tab:red", "failed")):
+        if some:
+            starts = [result.started_s - first_start for result in some]
+            axes[0].scatter(starts, [1000 * result.latency_s for result in some], s=8, color=colour, label=label)
+    axes[0].set(xlabel="seconds from the first start", ylabel="latency, ms", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    ascending = sorted(1000 * result.latency_s for result in answered)
+    axes[1].plot(ascending, [100 * rank / len(ascending) for rank in range(1, len(ascending) + 1)])
+    axes[1].set(xlabel="latency, ms", ylabel="per cent of the answered requests", xlim=(0, None), ylim=(0, 100))
+    sizes = Counter(result.batch for result in answered if result.batch)
+    axes[2].bar(list(sizes), [requests / size for size, requests in sizes.items()])
+    axes[2].set(xlabel="images in a batch", ylabel="batches")
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, dpi=120)
+    plt.close(drawing)
+
+
 # --- one request --------------------------------------------------------------------------------------------
 
 
@@ -163,6 +199,12 @@ def answer_code(response: requests.Response) -> str | None:
         return "not_json"
     except (KeyError, TypeError):
         return "unexpected_json"
+
+
+def batch_size(response: requests.Response) -> int | None:
+    """Return how many images were computed together, where the service says so."""
+    found = BATCH.search(response.headers.get("Server-Timing", ""))
+    return int(found[1]) if found else None
 
 
 def fault_code(error: BaseException) -> str:
@@ -182,37 +224,39 @@ def fault_code(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """What every thread sends: encoded once, as 500 encodings would take time from the sending."""
+    """What the threads send, by turns: encoded once, as 500 encodings would take time from the sending."""
 
-    request: requests.PreparedRequest
+    encoded: Sequence[requests.PreparedRequest]
     timeout: float
     environment: dict[str, Any]
 
     @classmethod
-    def prepare(cls, address: str, image: bytes, timeout: float, key: str = "") -> "Target":
-        """Encode the request, and look up here once what requests would look up in every thread."""
+    def prepare(cls, address: str, images: Sequence[bytes], timeout: float, key: str = "") -> "Target":
+        """Encode the requests, and look up here once what requests would look up in every thread."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with requests.Session() as session:
-            request = session.prepare_request(
-                requests.Request("POST", address, files={"image": image}, headers=headers)
-            )
+            encoded = [
+                session.prepare_request(requests.Request("POST", address, files={"image": image}, headers=headers))
+                for image in images
+            ]
             # Proxies and certificates named by the environment, as requests.post would use them.
-            environment = session.merge_environment_settings(request.url or address, {}, False, None, None)
-        return cls(request, timeout, dict(environment))
+            environment = session.merge_environment_settings(encoded[0].url or address, {}, False, None, None)
+        return cls(encoded, timeout, dict(environment))
 
     def post(self, session: requests.Session, thread: int) -> Result:
         """Send one request; whatever happens becomes a result."""
         started = time.perf_counter()
         try:
-            response = self.send(session)
+            response = self.send(session, thread)
             latency = time.perf_counter() - started
-            return Result(thread, started, latency, response.status_code, answer_code(response))
+            return Result(thread, started, latency, response.status_code, answer_code(response), batch_size(response))
         except Exception as error:
             return Result(thread, started, time.perf_counter() - started, None, fault_code(error))
 
-    def send(self, session: requests.Session) -> requests.Response:
+    def send(self, session: requests.Session, thread: int) -> requests.Response:
         """Return the whole answer; a redirect is not followed, as it would become a GET of something else."""
-        return session.send(self.request, timeout=self.timeout, allow_redirects=False, **self.environment)
+        request = self.encoded[thread % len(self.encoded)]
+        return session.send(request, timeout=self.timeout, allow_redirects=False, **self.environment)
 
 
 # --- many requests ------------------------------------------------------------------------------------------
@@ -395,12 +439,27 @@ def api_key(text: str) -> str:
     return key
 
 
-def image_bytes(text: str) -> bytes:
-    """Return the image, read once for all threads."""
+def image_files(text: str) -> list[bytes]:
+    """Return the image, or those of a folder, read once for all threads."""
+    path = Path(text)
     try:
-        return Path(text).read_bytes()
+        if not path.is_dir():
+            return [path.read_bytes()]
+        images = [each.read_bytes() for each in sorted(path.iterdir()) if each.suffix.lower() in SUFFIXES]
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot read {text} ({error.strerror})") from error
+    if not images:
+        raise argparse.ArgumentTypeError(f"cannot read {text} (no image is in this folder)")
+    return images
+
+
+def picture(text: str) -> Path:
+    """Return the path of a picture that can be drawn, tried before the load rather than after it."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise argparse.ArgumentTypeError("needs matplotlib: install it, as in .venv/bin/pip install matplotlib")
+    if Path(text).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, not {text}")
+    return writable(text)
 
 
 def writable(text: str) -> Path:
@@ -417,7 +476,7 @@ def command_line() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--url", type=address, default=KERAS_REST_API_URL, help="default: %(default)s")
-    add("--image", type=image_bytes, default=str(IMAGE_PATH), help="default: %(default)s")
+    add("--image", type=image_files, default=str(IMAGE_PATH), help="or a folder of them; default: %(default)s")
     add("--requests", type=count, default=NUM_REQUESTS, help="how many in all (%(default)s)")
     add("--interval", type=interval, default=SLEEP_COUNT, help="seconds between two starts (%(default)s)")
     add("--concurrency", type=count, metavar="N", help="N clients share out the requests; no --interval then")
@@ -425,6 +484,7 @@ def command_line() -> argparse.Namespace:
     key = os.environ.get("API_KEY", "")
     add("--api-key", type=api_key, default=key, metavar="KEY", help="default: the environment's API_KEY")
     add("--json", type=writable, metavar="FILE", help="write the figures and every request there")
+    add("--plot", type=picture, metavar="FILE", help="draw latencies and batch sizes there")
     return parser.parse_args()
 
 
@@ -447,6 +507,8 @@ def main() -> int:
         test.run(options.interval, options.concurrency)
     figures = summarise(test.results, options.requests)
     print(*summary_lines(figures), sep="\n")
+    if options.plot:
+        plot(test.results, options.plot)
     if options.json:
         options.json.write_text(as_json(figures, test.results))
     return exit_code(figures, test.stopped)

@@ -113,6 +113,7 @@ def test_the_time_of_each_stage_is_told(service: Service) -> None:
 
     stages = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", took)}
     assert list(stages) == ["prepare", "queue", "compute", "total"]
+    assert 'desc="batch of 1"' in took
     assert min(stages["prepare"], stages["compute"]) > 0
     assert stages["total"] >= stages["prepare"] + stages["queue"] + stages["compute"] - 0.2  # each is rounded
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +220,7 @@ class Instant(Target):
 
 def in_process(target: type[Target], total: int) -> StressTest:
     bar = tqdm(total=total, file=io.StringIO())
-    return StressTest(target(requests.PreparedRequest(), 0.1, {}), total, bar)
+    return StressTest(target([requests.PreparedRequest()], 0.1, {}), total, bar)
 
 
 class Outcome(NamedTuple):
@@ -445,7 +446,7 @@ def test_a_client_works_alone_on_another_machine_with_the_image_beside_it(
 
 @pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
 def test_a_client_imports_nothing_but_the_standard_library_requests_and_tqdm(script: str) -> None:
-    """And urllib3, which requests brings."""
+    """And urllib3, which requests brings; and where a picture is wanted, matplotlib."""
     # given
     nodes = list(ast.walk(ast.parse((ROOT / script).read_text())))
 
@@ -454,7 +455,12 @@ def test_a_client_imports_nothing_but_the_standard_library_requests_and_tqdm(scr
     modules |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
 
     # then
-    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names | {"requests", "tqdm", "urllib3"}
+    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names | {
+        "requests",
+        "tqdm",
+        "urllib3",
+        "matplotlib",
+    }
 
 
 @pytest.mark.parametrize(
@@ -1042,7 +1048,7 @@ def test_threads_that_the_system_refuses_are_counted(
 def test_an_exception_in_a_thread_is_counted_under_its_name() -> None:
     # given
     class Exhausted(Target):
-        def send(self, session: requests.Session) -> requests.Response:
+        def send(self, session: requests.Session, thread: int) -> requests.Response:
             raise MemoryError
 
     test = in_process(Exhausted, total=3)
@@ -1057,7 +1063,7 @@ def test_an_exception_in_a_thread_is_counted_under_its_name() -> None:
 def test_a_machine_out_of_open_files_is_not_taken_for_a_service_that_refuses() -> None:
     # given
     class OutOfFiles(Target):
-        def send(self, session: requests.Session) -> requests.Response:
+        def send(self, session: requests.Session, thread: int) -> requests.Response:
             raise requests.ConnectionError from OSError(errno.EMFILE, "Too many open files")
 
     test = in_process(OutOfFiles, total=2)
@@ -1090,3 +1096,57 @@ def test_threads_that_never_report_are_left_behind_as_unfinished(monkeypatch: py
     figures = summarise(test.results, asked=3)
     assert (figures.answered, figures.failed, figures.unfinished) == (2, 0, 1)
     assert stress_test.exit_code(figures, stopped=False) == 1
+
+
+def test_the_stress_test_sends_the_images_of_a_folder_by_turns(serve: Serve, tmp_path: Path) -> None:
+    # given
+    service = serve(always(OK))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "b.JPG", "notes.txt"):
+        (folder / name).write_bytes(f"content of {name}".encode())
+
+    # when
+    done = run(ROOT / "stress_test.py", "--url", service.url, "--image", folder, "--requests", 6, "--interval", 0)
+
+    # then
+    assert done.returncode == 0
+    sent = [name for body in service.bodies for name in (b"a.png", b"b.JPG") if b"content of " + name in body]
+    assert sorted(sent) == [b"a.png"] * 3 + [b"b.JPG"] * 3
+
+
+def test_the_stress_test_draws_what_it_measured(serve: Serve, image: Path, tmp_path: Path) -> None:
+    # given
+    def some_fail(_service: FakeService, number: int) -> Reply:
+        return OK if number % 3 else refusal(503, "queue_full")
+
+    # when
+    stress(serve(some_fail).url, image, "--requests", 30, "--interval", 0, "--plot", tmp_path / "load.png")
+
+    # then
+    with Image.open(tmp_path / "load.png") as picture:
+        assert picture.width > picture.height > 300
+        blue, red = (31, 119, 180), (214, 39, 40)  # of what was answered and of what failed
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
+        assert {blue, red} <= colours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(("--plot", "picture.gif"), "must end in"), (("--image", "/proc/self/fdinfo"), "no image is in this folder")],
+)
+def test_the_stress_test_says_at_once_what_it_can_not_do(
+    deserted_url: str, arguments: tuple[str, str], reason: str
+) -> None:
+    done = run(ROOT / "stress_test.py", "--url", deserted_url, *arguments)
+
+    assert done.returncode == 2
+    assert_one_line(done.stderr, reason)
+
+
+def test_the_size_of_the_batch_is_read_from_the_answer() -> None:
+    answer = requests.Response()
+    answer.headers["Server-Timing"] = 'prepare;dur=1.0, compute;dur=2.0;desc="batch of 17", total;dur=3.0'
+
+    assert stress_test.batch_size(answer) == 17
+    assert stress_test.batch_size(requests.Response()) is None
