@@ -43,6 +43,12 @@ def test_every_route_is_described_and_every_description_has_a_route() -> None:
     assert {(path, method) for path, methods in document()["paths"].items() for method in methods} == routes
 
 
+def test_every_route_is_in_the_readme() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## API\n")[1].split("\n## ")[0]
+
+    assert [path for path in document()["paths"] if f"{path.replace('{name}', 'NAME')}`" not in section] == []
+
+
 @pytest.mark.parametrize("status", ["400", "401", "413", "429", "500", "502", "503", "504"])
 def test_every_error_of_predict_in_the_readme_is_described(status: str) -> None:
     rows = [
