@@ -20,6 +20,7 @@ import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import flask
@@ -44,6 +45,7 @@ LARGE_BLOCK = 2**21  # bytes
 SMALL_UPLOAD = 64 * 2**10  # bytes
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MOST_TOP = 1000
+STATIC = Path(__file__).parent / "static"
 WHITE = (255, 255, 255, 255)
 
 # Pixels of a side. Pillow keeps a pointer for each row, and the resize a table of 32 bytes for each pixel of the longer
@@ -70,7 +72,7 @@ class Request(flask.Request):
         return io.BytesIO() if small else tempfile.TemporaryFile()
 
 
-app = flask.Flask(__name__)
+app = flask.Flask(__name__, static_folder=None)  # no address leads to a folder
 app.request_class = Request
 app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 
@@ -123,7 +125,7 @@ def homepage() -> str:
 @app.get("/openapi.json")
 def openapi() -> flask.Response:
     """Describe this interface to programs, by OpenAPI 3.1."""
-    return app.send_static_file("openapi.json")
+    return flask.send_from_directory(STATIC, "openapi.json")
 
 
 @app.before_request

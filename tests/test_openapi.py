@@ -36,7 +36,7 @@ def test_the_service_gives_its_description(service: Service) -> None:
 
 
 def test_every_route_is_described_and_every_description_has_a_route() -> None:
-    rules = [rule for rule in run_web_server.app.url_map.iter_rules() if rule.endpoint != "static"]
+    rules = run_web_server.app.url_map.iter_rules()
     routes = {(rule.rule.replace("<", "{").replace(">", "}"), method.lower())
               for rule in rules for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}  # fmt: skip
 
