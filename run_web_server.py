@@ -181,8 +181,10 @@ def classify(upload: IO[bytes], deadline: float, request_id: str, top: int) -> C
     answer = queue.ask(image, deadline, request_id, top)
     if "error" in answer:
         raise ModelFailed(answer["error"]["message"])
-    waited = time.monotonic() - prepared - answer["held_s"]
-    return Classified(answer["predictions"], answer["batch"], prepared - begun, waited, answer["compute_s"])
+    # A model server that is yet to be upgraded says nothing of its times.
+    waited = time.monotonic() - prepared - answer.get("held_s", 0.0)
+    batch, compute = answer.get("batch", 0), answer.get("compute_s", 0.0)
+    return Classified(answer["predictions"], batch, prepared - begun, waited, compute)
 
 
 def outcome(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified | ServiceError:

@@ -273,6 +273,19 @@ def test_an_error_of_the_model_is_500_model_failed(lonely: tuple[Service, str], 
         assert_error(asked.result(), 500, "model_failed")
 
 
+def test_the_answer_of_a_model_server_before_its_upgrade_is_understood(
+    lonely: tuple[Service, str], redis: Redis
+) -> None:
+    service, queue = lonely
+    predictions = [{"label": "3", "probability": 0.9}]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(service.post, PNG)
+        job = json.loads(wait_until(lambda: redis.lindex(queue, 0), "the job is queued"))
+        redis.rpush(f"{queue}:result:{job['id']}", json.dumps({"predictions": predictions}))
+
+        assert asked.result().json() == {"success": True, "predictions": predictions}
+
+
 def test_without_redis_a_request_is_503_redis_down(tmp_path: Path) -> None:
     with run_apache(REDIS_PORT=str(free_port()), REDIS_TIMEOUT="1") as url:
         response = Service(url).post(PNG)
