@@ -393,24 +393,26 @@ class WebQueue(ImageQueue):
 
     def _ask(self, job_id: str, job: KeptJob, deadline: float) -> Answer:
         give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
-        accepted = pushed = False
+        accepted = pushed = troubled = False
         error: RedisError | None = None
         pause = pauses()
         while time.time() < (deadline if accepted else give_up):
             try:
                 if not pushed:
-                    if error is None or not self._known(job_id):
+                    if not (troubled and self._known(job_id)):
                         self._push(job_id, job.read(), deadline, unlimited=accepted)
                     accepted = pushed = True
                 job.put_away()
                 answer = self._poll(job_id, deadline)
                 if answer is not None:
                     return answer
+                # After trouble the answer may have gone to a connection that is dead: does Redis still know of the job?
+                pushed = not troubled
                 if error:  # it is over, and the next one has pauses of its own
                     error, pause = None, pauses()
             except RedisError as problem:
                 # Redis may come back without the job: the next round pushes it again, unless Redis still has it.
-                error, pushed = problem, False
+                error, pushed, troubled = problem, False, True
                 seconds = next(pause)
                 self.complain(problem, seconds)
                 time.sleep(min(seconds, max(0.0, deadline - time.time())))

@@ -606,6 +606,31 @@ def test_each_loss_of_redis_begins_with_short_pauses(monkeypatch: pytest.MonkeyP
     assert web.ask("aW1hZ2U=", time.time() + 5) == ANSWER
 
 
+def test_an_answer_that_goes_to_a_dead_connection_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
+) -> None:
+    """The web has found its job known after a loss, and waits; then a poll of its dead connection takes the answer."""
+    monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.3)
+    poll, troubles = web._poll, iter([RedisError("away")])
+
+    def poll_with_trouble(*arguments: Any) -> Any:
+        for trouble in troubles:
+            raise trouble
+        return poll(*arguments)
+
+    monkeypatch.setattr(web, "_poll", poll_with_trouble)
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    first = server.take(1, wait=5)
+    redis.delete(web.accepted_key(first.jobs[0].id))  # as the answer does, which somebody else takes
+    redis.ltrim(server.taken, 1, -1)
+
+    again = server.take(1, wait=5)
+    server.answer(again.jobs, [ANSWER], again.entries)
+
+    assert asked.result(10) == ANSWER
+    assert again.jobs[0].id == first.jobs[0].id
+
+
 def test_a_redis_out_of_memory_still_lets_jobs_be_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
