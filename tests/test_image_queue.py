@@ -612,6 +612,12 @@ def test_an_answer_that_goes_to_a_dead_connection_is_computed_again(
     """The web has found its job known after a loss, and waits; then a poll of its dead connection takes the answer."""
     monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.3)
     poll, troubles = web._poll, iter([RedisError("away")])
+    known, found = web._known, threading.Event()
+
+    def look(job_id: str) -> bool:
+        here = known(job_id)
+        found.set()
+        return here
 
     def poll_with_trouble(*arguments: Any) -> Any:
         for trouble in troubles:
@@ -619,8 +625,10 @@ def test_an_answer_that_goes_to_a_dead_connection_is_computed_again(
         return poll(*arguments)
 
     monkeypatch.setattr(web, "_poll", poll_with_trouble)
+    monkeypatch.setattr(web, "_known", look)
     asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
     first = server.take(1, wait=5)
+    assert found.wait(5)
     redis.delete(web.accepted_key(first.jobs[0].id))  # as the answer does, which somebody else takes
     redis.ltrim(server.taken, 1, -1)
 
