@@ -235,11 +235,13 @@ class KeptJob:
             self._file.close()
 
     def put_away(self) -> None:
-        """Move it from the memory to the file."""
-        if not self._file:
-            self._file = TemporaryFile(buffering=0)  # noqa: SIM115 - __exit__ closes it
-            self._file.write(self._content)
-            self._content = b""
+        """Move it from the memory to the file; where the disk is full it stays in the memory."""
+        if self._file:
+            return
+        with suppress(OSError):
+            file = TemporaryFile(buffering=0)  # noqa: SIM115 - __exit__ closes it
+            if file.write(self._content) == len(self._content):
+                self._file, self._content = file, b""
 
     def read(self) -> bytes:
         """Return it, wherever it is."""

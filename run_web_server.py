@@ -139,7 +139,7 @@ def begin() -> None:
 
 @app.after_request
 def name_request(response: flask.Response) -> flask.Response:
-    """Tell the client the id of its request, which is in the logs of both programs."""
+    """Tell the client the id of its request, which the model server's log has too."""
     response.headers["X-Request-ID"] = flask.g.request_id
     return response
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Ask the service what images show, and print its answers, most probable first.
 
-simple_request.py photo.jpg
-simple_request.py photo.jpg more.png a/folder --json
-cat photo.jpg | simple_request.py -
+    simple_request.py photo.jpg
+    simple_request.py photo.jpg more.png a/folder --json
+    cat photo.jpg | simple_request.py -
+
+Exit code: 0 all answered, 1 some were not, 2 bad arguments.
 """
 
 import argparse
@@ -79,13 +81,21 @@ def patient_session(retries: int, key: str) -> requests.Session:
 def images(sources: list[Path]) -> Iterator[Path]:
     """Yield the images that the command line names: files, those in folders, and - for standard input."""
     for source in sources:
-        if not source.is_dir():
+        if source.is_dir():
+            yield from folder(source)
+        else:
             yield source
-            continue
-        found = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
-        if not found:
-            raise ClientError(f"Cannot read {source} (no image is in this folder): give the path of an image.")
-        yield from found
+
+
+def folder(path: Path) -> list[Path]:
+    """Return the images in a folder, by their names."""
+    try:
+        found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise ClientError(f"Cannot read {path} ({error.strerror}): give the path of an image.") from error
+    if not found:
+        raise ClientError(f"Cannot read {path} (no image is in this folder): give the path of an image.")
+    return found
 
 
 def read(image: Path) -> bytes:

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 
 Figures = Mapping[str, Any]
 PHOTO = "png-432kB"
-BATCH_SIZE = 32
 BURST = 500  # requests
 
 

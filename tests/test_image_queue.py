@@ -1,12 +1,14 @@
 """The Redis protocol, both sides, on a real Redis."""
 
+import errno
+import io
 import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from conftest import free_port, own_keys, run_redis, wait_until
@@ -589,6 +591,44 @@ def test_a_restart_of_redis_that_forgets_all_loses_no_request(
 
         assert asked.result(10) == ANSWER
         assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
+
+
+def no_file(**_: Any) -> IO[bytes]:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_a_file(**_: Any) -> IO[bytes]:
+    """A file on a disk that is full after ten bytes."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:10])
+
+    return Full()
+
+
+@pytest.mark.parametrize("disk", [no_file, half_a_file])
+def test_a_full_disk_is_no_reason_to_lose_an_image(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, disk: Any
+) -> None:
+    monkeypatch.setattr(image_queue, "TemporaryFile", disk)
+    poll = web._poll
+
+    def forgetting_poll(*arguments: Any) -> Any:
+        monkeypatch.setattr(web, "_poll", poll)
+        redis.delete(*own_keys(redis))
+        raise RedisError("Redis has begun anew")
+
+    monkeypatch.setattr(web, "_poll", forgetting_poll)
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    wait_until(lambda: web._poll is poll and web.waiting() == 1, "it is pushed again")
+    server.join()
+
+    batch = server.take(32, wait=10)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert asked.result(10) == ANSWER
+    assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
 
 
 def test_each_loss_of_redis_begins_with_short_pauses(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
