@@ -227,8 +227,8 @@ def test_redis_and_the_model_server_killed_together_lose_nothing(served: Serve, 
 
 
 @contextmanager
-def network(name: str) -> Iterator[Callable[[str], object]]:
-    """A network namespace at 10.213.7.2, one cable away; call with "down" to cut the cable and "up" to mend it."""
+def network(name: str, subnet: str) -> Iterator[Callable[[str], object]]:
+    """A network namespace, .2 of the subnet, one cable away; call with "down" to cut the cable and "up" to mend it."""
     ip = need("ip")
     inside = [need("nsenter"), f"--net=/run/netns/{name}"]  # `ip -n` would mount too, which not every machine lets it
     made = subprocess.run([ip, "netns", "add", name], capture_output=True, text=True, check=False)
@@ -237,9 +237,9 @@ def network(name: str) -> Iterator[Callable[[str], object]]:
     try:
         for command in (
             [ip, "link", "add", f"{name}-a", "type", "veth", "peer", "name", f"{name}-b", "netns", name],
-            [ip, "address", "add", "10.213.7.1/30", "dev", f"{name}-a"],
+            [ip, "address", "add", f"{subnet}.1/30", "dev", f"{name}-a"],
             [ip, "link", "set", f"{name}-a", "up"],
-            [*inside, ip, "address", "add", "10.213.7.2/30", "dev", f"{name}-b"],
+            [*inside, ip, "address", "add", f"{subnet}.2/30", "dev", f"{name}-b"],
             [*inside, ip, "link", "set", f"{name}-b", "up"],
         ):
             subprocess.run(command, check=True)
@@ -250,12 +250,14 @@ def network(name: str) -> Iterator[Callable[[str], object]]:
 
 def test_a_network_cut_for_ten_seconds_loses_nothing(tmp_path: Path, record_property: Record) -> None:
     port, name = free_port(), f"cut{free_port()}"
-    options = ["--port", str(port), "--bind", "10.213.7.2", "--save", "", "--protected-mode", "no"]
-    with network(name) as cable:
+    subnet = f"10.213.{port % 256}"  # another run on this machine, or what a killed one left, has its own
+    host = f"{subnet}.2"
+    options = ["--port", str(port), "--bind", host, "--save", "", "--protected-mode", "no"]
+    with network(name, subnet) as cable:
         command = [need("nsenter"), f"--net=/run/netns/{name}", need("redis-server"), *options]
         with running(command, tmp_path / "redis"):
-            wait_until(lambda: answers(Redis("10.213.7.2", port)), "Redis answers")
-            where = {"REDIS_HOST": "10.213.7.2", "REDIS_PORT": str(port)}
+            wait_until(lambda: answers(Redis(host, port)), "Redis answers")
+            where = {"REDIS_HOST": host, "REDIS_PORT": str(port)}
             with run_service(tmp_path, 1, **where) as service, Load(service.url) as load:
                 load.wait_for(100)
                 cable("down")

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -404,15 +404,20 @@ def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     assert re.match(r"1\. 3: 0\.\d{4}\n2\. \d: 0\.\d{4}\n", printed)
 
 
-def test_a_web_process_stays_small_under_load(service: Service) -> None:
+def test_a_web_process_stays_small_under_load(
+    service: Service, record_property: Callable[[str, object], None]
+) -> None:
+    """In web processes of its own: what other tests made of the service's is not what a load takes."""
     photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
     noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
 
-    post_all(service, [saved(Image.fromarray(noisy), "PNG")] * 1000, clients=200)
+    with run_apache(IMAGE_QUEUE=service.queue) as url:
+        post_all(Service(url), [saved(Image.fromarray(noisy), "PNG")] * 1000, clients=200)
+        sizes = [resident_bytes(pid) for pid in web_processes(url)]
 
-    sizes = [resident_bytes(pid) for pid in web_processes(service.url)]
     assert len(sizes) == 2
-    assert max(sizes) < 120e6
+    assert max(sizes) < 100e6
+    record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
 # The numbers that Keras itself gives
