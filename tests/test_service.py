@@ -404,9 +404,7 @@ def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     assert re.match(r"1\. 3: 0\.\d{4}\n2\. \d: 0\.\d{4}\n", printed)
 
 
-def test_a_web_process_stays_small_under_load(
-    service: Service, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
     """In web processes of its own: what other tests made of the service's is not what a load takes."""
     photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
     noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
