@@ -41,7 +41,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +62,7 @@ from helpers import Pixels, Refusal, ServiceError, pauses
 log = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
+CountJobs = Callable[[str, int], None]  # told what happens to how many jobs, by one word
 
 KILLED = "The model server died each time that it had this image; send another."
 MOST_CRASHES = 3  # as the text above says why
@@ -269,11 +270,13 @@ class Batch:
         self.images += later.images
         return self
 
-    def drop_expired(self) -> None:
-        """Forget the jobs that nobody waits for any more; their entries stay, until the batch is answered."""
+    def drop_expired(self) -> int:
+        """Forget the jobs that nobody waits for any more, and say how many; their entries stay until the answer."""
+        before = len(self.jobs)
         kept = [pair for pair in zip(self.jobs, self.images, strict=True) if not pair[0].expired]
         self.jobs = [job for job, _ in kept]
         self.images = [image for _, image in kept]
+        return before - len(kept)
 
     @property
     def suspect(self) -> bool:
@@ -317,7 +320,13 @@ def _connect_by_url(options: dict[str, Any]) -> Redis:
 class ImageQueue:
     """What both sides need: the keys, the connection, and who is alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: CountJobs = lambda event, times: None) -> None:
+        """Connect when first needed. `count` is told of jobs for metrics.
+
+        The web's are queued and retried (pushed again); a model server's taken, expired, recovered from a server that
+        died, given_up (they killed too many) and dropped (rubbish).
+        """
+        self.count = count
         self.redis = connect()
         self.key = settings.IMAGE_QUEUE
         self._complained: dict[str, float] = {}
@@ -377,8 +386,8 @@ class ImageQueue:
 class WebQueue(ImageQueue):
     """The web's side: hand in an image, get its answer."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, count: CountJobs = lambda event, times: None) -> None:
+        super().__init__(count)
         self._full = False  # when last an image was pushed
 
     def ask(self, image: str, deadline: float, request: str = "", top: int = 0) -> Answer:
@@ -403,6 +412,7 @@ class WebQueue(ImageQueue):
                 if not pushed:
                     if not (troubled and self._known(job_id)):
                         self._push(job_id, job.read(), deadline, unlimited=accepted)
+                        self.count("retried" if troubled else "queued", 1)
                     accepted = pushed = True
                 job.put_away()
                 answer = self._poll(job_id, deadline)
@@ -484,9 +494,9 @@ class ServerQueue(ImageQueue):
     Not for several threads, but for take(), which one other thread may call while a batch is computed.
     """
 
-    def __init__(self, about: dict[str, Any], ttl: float) -> None:
+    def __init__(self, about: dict[str, Any], ttl: float, count: CountJobs = lambda event, times: None) -> None:
         """Claim a name. `about` is what the heartbeat says of the server, `ttl` seconds its life without a beat."""
-        super().__init__()
+        super().__init__(count)
         self.about = about
         self.ttl = ttl
         self._held, self.slot = claim_slot(self.key)
@@ -547,8 +557,11 @@ class ServerQueue(ImageQueue):
         keep = self._before_suspect(parsed, ahead=ahead)
         if keep < len(raw):
             self._give_back(len(raw) - keep)
-        jobs = [job for job in parsed[:keep] if job and not job.expired]
-        return Batch(jobs, keep)
+        jobs = [job for job in parsed[:keep] if job]
+        wanted = [job for job in jobs if not job.expired]
+        self.count("taken", len(wanted))
+        self.count("expired", len(jobs) - len(wanted))
+        return Batch(wanted, keep)
 
     def answer(self, jobs: list[Job], answers: Iterable[Answer], entries: int) -> None:
         """Hand out the `answers` to `jobs`, one each in the same order, and forget the batch, in one transaction.
@@ -617,6 +630,8 @@ class ServerQueue(ImageQueue):
             keys += [self.result_key(job.id), self.accepted_key(job.id)]
         if entries and self._recover(keys, [len(entries), len(first), *answers, *first, *last]):
             back = len(first) + len(last)
+            self.count("recovered", back)
+            self.count("given_up", len(killers))
             log.warning("%s died: %d images go back to the queue, %d are given up", dead, back, len(killers))
 
     def _begin_session(self) -> None:
@@ -635,6 +650,7 @@ class ServerQueue(ImageQueue):
             return Job.parse(raw if len(raw) <= longest_job() else raw[:BEGINNING])
         except ValueError as error:
             log.error("dropped %d bytes from the queue: %s", len(raw), error)
+            self.count("dropped", 1)
             return None
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from redis.exceptions import RedisError
 
+import server_metrics
 import settings
 from helpers import Pixels, Refusal, base64_decode_image, log_to_stderr, pauses
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
@@ -106,7 +107,7 @@ class ModelServer:
         if len(self._in_flight) == BATCHES_AT_ONCE:
             self.settle(BATCHES_AT_ONCE - 1)
             batch += self._take(self.classifier.batch_size - len(batch.jobs))  # what came meanwhile
-            batch.drop_expired()
+            self.queue.count("expired", batch.drop_expired())
         if self.stopping:
             return  # what was taken goes back
         computing = self._computers.submit(self._classify, batch)
@@ -136,9 +137,14 @@ class ModelServer:
         if not images:
             return Computed(batch, [], 0.0)
         stacked = np.stack(images)
-        log.info("* Batch size: %s of requests %s", stacked.shape, " ".join(job.request for job in batch.jobs))
+        names = [job.request for job in batch.jobs]
+        log.info("* Batch size: %s of requests %s", stacked.shape, " ".join(names), extra={"requests": names})
+        server_metrics.BATCHES.observe(len(stacked))
         begun = time.monotonic()
-        return Computed(batch, self.classifier.classify(stacked), time.monotonic() - begun)
+        results = self.classifier.classify(stacked)
+        seconds = time.monotonic() - begun
+        server_metrics.COMPUTE.observe(seconds)
+        return Computed(batch, results, seconds)
 
     def _answer(self, batch: Batch, computing: Future[Computed]) -> None:
         self._unsent.append(computing.result())
@@ -155,9 +161,15 @@ class ModelServer:
         try:
             self.queue.answer(batch.jobs, answers, entries)
         except DeclaredDead:  # they were handed out all the same
-            self._unsent.popleft()
+            self._sent(answers)
             raise
+        self._sent(answers)
+
+    def _sent(self, answers: list[Answer]) -> None:
         self._unsent.popleft()
+        for answer in answers:
+            outcome = "unreadable" if answer is UNREADABLE else "model_failed" if answer is BROKEN else "classified"
+            server_metrics.OUTCOMES.labels(outcome).inc()
 
     def _answer_to(self, job: Job, result: "Probabilities | Exception", spent: Answer) -> Answer:
         if isinstance(result, Exception):
@@ -263,7 +275,8 @@ def classify_process() -> None:
     give_up_root()
     log.info("* Model loaded")
     life = max(SHORTEST_LIFE, BATCHES_TO_LIVE * max(BATCHES_AT_ONCE * model.slowest, settings.SERVER_SLEEP))
-    server = ModelServer(model, ServerQueue(model.about, life))
+    server_metrics.ABOUT.info({name: str(model.about[name]) for name in ("model", "weights")})
+    server = ModelServer(model, ServerQueue(model.about, life, server_metrics.count_jobs))
     signal.signal(signal.SIGTERM, server.stop)
     signal.signal(signal.SIGINT, server.stop)
     server.run()
@@ -339,7 +352,7 @@ def main() -> int:
     told = "load the model, classify this image (default: a digit), say how fast it is, and leave"
     parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=told)
     arguments = parser.parse_args()
-    log_to_stderr()
+    log_to_stderr(settings.LOG_FORMAT)
     if arguments.model:
         settings.MODEL = arguments.model
     if arguments.gpu is not None:
@@ -351,6 +364,7 @@ def main() -> int:
         if arguments.check:
             check(arguments.check)
             return EXIT_STOPPED
+        server_metrics.serve_metrics(arguments.gpu or 0)
         look_for_redis()
         classify_process()
     except Refusal as error:

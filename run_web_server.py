@@ -31,6 +31,7 @@ from redis.exceptions import RedisError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import settings
+import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
 from health import add_health_routes
 from helpers import Pixels, Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
@@ -76,9 +77,10 @@ app = flask.Flask(__name__, static_folder=None)  # no address leads to a folder
 app.request_class = Request
 app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 
-queue = WebQueue()
+queue = WebQueue(web_metrics.count_jobs)
 check_rate = rate_check(app, queue)
 add_health_routes(app, queue)
+web_metrics.add_metrics_routes(app, queue)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
 # more of them than there are cores are prepared at once, first come, first served.
 preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
@@ -138,9 +140,17 @@ def begin() -> None:
 
 
 @app.after_request
-def name_request(response: flask.Response) -> flask.Response:
-    """Tell the client the id of its request, which the model server's log has too."""
+def end(response: flask.Response) -> flask.Response:
+    """Tell the client the id of its request, count it, and where it was for /predict write a line to the log."""
     response.headers["X-Request-ID"] = flask.g.request_id
+    seconds = time.monotonic() - flask.g.begun
+    endpoint = flask.request.url_rule.rule if flask.request.url_rule else "none"
+    web_metrics.count_request(endpoint, response.status_code, seconds)
+    if endpoint == web_metrics.PREDICT:
+        told = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
+        more = flask.g.get("more", {})  # how long each stage took, or the error's code
+        log.info("/predict: %d %s in %.1f ms, request %s", response.status_code, more.get("code", "OK"), told["ms"],
+                 flask.g.request_id, extra=told | more)  # fmt: skip
     return response
 
 
@@ -153,14 +163,17 @@ def predict() -> flask.Response:
     top = wanted_top()
     images = uploads()  # a slow network is not the service's time
     deadline = time.time() + settings.REQUEST_TIMEOUT
-    if len(images) == 1:
-        found = classify(images[0], deadline, flask.g.request_id, top)
-        return timed(result_of(found), [found])
     ask = partial(outcome, deadline=deadline, request_id=flask.g.request_id, top=top)
-    outcomes = list(asking.map(ask, images))
+    outcomes = list(asking.map(ask, images)) if len(images) > 1 else [ask(images[0])]
+    for each in outcomes:
+        count_image(each)
     answered = [each for each in outcomes if isinstance(each, Classified)]
-    body = {"success": len(answered) == len(outcomes), "results": [result_of(each) for each in outcomes]}
-    return timed(body, answered)
+    if len(images) > 1:
+        body = {"success": len(answered) == len(outcomes), "results": [result_of(each) for each in outcomes]}
+        return timed(body, answered)
+    if isinstance(outcomes[0], ServiceError):
+        raise outcomes[0]
+    return timed(result_of(outcomes[0]), answered)
 
 
 class Classified(NamedTuple):
@@ -198,6 +211,15 @@ def outcome(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Cl
         return ServiceError(OUR_FAULT)
 
 
+def count_image(found: Classified | ServiceError) -> None:
+    """Count for the metrics what became of an image."""
+    if isinstance(found, ServiceError):
+        web_metrics.count_refused(found.code)
+    else:
+        stages = {"prepare": found.prepare, "queue": found.queue, "compute": found.compute}
+        web_metrics.count_classified(found.batch, stages)
+
+
 def result_of(found: Classified | ServiceError) -> dict[str, Any]:
     """Return what the client is told of one image."""
     if isinstance(found, ServiceError):
@@ -209,6 +231,8 @@ def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
     """Return the answer with the milliseconds of each stage in its header Server-Timing: of several images the most."""
     most = {name: max((getattr(each, name) for each in classified), default=0) for name in Classified._fields[1:]}
     total = time.monotonic() - flask.g.begun
+    flask.g.more = {f"{name}_ms": round(1000 * most[name], 1) for name in ("prepare", "queue", "compute")}
+    flask.g.more |= {"batch": most["batch"], "images": len(classified)}
     response = flask.jsonify(body)
     response.headers["Server-Timing"] = (
         f"prepare;dur={1000 * most['prepare']:.1f}, queue;dur={1000 * most['queue']:.1f}, "
@@ -421,6 +445,7 @@ def error_body(code: str, message: str) -> dict[str, Any]:
 
 def error_response(status: int, code: str, message: str, **more: Any) -> tuple[flask.Response, int]:
     """Return an error as an answer; `more` is for what a program may want to know besides."""
+    flask.g.more = {"code": code}
     response = flask.jsonify(error_body(code, message) | more)
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER)
@@ -465,7 +490,7 @@ def start() -> flask.Flask:
     """Return the app, with its log and its watch for Redis running."""
     keep_memory_small()
     allow_many_files()
-    log_to_stderr()
+    log_to_stderr(settings.LOG_FORMAT)
     threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
     return app
 

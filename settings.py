@@ -166,6 +166,12 @@ XLA = _read(env.bool, "XLA", False, "true or false")
 # Predictions in an answer.
 TOP = _whole("TOP", 5, 1, 1000)
 
+# Of a model server: where Prometheus finds its metrics. With --gpu N the port is N more. 0: nowhere.
+METRICS_PORT = _whole("METRICS_PORT", 0, 0, 65535)
+METRICS_HOST = _matching("METRICS_HOST", "127.0.0.1", r"[^\s/@]+", "an address of this host, or 0.0.0.0 for all")
+# How both programs write their logs: text for people, or json for what collects logs, a line an event either way.
+LOG_FORMAT = _one_of("LOG_FORMAT", "text", ["text", "json"])
+
 if IMAGE_CHANS == 2:
     refuse("IMAGE_CHANS", IMAGE_CHANS, "3 (RGB) or 1 (grey)")
 # Of bin/serve: the port of its Apache, and how many model servers it runs.
