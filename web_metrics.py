@@ -47,6 +47,7 @@ def share_values() -> list[IO[str]]:
     except OSError as error:
         log.warning("/metrics is of one web process alone, since its files can't be written (%s)", error)
         os.environ.pop(DIRECTORY, None)
+        values.ValueClass = values.MutexValue
         return []
     os.environ[DIRECTORY] = str(directory)
     values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]

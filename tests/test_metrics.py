@@ -1,0 +1,268 @@
+"""The figures of the service: do they add up, whoever is asked, and does Prometheus' own tool like them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import (
+    ROOT,
+    Process,
+    Service,
+    free_port,
+    need,
+    responds,
+    run_apache,
+    run_redis,
+    run_service,
+    running,
+    wait_until,
+    web_processes,
+)
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from samples import saved
+
+WHITE = saved(Image.new("RGB", (32, 32), "white"), "PNG")
+IMAGE = (ROOT / "images/three.png").read_bytes()
+MONITORING = ROOT / "deploy/monitoring"
+
+ANSWERED = 'keras_rest_api_requests_total{endpoint="/predict",status="200"}'
+
+Figures = dict[str, float]
+
+
+def figures(url: str) -> Figures:
+    """Every sample below `url`, by its name and labels as Prometheus writes them."""
+    answer = requests.get(f"{url}/metrics", timeout=10)
+    assert answer.status_code == 200
+    return {
+        sample.name + ("{" + ",".join(f'{k}="{v}"' for k, v in sample.labels.items()) + "}" if sample.labels else ""):
+        sample.value
+        for family in text_string_to_metric_families(answer.text) for sample in family.samples
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
+    """A service of two web processes, and the URL of its model server's metrics."""
+    port = free_port()
+    with run_service(tmp_path_factory.mktemp("measured"), METRICS_PORT=str(port)) as service:
+        yield service, f"http://127.0.0.1:{port}"
+
+
+def growth(before: Figures, after: Figures) -> Figures:
+    """What was counted between the two, gauges apart; a series that was not there yet began at zero."""
+    return {name: value - before.get(name, 0) for name, value in after.items()}
+
+
+def test_the_metrics_of_a_stress_test_add_up_to_its_requests(measured: tuple[Service, str]) -> None:
+    service, model_server = measured
+    command = [sys.executable, "stress_test.py", "--url", f"{service.url}/predict", "--interval", "0", "--requests"]
+    before = figures(service.url), figures(model_server), len(service.servers[0].log)
+
+    printed = subprocess.check_output([*command, "300"], cwd=ROOT, text=True, timeout=120)
+    bad = service.post(b"no image")
+    both = requests.post(f"{service.url}/predict", files=[("image", IMAGE), ("image", b"no image")], timeout=60)
+
+    assert "300" in printed
+    assert (bad.status_code, both.status_code) == (400, 200)
+    web, server = growth(before[0], figures(service.url)), growth(before[1], figures(model_server))
+    assert web[ANSWERED] == 301
+    assert web['keras_rest_api_requests_total{endpoint="/predict",status="400"}'] == 1
+    assert web["keras_rest_api_request_duration_seconds_count"] == 302
+    assert web['keras_rest_api_images_total{outcome="classified"}'] == 301
+    assert web['keras_rest_api_images_total{outcome="bad_image"}'] == 2
+    assert web['keras_rest_api_jobs_total{event="queued"}'] == 301
+    assert web['keras_rest_api_jobs_total{event="retried"}'] == 0
+    assert web["keras_rest_api_batch_size_count"] == 301
+    for stage in ("prepare", "queue", "compute"):
+        assert web[f'keras_rest_api_stage_seconds_count{{stage="{stage}"}}'] == 301
+    assert server['keras_model_server_jobs_total{event="taken"}'] == 301
+    assert server['keras_model_server_images_total{outcome="classified"}'] == 301
+    assert server["keras_model_server_batch_size_sum"] == 301
+    batches = server["keras_model_server_batch_size_count"]
+    assert server["keras_model_server_compute_seconds_count"] == batches
+    logged = re.findall(r"\* Batch size: \((\d+),", service.servers[0].log[before[2] :])
+    assert len(logged) == batches
+    assert sum(map(int, logged)) == 301
+
+
+def test_stats_says_the_same_as_the_metrics(measured: tuple[Service, str]) -> None:
+    service, _ = measured
+    service.post(IMAGE)
+    service.post(b"no image")
+
+    web, stats = figures(service.url), requests.get(f"{service.url}/stats", timeout=10).json()
+
+    by_status = {"200", "400"}
+    assert stats["requests"] == {
+        each: web[f'keras_rest_api_requests_total{{endpoint="/predict",status="{each}"}}'] for each in by_status
+    }
+    assert stats["images"] == web['keras_rest_api_images_total{outcome="classified"}']
+    assert stats["queue_length"] == web["keras_rest_api_queue_length"] == 0
+    assert [about["model"] for about in stats["model_servers"].values()] == ["digits"]
+    assert web["keras_rest_api_model_servers"] == 1
+    for ours, theirs in (("latency", "request_duration_seconds"), ("batch_size", "batch_size")):
+        histogram = stats[ours]
+        assert histogram["count"] == histogram["buckets"]["+Inf"] == web[f"keras_rest_api_{theirs}_count"]
+        assert histogram["sum"] == pytest.approx(web[f"keras_rest_api_{theirs}_sum"])
+    assert 1 <= stats["batch_size"]["buckets"]["1"] <= stats["batch_size"]["buckets"]["16"] <= stats["images"]
+
+
+def test_whichever_web_process_is_asked_counts_for_all_of_them(measured: tuple[Service, str]) -> None:
+    service, _ = measured
+    before = figures(service.url)[ANSWERED]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(service.post, [IMAGE] * 60))
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(figures, [service.url] * 20))
+
+    assert {each[ANSWERED] - before for each in answers} == {60}
+
+
+def test_a_web_process_that_dies_takes_no_count_along(measured: tuple[Service, str]) -> None:
+    service, _ = measured
+    service.post(IMAGE)
+    before = figures(service.url)[ANSWERED]
+    for _ in range(3):
+        killed = web_processes(service.url)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(partial(others, service.url, killed), "other web processes answer")
+        service.post(IMAGE)
+
+    assert figures(service.url)[ANSWERED] - before == 3
+
+
+def others(url: str, killed: list[int]) -> bool:
+    return len(set(web_processes(url)) - set(killed)) == len(killed) and responds(url)
+
+
+def test_without_redis_the_metrics_say_so(tmp_path: Path) -> None:
+    port = free_port()
+    with run_apache(REDIS_PORT=str(port)) as url:
+        without, stats = figures(url), requests.get(f"{url}/stats", timeout=10).json()
+        with run_redis(tmp_path / "redis", port):
+            wait_until(lambda: figures(url)["keras_rest_api_redis_up"] == 1, "the metrics see Redis")
+
+    assert without["keras_rest_api_redis_up"] == 0
+    assert "keras_rest_api_queue_length" not in without
+    assert stats["queue_length"] is None
+    assert stats["model_servers"] == {}
+
+
+def test_where_the_figures_can_t_be_shared_each_process_has_its_own(redis_port: int) -> None:
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": "/proc/nowhere"}
+    code = "import run_web_server as web; c = web.app.test_client(); c.get('/livez'); print(c.get('/metrics').text)"
+
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert 'keras_rest_api_requests_total{endpoint="/livez",status="200"} 1.0' in answer.stdout
+    assert "its files can't be written" in answer.stderr
+
+
+def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_port: int, tmp_path: Path) -> None:
+    with run_redis(tmp_path / "redis", taken := free_port()):
+        command = [sys.executable, "run_model_server.py", "--gpu", "1"]
+        process = Process(command, tmp_path / "server", METRICS_PORT=str(taken - 1))
+        wait_until(lambda: not process.alive, "it ends", 60)
+
+    assert process.popen.returncode == 2
+    assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
+
+
+def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path) -> None:
+    port, queue = free_port(), f"queue-{free_port()}"
+    deadly, good = [[sys.executable, script] for script in ("tests/deadly_server.py", "run_model_server.py")]
+    with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
+        with running(deadly, tmp_path / "deadly", IMAGE_QUEUE=queue) as killed:
+            killed.wait_for_log("* Joined")
+            answer = pool.submit(Service(url).post, WHITE)  # which kills it
+            wait_until(lambda: not killed.alive, "it dies")
+        with running(good, tmp_path / "good", IMAGE_QUEUE=queue, METRICS_PORT=str(port)):
+            assert answer.result().status_code == 200
+            counted = figures(f"http://127.0.0.1:{port}")
+
+    assert counted['keras_model_server_jobs_total{event="recovered"}'] == 1
+    assert counted['keras_model_server_jobs_total{event="given_up"}'] == 0
+
+
+# Logs
+
+
+def test_logs_are_json_where_that_is_asked_for(redis_port: int, tmp_path: Path) -> None:
+    with run_service(tmp_path, LOG_FORMAT="json") as service:
+        good = service.post(IMAGE, headers={"X-Request-ID": "good-1"})
+        bad = service.post(b"no image", headers={"X-Request-ID": "bad-1"})
+    assert (good.status_code, bad.status_code) == (200, 400)
+
+    web, server = (
+        [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        for text in ((tmp_path / "apache").read_text(), service.servers[0].log)
+    )
+    told = {line["request"]: line for line in web if "request" in line}
+    assert told["good-1"].items() >= {"level": "INFO", "status": 200, "batch": 1, "images": 1}.items()
+    assert {"time", "ms", "prepare_ms", "queue_ms", "compute_ms"} <= told["good-1"].keys()
+    assert told["bad-1"].items() >= {"status": 400, "code": "bad_image"}.items()
+    assert any(line.get("requests") == ["good-1"] for line in server)
+    assert any(line["message"] == "* Model loaded" for line in server)
+
+
+def test_the_web_s_log_has_a_line_for_each_request(measured: tuple[Service, str]) -> None:
+    service, _ = measured
+
+    service.post(IMAGE, headers={"X-Request-ID": "mine"})
+    service.post(b"no image", headers={"X-Request-ID": "yours"})
+
+    lines = (service.servers[0].log_path.parent / "apache").read_text().splitlines()
+    assert any(re.fullmatch(r"[-\d]+ [\d:,]+ INFO /predict: 200 OK in [\d.]+ ms, request mine", line) for line in lines)
+    assert any(re.search(r" INFO /predict: 400 bad_image in [\d.]+ ms, request yours$", line) for line in lines)
+
+
+# For Prometheus and Grafana
+
+
+def promtool(*arguments: str, given: str = "") -> str:
+    answer = subprocess.run(
+        [need("promtool"), *arguments], input=given, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout + answer.stderr
+
+
+def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Service, str]) -> None:
+    service, model_server = measured
+    service.post(IMAGE)
+
+    assert promtool("check", "metrics", given=requests.get(f"{service.url}/metrics", timeout=10).text) == ""
+    assert promtool("check", "metrics", given=requests.get(f"{model_server}/metrics", timeout=10).text) == ""
+
+
+def test_the_configuration_and_the_alert_rules_are_valid() -> None:
+    assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
+    assert "SUCCESS" in promtool("test", "rules", str(ROOT / "tests/alerts_test.yml"))
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_there_are(measured: tuple[Service, str]) -> None:
+    service, model_server = measured
+    service.post(IMAGE)
+    there = {name.split("{")[0] for url in (service.url, model_server) for name in figures(url)}
+
+    dashboard = (MONITORING / "grafana-dashboard.json").read_text()
+    asked = set(re.findall(r"keras_\w+", dashboard + (MONITORING / "alerts.yml").read_text()))
+
+    assert len(asked) > 10
+    assert asked <= there
+    json.loads(dashboard)
