@@ -313,7 +313,7 @@ def _connect_by_url(options: dict[str, Any]) -> Redis:
         client.connection_pool.make_connection()  # connects nothing, but finds options that there are not
     except (ValueError, TypeError):
         # Not what the error says: where a password has a / in it, that is a piece of the password.
-        settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as README.md shows, other signs in it as %2F")
+        settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as docs/operations.md shows, other signs in it as %2F")
     return client
 
 

@@ -283,9 +283,9 @@ def public() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def vault(public: Path) -> Iterator[Vault]:
-    """The user is the line of the README, as it stands there."""
+    """The user is the line of docs/operations.md, as it stands there."""
     files, port = make_certificates(public), free_port()
-    [line] = re.findall(r"^ *(user keras-rest-api .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    [line] = re.findall(r"^ *(user keras-rest-api .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     users = [line.replace("PASSWORD", PASSWORD), "user default off", "user admin on >admin ~* +@all"]
     (public / "redis.conf").write_text(
         f"port 0\nbind 127.0.0.1\ntls-port {port}\ntls-auth-clients no\ntls-cert-file {files['certificate']}\n"

@@ -1,0 +1,149 @@
+"""What the documents say is so: each command in them works, each link leads somewhere, each metric is listed."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Process, Service, free_port, running, wait_until
+
+import server_metrics
+import web_metrics
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/operations.md",
+             "docs/architecture.md"]  # fmt: skip
+TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+
+# Commands that other tests run, by what they begin with, and one such test.
+ELSEWHERE = {
+    "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing",
+    "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
+    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
+    ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
+    ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round",
+    "curl -O https://": "test_classifier.py::test_without_internet_the_line_says_which_file_to_put_where",
+    "API_KEYS=0f3b... bin/serve": "test_doors.py::test_either_of_two_keys_opens_the_door",
+    "bin/install": "test_install.py::test_it",
+    "bin/test": "test_docs.py::test_each_command_is_run_here_or_by_another_test",
+}
+RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")
+TOO_LONG = ("bin/bench",)  # minutes, and its parts have tests
+# What the commands leave in the project's folder.
+LEFT = ["load.png", "train_shapes.py", *(f"{shape}.png" for shape in ("circle", "square", "triangle")),
+        "models/shapes.keras", "models/shapes.json"]  # fmt: skip
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """The commands of every console block, without their comments."""
+    blocks = re.findall(r"^ *```console\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [line.strip()[2:].split("  #")[0].strip() for block in blocks for line in block.splitlines()
+            if line.strip().startswith(("$ ", "# "))]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_to_a_file_leads_there(document: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text_of(document))
+
+    assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
+
+
+def test_every_document_is_found_from_the_readme() -> None:
+    assert [name for name in DOCUMENTS[1:] if f"]({name})" not in text_of("README.md")] == []
+
+
+def test_every_metric_is_listed_in_operations() -> None:
+    metrics = [*web_metrics.OWN, server_metrics.BATCHES, server_metrics.COMPUTE, server_metrics.OUTCOMES,
+               server_metrics.JOBS, server_metrics.ABOUT]  # fmt: skip
+    gauges = ["redis_up", "queue_length", "model_servers"]
+    endings = {"counter": "_total", "info": "_info"}
+    there = {family.name + endings.get(family.type, "") for metric in metrics for family in metric.describe()}
+
+    listed = set(re.findall(r"^\| `(keras_\w+)` \|", text_of("docs/operations.md"), re.MULTILINE))
+
+    assert listed == there | {f"keras_rest_api_{name}" for name in gauges}
+
+
+def test_every_alert_says_what_to_do() -> None:
+    alerts = re.findall(r"alert: (\w+)", text_of("deploy/monitoring/alerts.yml"))
+
+    assert len(alerts) >= 7
+    assert [alert for alert in alerts if f"| `{alert}`" not in text_of("docs/operations.md")] == []
+
+
+# Commands
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """The project's folder, which is afterwards as it was."""
+    assert [name for name in LEFT if (ROOT / name).exists()] == []
+    yield ROOT
+    for name in LEFT:
+        (ROOT / name).unlink(missing_ok=True)
+
+
+def run(command: str, url: str) -> str:
+    """What `command` prints, at the service at `url` instead of the one that it names."""
+    command = command.replace("http://localhost:8080", url)
+    command = re.sub(r"(simple_request|stress_test)\.py", rf"\1.py --url {url}/predict", command)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TOLD = [command for document in DOCUMENTS if "tutorial" not in document for command in commands(text_of(document))
+        if not command.startswith(TOO_LONG)]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(TOLD))
+def test_each_command_is_run_here_or_by_another_test(command: str, service: Service, folder: Path) -> None:
+    if command.startswith(RUN):
+        printed = run(command, service.url)
+        assert printed
+        assert '"success":false' not in printed
+        return
+    elsewhere = max((prefix for prefix in ELSEWHERE if command.startswith(prefix)), key=len, default=None)
+    assert elsewhere, f"no test runs {command}"
+    file, _, test = ELSEWHERE[elsewhere].partition("::")
+    assert f"def {test}" in (ROOT / "tests" / file).read_text()
+
+
+@contextmanager
+def bin_serve(command: str, port: int, log: Path) -> Iterator[Process]:
+    with running(["bash", "-c", f"exec env {command}"], log, PORT=str(port), REDIS_PORT=str(free_port())) as process:
+        wait_until(lambda: "* Ready" in process.log or not process.alive, f"ready: {process.log}", 200)
+        assert process.alive, process.log
+        yield process
+
+
+@pytest.mark.timeout(600)
+def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Path) -> None:
+    """Every command of it but the first, and those of production, which tests/test_install.py runs."""
+    told = commands(TUTORIAL)
+    [program] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
+    (folder / "train_shapes.py").write_text(program, encoding="utf-8")
+    port = free_port()
+    url = f"http://localhost:{port}"
+    first, train, check, serve, *asking, stress = [each for each in told if not each.startswith(PRODUCTION)]
+
+    right = float(run(train, url).rpartition("right:")[2])
+    checked = run(check, url)
+    with bin_serve(serve, port, tmp_path / "serve"):
+        answers = [run(command, url) for command in asking]
+        stressed = run(stress, url)
+
+    assert first == "bin/serve"
+    assert right > 0.95
+    assert re.search(r"circle\.png: circle 0\.\d+", checked)
+    assert '{"label":"triangle","probability":0.9' in answers[0]
+    assert re.findall(r"^1\. (\w+)", answers[1], re.MULTILINE) == ["circle", "square", "triangle"]
+    assert "200 answered, 0 failed" in stressed
+
+
+PRODUCTION = ("bin/install", "cp models/", "systemctl ")
