@@ -8,11 +8,12 @@ import itertools
 import logging
 import math
 import os
-import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +27,10 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+import model_file
 import settings
-from helpers import Refusal
+from helpers import MOST_SIDE, USUAL_SHAPE, Refusal, Shape, as_shape
+from model_file import ModelFile, first_line, read_labels
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +40,6 @@ Prediction = tuple[str, float]
 
 SEED = 0  # of MODEL_WEIGHTS=random, so that two model servers give the same answers
 KERAS_MODELS = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"  # where Keras caches downloads
-LONGEST_LABELS = 10_000_000  # characters: a path like /dev/zero has no end
-NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # such as what changes the colours of a terminal
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for ever
 # Seconds that a batch costs besides its computing, for the take and the answer. Where images compute in a millisecond,
 # a small batch would pay it too often.
@@ -47,6 +48,7 @@ BATCH_OVERHEAD = 0.002
 NEAR = 1.03
 LONG = 0.1  # seconds of a batch, beside which what it costs besides does not count any more
 MOST_CONSTANTS = 1_900_000_000  # bytes: TensorFlow can't hold a function of 2 GiB
+USUAL_TOP = 5  # predictions in an answer
 
 
 def applications() -> dict[str, ModuleType]:
@@ -58,6 +60,22 @@ def applications() -> dict[str, ModuleType]:
     return {name: sys.modules[builder.__module__] for name, builder in builders}
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the service needs to know of a model besides its network.
+
+    `shape` is (height, width, channels) of an image, `labels` the names of the classes, `labels_from` where they stand,
+    `preprocessing` what is done to pixels before the model, `top` how many predictions an answer has.
+    """
+
+    shape: Shape
+    labels: Sequence[str]
+    labels_from: str
+    preprocessing: str = "none"
+    top: int = USUAL_TOP
+    description: str = ""
+
+
 class Classifier:
     """A loaded model, compiled at a fixed set of batch shapes.
 
@@ -66,26 +84,26 @@ class Classifier:
     together, padded where that is cheaper.
     """
 
-    def __init__(self, network: Any, labels: Sequence[str]) -> None:
-        """Wrap `network`, whose predict_on_batch() makes probabilities (n, classes) of images (n, *shape).
-
-        `labels` names the classes.
-        """
-        self.shape = _image_shape()
+    def __init__(self, network: Any, facts: Facts) -> None:
+        """Wrap `network`, whose predict_on_batch() makes probabilities (n, classes) of images (n, *facts.shape)."""
+        self.facts = facts
+        self.shape = facts.shape
         self._network = network
-        self._labels = labels
+        self._labels = facts.labels
         self._seconds: dict[int, float] = {}
 
     @property
     def about(self) -> dict[str, Any]:
         """What the service says of its model."""
         own = settings.MODEL.endswith(".keras")
+        said = {"description": self.facts.description} if self.facts.description else {}
         return {
             "model": Path(settings.MODEL).stem if own else settings.MODEL,
             "weights": Path(settings.MODEL if own else settings.MODEL_WEIGHTS).name,
             "shape": self.shape,
             "classes": len(self._labels),
             "batch_size": self.batch_size,
+            **said,
         }
 
     @property
@@ -155,7 +173,7 @@ class Classifier:
 
     def decode(self, probabilities: Probabilities, top: int = 0) -> list[Prediction]:
         """Return the `top` classes (0: TOP) by their labels, most probable first."""
-        top = min(top or settings.TOP, len(probabilities))
+        top = min(top or settings.TOP or self.facts.top, len(probabilities))
         best = np.argpartition(probabilities, -top)[-top:]
         best = best[np.argsort(probabilities[best])[::-1]]
         return [(self._labels[i], float(probabilities[i])) for i in best]
@@ -197,7 +215,7 @@ class Classifier:
         if probabilities.shape != (1, classes):
             raise Refusal(
                 f"MODEL={settings.MODEL} gives {probabilities.shape[1:]} values an image, but there are {classes} "
-                f"labels: LABELS must name a file with one class a line."
+                f"labels: {self.facts.labels_from} must have one a class."
             )
         if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):
             raise Refusal(f"MODEL={settings.MODEL} does not give probabilities: end it with a softmax or a sigmoid.")
@@ -233,14 +251,16 @@ def out_of_memory(error: Exception) -> bool:
 def _from_file(path: Path) -> Classifier:
     if not path.is_file():
         raise Refusal(f"MODEL={path} is not there: set MODEL to the path of a .keras file.")
-    labels = _read_labels(Path(settings.LABELS) if settings.LABELS else path.with_suffix(".labels.txt"))
+    file = model_file.read(path.with_suffix(".json"))
+    labels, labels_from = model_file.labels_of(file, settings.LABELS)
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:
         log.debug("load_model", exc_info=True)
-        raise Refusal(f"MODEL={path} can't be loaded as a Keras 3 model ({_first_line(error)}).") from error
-    _check_input(model)
-    return Classifier(_compiled(model, lambda pixels: pixels), labels)
+        raise Refusal(f"MODEL={path} can't be loaded as a Keras 3 model ({first_line(error)}).") from error
+    shape = _input_shape(model, file)
+    facts = Facts(shape, labels, labels_from, file.preprocessing, file.top or USUAL_TOP, file.description)
+    return Classifier(_compiled(model, _preprocess(file, shape), shape), facts)
 
 
 def _from_applications(name: str) -> Classifier:
@@ -258,13 +278,14 @@ def _from_applications(name: str) -> Classifier:
         model = _download(lambda: builder(weights=None if weights == "random" else weights))
     else:
         model = _with_weights(builder(weights=None, classes=1000 if labels is None else len(labels)), Path(weights))
-    _check_input(model)
-    return Classifier(_compiled(model, module.preprocess_input), labels or _imagenet_labels(module))
+    shape = _input_shape(model, ModelFile(Path(name)))
+    facts = Facts(shape, labels or _imagenet_labels(module), f"LABELS={settings.LABELS}", f"{name}'s own")
+    return Classifier(_compiled(model, module.preprocess_input, shape), facts)
 
 
 def _application_labels(weights: str) -> list[str] | None:
     if settings.LABELS:
-        return _read_labels(Path(settings.LABELS))
+        return read_labels(Path(settings.LABELS))
     # Untrained weights recognise nothing, and to say "beagle" would hide it.
     return [f"class_{i}" for i in range(1000)] if weights == "random" else None
 
@@ -282,7 +303,7 @@ def _with_weights(model: Any, path: Path) -> Any:
             return keras.saving.load_model(path, compile=False)
         model.load_weights(path)
     except Exception as error:
-        raise Refusal(f"MODEL_WEIGHTS={path} does not fit MODEL={settings.MODEL} ({_first_line(error)}).") from error
+        raise Refusal(f"MODEL_WEIGHTS={path} does not fit MODEL={settings.MODEL} ({first_line(error)}).") from error
     return model
 
 
@@ -297,7 +318,7 @@ def _download(fetch: Callable[[], Any]) -> Any:
         if not url:
             raise
         raise Refusal(
-            f"{url} can't be fetched ({_first_line(error).rpartition(' -- ')[2]}): get it where there is internet and "
+            f"{url} can't be fetched ({first_line(error).rpartition(' -- ')[2]}): get it where there is internet and "
             f"put it in {KERAS_MODELS}/, or set MODEL=models/digits.keras, which needs nothing."
         ) from error
     finally:
@@ -317,7 +338,7 @@ class Frozen:
 
         trainable = [variable.numpy() for variable in model.trainable_variables]
         others = [variable.numpy() for variable in model.non_trainable_variables]
-        pixels = tf.TensorSpec((None, *_image_shape()), settings.IMAGE_DTYPE)
+        pixels = tf.TensorSpec(model.input_shape, settings.IMAGE_DTYPE)
 
         @tf.function(input_signature=[pixels], autograph=False)  # type: ignore[untyped-decorator]
         def predict(images: Any) -> Any:
@@ -331,14 +352,14 @@ class Frozen:
         return self._predict(self._constant(images)).numpy()
 
 
-def _compiled(model: Any, preprocess: Callable[[Any], Any]) -> Any:
-    """Return `model` behind its own preprocessing, so that raw pixels go in and one compiled call does it all."""
+def _compiled(model: Any, preprocess: Callable[[Any], Any], shape: Shape) -> Any:
+    """Return `model` behind its preprocessing: raw pixels of `shape` go in, and one compiled call does it all."""
 
     def prepare(pixels: Any) -> Any:
         return preprocess(keras.ops.cast(pixels, "float32"))
 
-    pixels = keras.Input(_image_shape(), dtype=settings.IMAGE_DTYPE)
-    prepared = keras.layers.Lambda(prepare, output_shape=_image_shape(), dtype="float32")(pixels)
+    pixels = keras.Input(shape, dtype=settings.IMAGE_DTYPE)
+    prepared = keras.layers.Lambda(prepare, output_shape=shape, dtype="float32")(pixels)
     _set_precision(model)
     whole = keras.Model(pixels, model(prepared, training=False))
     if keras.backend.backend() == "tensorflow" and not settings.XLA and _weights_bytes(whole) < MOST_CONSTANTS:
@@ -358,35 +379,53 @@ def _weights_bytes(model: Any) -> int:
     return sum(math.prod(variable.shape) * 4 for variable in model.variables)
 
 
-def _check_input(model: Any) -> None:
-    shape = model.input_shape
-    if not (isinstance(shape, tuple) and len(shape) == 4):
-        raise Refusal(f"MODEL={settings.MODEL} takes {shape}, but one image (height, width, channels) is needed.")
-    _, height, width, channels = shape
+def _preprocess(file: ModelFile, shape: Shape) -> Callable[[Any], Any]:
+    """Return what is done to pixels 0..255 before the model. Raises Refusal."""
+    mode = file.preprocessing
+    if mode in model_file.FOR_COLOUR and shape[2] == 1:
+        raise file.refusal("preprocessing", mode, "none, scale or tf for a grey image")
+    if mode == "none":
+        return lambda pixels: pixels
+    if mode == "scale":
+        return lambda pixels: pixels / 255
+    return partial(keras.applications.imagenet_utils.preprocess_input, data_format="channels_last", mode=mode)
+
+
+def _input_shape(model: Any, file: ModelFile) -> Shape:
+    """Return the (height, width, channels) to serve `model` with: its own. Raises Refusal.
+
+    Where it takes any, it is what IMAGE_* ask for, or `file`, or the usual.
+    """
+    takes = model.input_shape
+    if not (isinstance(takes, tuple) and len(takes) == 4):
+        raise Refusal(f"MODEL={settings.MODEL} takes {takes}, but one image (height, width, channels) is needed.")
+    said = {"height": file.height, "width": file.width, "channels": file.channels}
+    for (key, value), own in zip(said.items(), takes[1:], strict=True):
+        if value and own not in (None, value):
+            raise file.refusal(key, value, f"{own}, which is what the model takes, or left out")
+    height, width, channels = map(_first_given, takes[1:], said.values(), USUAL_SHAPE)
+    shape = as_shape(settings.image_shape((height, width, channels)))
+    _refuse_other_size(takes)
+    if not shape:
+        raise Refusal(
+            f"MODEL={settings.MODEL} takes images of {width}x{height}x{channels}, but the service has 1 or 3 channels "
+            f"(grey or RGB) and at most {MOST_SIDE} pixels a side: save the model with another input."
+        )
+    return shape
+
+
+def _first_given(*values: int | None) -> int:
+    return next(value for value in values if value)
+
+
+def _refuse_other_size(takes: tuple[int | None, ...]) -> None:
+    """Raise Refusal where a setting asks for another size than the model `takes`."""
+    _, height, width, channels = takes
     wanted = {"IMAGE_WIDTH": width, "IMAGE_HEIGHT": height, "IMAGE_CHANS": channels}
-    wrong = [f"{name}={value}" for name, value in wanted.items() if value not in (None, getattr(settings, name))]
+    asked = {name: getattr(settings, name) for name in wanted}
+    wrong = [f"{name}={value}" for name, value in wanted.items() if value and asked[name] not in (None, value)]
     if wrong:
         raise Refusal(f"MODEL={settings.MODEL} takes images of another size: set {' and '.join(wrong)}.")
-
-
-def _read_labels(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark of it
-            text = file.read(LONGEST_LABELS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(
-            f"The labels file {path} can't be read ({_first_line(error)}): it needs one class a line."
-        ) from error
-    labels = [label.strip() for label in text.splitlines()]
-    if len(text) > LONGEST_LABELS or any(map(NO_TEXT.search, labels)):
-        raise Refusal(f"The labels file {path} is not one of plain text: it needs one class a line.")
-    if not all(labels) or not labels:
-        raise Refusal(f"The labels file {path} has an empty line or none at all: it needs one class a line.")
-    return labels
-
-
-def _image_shape() -> tuple[int, int, int]:
-    return settings.IMAGE_HEIGHT, settings.IMAGE_WIDTH, settings.IMAGE_CHANS
 
 
 def _sizes(most: int) -> list[int]:
@@ -396,7 +435,3 @@ def _sizes(most: int) -> list[int]:
 
 def _padded(images: Images, size: int) -> Images:
     return images if len(images) == size else np.resize(images, (size, *images.shape[1:]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")

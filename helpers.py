@@ -11,6 +11,18 @@ import numpy.typing as npt
 import pybase64
 
 Pixels = npt.NDArray[np.generic]
+Shape = tuple[int, int, int]  # height, width, channels
+
+USUAL_SHAPE: Shape = (224, 224, 3)  # where neither a setting nor a model says another
+MOST_SIDE = 4096  # pixels
+
+
+def as_shape(value: object) -> Shape | None:
+    """Return `value`, such as JSON gives, as the shape of an image; None where it is none that the service takes."""
+    if not (isinstance(value, list | tuple) and len(value) == 3 and all(type(each) is int for each in value)):
+        return None
+    height, width, channels = value
+    return (height, width, channels) if min(value) >= 1 and max(value) <= MOST_SIDE and channels in (1, 3) else None
 
 
 def base64_encode_image(a: Pixels) -> str:

@@ -8,10 +8,12 @@ image_queue:taken:<server>       list         jobs that a model server has taken
 image_queue:server:<server>      string, TTL  heartbeat of a model server: what it serves
 image_queue:result:<id>          list, TTL    the one answer to a job; a list, so that the wait for it can block
 image_queue:accepted:<id>        string, TTL  the job was pushed and has no answer yet: it is not pushed again
+image_queue:shape                string, TTL  {"shape", "server"}: which images the model takes, by the last heartbeat
 image_queue:limit:...            string, TTL  how many requests a client has made, by Flask-Limiter (access.py)
 
 A job is      {"id", "image" (base64), "deadline" (unix seconds)}, and where they are not the default "request" (the id
-              that the client knows), "top" (predictions wanted), "crashes" (of servers that had it in flight).
+              that the client knows), "top" (predictions wanted), "crashes" (of servers that had it in flight),
+              "shape" ([height, width, channels] of the pixels; else they are as the model takes them).
 An answer is  {"predictions": [{"label", "probability"}, ...], "held_s" (since the take), "compute_s" and "batch" (the
               images) of its batch} or {"error": {"code", "message"}}.
 A <server> is <slot>.<session>: the slot is the same when a model server is started again, the session is new each
@@ -28,6 +30,9 @@ A job that was in flight when a server died may be what killed it, so it is then
 crash, it goes to the end of the queue, so that those from its first batch do not wait for it, and at a third it is
 answered `model_failed`. Two would find it out as surely, but a server may be killed from outside, and again as soon as
 it is back: that must not cost an innocent image its answer.
+
+The web asks once a second which images the model takes. One that is queued in another shape, before the web knew or
+before another model took the place of the first, is resized by the model server, so that a change of models loses none.
 
 Deadlines are compared on different machines, so their clocks must agree to well within REQUEST_TIMEOUT (NTP does).
 """
@@ -57,7 +62,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemory
 from redis.retry import Retry
 
 import settings
-from helpers import Pixels, Refusal, ServiceError, pauses
+from helpers import USUAL_SHAPE, Pixels, Refusal, ServiceError, Shape, as_shape, pauses
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +85,12 @@ ID_IN_RUBBISH = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"')
 # the id may be in it.
 ENVELOPE = 1000
 BEGINNING = 200
+# Of the largest image that a job may have besides the model's own: what the largest of keras.applications takes, so
+# that what was queued for one model can be given to another.
+LARGEST_SHAPE: Shape = (600, 600, 3)
+# Seconds between two looks at which images the model takes, and for how long that is remembered without a server.
+LOOK_EVERY = 1.0
+SHAPE_TTL = 86400
 OLDEST_REDIS = 7  # scripts with flags: taking and answering must work when Redis is out of memory
 
 # An image in a script costs Redis 0.2 ms, as Lua copies it, and in a plain command a tenth of that. So scripts are for
@@ -96,7 +107,9 @@ return jobs
 
 # A plain SET is refused when Redis is out of memory, and then nobody would be alive to take jobs out of it.
 BEAT = """#!lua flags=allow-oom
-return redis.call('SET', KEYS[1], unpack(ARGV))
+local beat = redis.call('SET', KEYS[1], unpack(ARGV, 3))
+if beat and KEYS[2] then redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2]) end
+return beat
 """
 
 # A server whose heartbeat lapsed may have lost its taken list to another one, so the head of the list need not be the
@@ -171,7 +184,8 @@ class Job:
     """One image on its way.
 
     `image` is base64 text, `deadline` unix seconds, `request` the id that the client knows, `top` how many predictions
-    are wanted (0: as many as TOP says), `crashes` how many servers it saw die, `taken` time.monotonic() of the parsing.
+    are wanted (0: as many as TOP says), `crashes` how many servers it saw die, `shape` what the pixels have (None: what
+    the model takes), `taken` time.monotonic() of the parsing.
     """
 
     id: str
@@ -180,6 +194,7 @@ class Job:
     request: str = ""
     top: int = 0
     crashes: int = 0
+    shape: Shape | None = None
     taken: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
@@ -202,13 +217,16 @@ class Job:
         image, deadline, request = fields.get("image"), fields.get("deadline"), fields.get("request", "")
         top, crashes = fields.get("top", 0), fields.get("crashes", 0)
         in_time = isinstance(deadline, int | float) and deadline <= time.time() + LATEST_DEADLINE
-        if isinstance(image, str) and isinstance(request, str) and _is_count(top) and _is_count(crashes) and in_time:
-            return cls(fields["id"], image, deadline, request, top, crashes)
+        counted = _is_count(top) and _is_count(crashes)
+        shape = as_shape(fields.get("shape"))
+        shaped = shape or "shape" not in fields  # the web was older
+        if isinstance(image, str) and isinstance(request, str) and counted and in_time and shaped:
+            return cls(fields["id"], image, deadline, request, top, crashes, shape)
         return cls(fields["id"], "", time.time() + RESULT_GRACE)
 
     def dump(self) -> bytes:
         """Return the JSON that goes onto the queue."""
-        given = {"request": self.request, "top": self.top, "crashes": self.crashes}
+        given = {"request": self.request, "top": self.top, "crashes": self.crashes, "shape": self.shape}
         more = {name: value for name, value in given.items() if value}
         return orjson.dumps({"id": self.id, "deadline": self.deadline, **more, "image": self.image})
 
@@ -349,6 +367,11 @@ class ImageQueue:
         return f"{self.key}:accepted:{job_id}"
 
     @property
+    def shape_key(self) -> str:
+        """Name of what the last heartbeat said of the images that the model takes."""
+        return f"{self.key}:shape"
+
+    @property
     def address(self) -> str:
         """Where Redis is, for people: never with the password."""
         at = self.redis.connection_pool.connection_kwargs
@@ -389,16 +412,50 @@ class WebQueue(ImageQueue):
     def __init__(self, count: CountJobs = lambda event, times: None) -> None:
         super().__init__(count)
         self._full = False  # when last an image was pushed
+        self._shape = USUAL_SHAPE  # which images the model takes, as far as we know
+        self._next_look = 0.0  # time.monotonic() from which it is to be looked up again
+        self._looking = Lock()
 
-    def ask(self, image: str, deadline: float, request: str = "", top: int = 0) -> Answer:
+    def shape(self) -> Shape:
+        """Return which images are wanted, (height, width, channels): as IMAGE_* say, or else as the model takes them.
+
+        Whoever comes first a second after the last look asks Redis. Others don't wait for that, but for the first look.
+        """
+        if time.monotonic() >= self._next_look and not settings.image_is_set():
+            self._look()
+        return settings.image_shape(self._shape)
+
+    def _look(self) -> None:
+        if not self._looking.acquire(blocking=self._next_look == 0.0):
+            return
+        try:
+            if time.monotonic() >= self._next_look:
+                with suppress(RedisError):
+                    self._shape = self._served_shape() or self._shape
+                self._next_look = time.monotonic() + LOOK_EVERY
+        finally:
+            self._looking.release()
+
+    def _served_shape(self) -> Shape | None:
+        """Return the shape that a live model server takes, or else that the last one took. Raises RedisError."""
+        last = _about(self.redis.get(self.shape_key) or b"")
+        shape, server = as_shape(last.get("shape")), last.get("server")
+        if isinstance(server, str) and self.redis.exists(self.server_key(server)):
+            return shape
+        # It may be one that is yet to be upgraded. To look at them all each time would go over every key of the Redis.
+        live = [as_shape(about.get("shape")) for about in self.live_servers().values()]
+        return next(filter(None, live), shape)
+
+    def ask(self, image: str, deadline: float, request: str = "", top: int = 0, shape: Shape | None = None) -> Answer:
         """Queue `image` (base64 text) and return its answer, at the latest at `deadline` (unix seconds).
 
-        `request` is the id that the client knows, `top` the number of predictions that it wants (0: as many as TOP).
+        `request` is the id that the client knows, `top` the number of predictions that it wants (0: as many as TOP),
+        `shape` what the pixels have (None: what the model takes).
 
         Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
         """
         job_id = uuid.uuid4().hex
-        with KeptJob(Job(job_id, image, deadline, request, top)) as job:
+        with KeptJob(Job(job_id, image, deadline, request, top, shape=shape)) as job:
             del image
             return self._ask(job_id, job, deadline)
 
@@ -507,6 +564,8 @@ class ServerQueue(ImageQueue):
         self._return = self.redis.register_script(GIVE_BACK)
         self._recover = self.redis.register_script(RECOVER)
         self._next_beat = 0.0
+        self._shape = as_shape(about.get("shape"))
+        self._longest_job = longest_job(self._shape or USUAL_SHAPE)
 
     def join(self) -> None:
         """Put back what this process had taken, and what one that died in its place had; then be alive.
@@ -641,13 +700,16 @@ class ServerQueue(ImageQueue):
 
     def _renew(self, *condition: str) -> None:
         """Write the heartbeat; with the condition "XX" only over one that is there. Raises DeclaredDead, RedisError."""
-        if not self._beat([self.heartbeat], [json.dumps(self.about), "PX", int(self.ttl * 1000), *condition]):
+        keys = [self.heartbeat, self.shape_key] if self._shape else [self.heartbeat]
+        shape = json.dumps({"shape": self._shape, "server": self.name})
+        beat = [json.dumps(self.about), "PX", str(int(self.ttl * 1000)), *condition]
+        if not self._beat(keys, [shape, str(SHAPE_TTL), *beat]):
             raise DeclaredDead
         self._next_beat = time.monotonic() + self.ttl / 5
 
     def _parse(self, raw: bytes | str) -> Job | None:
         try:
-            return Job.parse(raw if len(raw) <= longest_job() else raw[:BEGINNING])
+            return Job.parse(raw if len(raw) <= self._longest_job else raw[:BEGINNING])
         except ValueError as error:
             log.error("dropped %d bytes from the queue: %s", len(raw), error)
             self.count("dropped", 1)
@@ -659,9 +721,9 @@ def failed(message: str) -> Answer:
     return {"error": {"code": "model_failed", "message": message}}
 
 
-def longest_job() -> int:
-    """Return the bytes that a job may have: an image of IMAGE_* as base64, and what is around it."""
-    pixels = settings.IMAGE_WIDTH * settings.IMAGE_HEIGHT * settings.IMAGE_CHANS
+def longest_job(own: Shape) -> int:
+    """Return the bytes that a job may have: an image as base64, `own` or the largest other one, and what is around."""
+    pixels = max(math.prod(own), math.prod(LARGEST_SHAPE))
     return ENVELOPE + 4 * -(-pixels * np.dtype(settings.IMAGE_DTYPE).itemsize // 3)
 
 

@@ -24,15 +24,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from PIL import Image
 from redis.exceptions import RedisError
 
 import server_metrics
 import settings
-from helpers import Pixels, Refusal, base64_decode_image, log_to_stderr, pauses
+from helpers import Pixels, Refusal, Shape, base64_decode_image, log_to_stderr, pauses
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
 
 if TYPE_CHECKING:
-    from classifier import Classifier, Probabilities
+    from classifier import Classifier, Facts, Probabilities
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +128,11 @@ class ModelServer:
 
     def _decode(self, job: Job) -> Pixels | None:
         try:
-            return base64_decode_image(job.image, settings.IMAGE_DTYPE, self.classifier.shape)
+            pixels = base64_decode_image(job.image, settings.IMAGE_DTYPE, job.shape or self.classifier.shape)
         except ValueError as error:
             log.error("The image of request %s can't be decoded: %s", job.request or job.id, error)
             return None
+        return fitted(pixels, self.classifier.shape)
 
     def _classify(self, batch: Batch) -> Computed:
         images = [image for image in batch.images if image is not None]
@@ -292,18 +294,38 @@ def check(path: Path) -> None:
     [result] = model.classify(pixels[np.newaxis])
     if isinstance(result, Exception):
         raise Refusal(f"The model can't classify {path} ({result}).")
+    print(f"{settings.MODEL}: {described(model.facts)}")
     print(f"{path}: " + ", ".join(f"{label} {probability:.4f}" for label, probability in model.decode(result)))
     speed = images_per_second(model, np.stack([pixels] * model.batch_size))
     print(f"{settings.MODEL}: {speed:.1f} images/s in batches of {model.batch_size}, {BATCHES_AT_ONCE} at once")
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> Pixels:
-    """Return the image at `path` as pixels of `shape`, in the plainest way: the web's is for strangers' images."""
-    from PIL import Image  # noqa: PLC0415 - the model server itself decodes nothing
+def described(facts: "Facts") -> str:
+    """Return what was found of a model, in a line."""
+    height, width, channels = facts.shape
+    colours = "RGB" if channels == 3 else "grey"
+    found = f"input {width}x{height} {colours}, preprocessing {facts.preprocessing}, {len(facts.labels)} labels"
+    return f"{found}, {facts.description}" if facts.description else found
 
-    height, width, channels = shape
+
+def read_image(path: Path, shape: Shape) -> Pixels:
+    """Return the image at `path` as pixels of `shape`, in the plainest way: the web's is for strangers' images."""
     with Image.open(path) as image:
-        small = image.convert("RGB" if channels == 3 else "L").resize((width, height))
+        return resized(image, shape)
+
+
+def fitted(pixels: Pixels, shape: Shape) -> Pixels:
+    """Return `pixels`, 0..255 in any shape, in this one: they were queued for another model, or before the web knew."""
+    if pixels.shape == shape:
+        return pixels
+    levels = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
+    return resized(Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0]), shape)
+
+
+def resized(image: Image.Image, shape: Shape) -> Pixels:
+    """Return `image` as pixels of `shape` and IMAGE_DTYPE."""
+    height, width, channels = shape
+    small = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(small, dtype=settings.IMAGE_DTYPE).reshape(shape)
 
 

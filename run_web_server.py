@@ -34,7 +34,7 @@ import settings
 import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
 from health import add_health_routes
-from helpers import Pixels, Refusal, ServiceError, base64_encode_image, log_to_stderr, pauses
+from helpers import Pixels, Refusal, ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
 from image_checks import FORMATS, MAX_EXIF_BYTES, open_frugally
 from image_queue import QueueFull, WebQueue
 
@@ -189,9 +189,10 @@ class Classified(NamedTuple):
 def classify(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
     """Return what the image in `upload` shows: `top` classes, or TOP where that is 0. Raises ServiceError."""
     begun = time.monotonic()
-    image = in_turn(upload, deadline)
+    shape = queue.shape()
+    image = in_turn(upload, deadline, shape)
     prepared = time.monotonic()
-    answer = queue.ask(image, deadline, request_id, top)
+    answer = queue.ask(image, deadline, request_id, top, shape)
     if "error" in answer:
         raise ModelFailed(answer["error"]["message"])
     # A model server that is yet to be upgraded says nothing of its times.
@@ -251,12 +252,12 @@ def wanted_top() -> int:
     return int(given)
 
 
-def in_turn(upload: IO[bytes], deadline: float) -> str:
+def in_turn(upload: IO[bytes], deadline: float, shape: Shape) -> str:
     """Return what prepare_upload() does, when its turn has come. Raises what it raises.
 
     Raises QueueFull when half of the time until `deadline` (unix seconds) is over before that.
     """
-    prepared = preparing.submit(prepare_upload, upload)
+    prepared = preparing.submit(prepare_upload, upload, shape)
     try:
         return prepared.result(max(0.0, deadline - time.time()) / 2)
     except TimeoutError:
@@ -266,10 +267,14 @@ def in_turn(upload: IO[bytes], deadline: float) -> str:
     return prepared.result()
 
 
-def prepare_upload(upload: IO[bytes]) -> str:
-    """Return the image in `upload`, prepared, as base64 text. Raises MissingImage, BadImage, TooLarge."""
+def prepare_upload(upload: IO[bytes], shape: Shape) -> str:
+    """Return the image in `upload` as base64 text, prepared as pixels of `shape` (height, width, channels).
+
+    Raises MissingImage, BadImage, TooLarge.
+    """
+    height, width, channels = shape
     with upload:  # closed, so that hundreds of waiting requests do not keep their uploads
-        image = prepare_image(open_image(upload), (settings.IMAGE_WIDTH, settings.IMAGE_HEIGHT))
+        image = prepare_image(open_image(upload), (width, height), channels)
         return base64_encode_image(image)
 
 
@@ -318,8 +323,8 @@ def open_image(stream: IO[bytes]) -> Image.Image:
     return image
 
 
-def prepare_image(image: Image.Image, target: tuple[int, int]) -> Pixels:
-    """Return `image` as pixels (height, width, IMAGE_CHANS) of IMAGE_DTYPE, in 0 to 255, at `target` (width, height).
+def prepare_image(image: Image.Image, target: tuple[int, int], channels: int = 3) -> Pixels:
+    """Return `image` as pixels (height, width, channels) of IMAGE_DTYPE, in 0 to 255, at `target` (width, height).
 
     It is turned upright by its EXIF orientation, laid onto white where it is transparent, and its first frame counts.
     Raises BadImage when it can't be decoded, TooLarge when it turns out larger than its header said.
@@ -329,14 +334,14 @@ def prepare_image(image: Image.Image, target: tuple[int, int]) -> Pixels:
         # what is asked for, in either direction, since EXIF may turn it.
         image.draft(None, (max(target), max(target)))
         image.load()
-        image = to_colour(upright(image))
+        image = to_colour(upright(image), channels)
         image = image.resize(target, Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
     except Image.DecompressionBombError as error:
         raise too_many_pixels() from error
     except Exception as error:  # hostile contents raise anything, of which nothing is the client's to read
         log.info("bad image: %r", error)
         raise BadImage("The image is damaged or cut off and can't be decoded, so send it again whole.") from error
-    return np.asarray(image, dtype=settings.IMAGE_DTYPE).reshape(target[1], target[0], settings.IMAGE_CHANS)
+    return np.asarray(image, dtype=settings.IMAGE_DTYPE).reshape(target[1], target[0], channels)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -350,8 +355,8 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def to_colour(image: Image.Image) -> Image.Image:
-    """Return `image`, of any mode that Pillow knows, as RGB (or grey where IMAGE_CHANS is 1)."""
+def to_colour(image: Image.Image, channels: int) -> Image.Image:
+    """Return `image`, of any mode that Pillow knows, as RGB (or grey where it is to have 1 channel)."""
     if image.mode == "P" and image.palette is None:
         image = image.copy()  # which gets a palette of greys
     if image.mode.startswith(("I", "F")):
@@ -359,7 +364,7 @@ def to_colour(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, WHITE)
         image = Image.alpha_composite(paper, image.convert("RGBA"))
-    mode = "RGB" if settings.IMAGE_CHANS == 3 else "L"
+    mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -64,6 +64,11 @@ def _whole(name: str, default: int, low: int, high: int) -> int:
     return value
 
 
+def _whole_or_none(name: str, low: int, high: int) -> int | None:
+    """Return the number, or None where the variable is empty or not there."""
+    return _whole(name, low, low, high) if env.str(name, "") else None
+
+
 def _seconds(name: str, default: float, low: float, high: float) -> float:
     value: float = _read(env.float, name, default, f"a number of seconds from {low:g} to {high:g}", Range(low, high))
     return value
@@ -101,11 +106,12 @@ REDIS_URL = _matching(
     "REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://"
 )
 
-# What is put on the queue: pixels and channels (3 is RGB, 1 is grey), and how each value is stored. The tutorial's
-# float32 takes four times the bytes for the same pixels: the model's own preprocessing is the model server's.
-IMAGE_WIDTH = _whole("IMAGE_WIDTH", 224, 1, 4096)
-IMAGE_HEIGHT = _whole("IMAGE_HEIGHT", 224, 1, 4096)
-IMAGE_CHANS = _whole("IMAGE_CHANS", 3, 1, 3)
+# What is put on the queue: pixels and channels (3 is RGB, 1 is grey), and how each value is stored. Empty: what the
+# model takes, which the web learns from the model server. The tutorial's float32 takes four times the bytes for the
+# same pixels: the model's own preprocessing is the model server's.
+IMAGE_WIDTH = _whole_or_none("IMAGE_WIDTH", 1, 4096)
+IMAGE_HEIGHT = _whole_or_none("IMAGE_HEIGHT", 1, 4096)
+IMAGE_CHANS = _whole_or_none("IMAGE_CHANS", 1, 3)
 IMAGE_DTYPE = _one_of("IMAGE_DTYPE", "uint8", ["uint8", "float32"])
 # The filter of the resize, by Pillow's names. bicubic is what the tutorial's one-argument `resize` means in today's
 # Pillow; in 2018 it meant nearest.
@@ -156,15 +162,16 @@ MODEL_WEIGHTS = _matching(
     r"imagenet|random|.+\.(h5|keras)",
     "imagenet, random, or the path of a .h5 or .keras file",
 )
-# A file with one class a line. Empty: ImageNet's for keras.applications, else <model>.labels.txt beside the model.
+# A file with one class a line. Empty: ImageNet's for keras.applications, else what <model>.json says or
+# <model>.labels.txt, beside the model.
 LABELS = env.str("LABELS", "")
 # What the model computes in: Keras' names. bfloat16 and float16 are faster on what has instructions for them, and right
 # to two or three digits; the last layer stays in float32.
 DTYPE_POLICY = _one_of("DTYPE_POLICY", "float32", ["float32", "mixed_bfloat16", "mixed_float16"])
 # Whether XLA compiles the model, once for each batch size: a longer start, for a GPU that then has less to do.
 XLA = _read(env.bool, "XLA", False, "true or false")
-# Predictions in an answer.
-TOP = _whole("TOP", 5, 1, 1000)
+# Predictions in an answer. Empty: what <model>.json says, or 5.
+TOP = _whole_or_none("TOP", 1, 1000)
 
 # Of a model server: where Prometheus finds its metrics. With --gpu N the port is N more. 0: nowhere.
 METRICS_PORT = _whole("METRICS_PORT", 0, 0, 65535)
@@ -184,3 +191,14 @@ if RATE_LIMIT and not _is_rate_limit(RATE_LIMIT):
 for _name in ("REDIS_TIMEOUT", "CLIENT_SLEEP"):
     if globals()[_name] >= REQUEST_TIMEOUT:
         refuse(_name, f"{globals()[_name]:g}", f"less than REQUEST_TIMEOUT, which is {REQUEST_TIMEOUT:g}")
+
+
+def image_shape(own: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the (height, width, channels) that IMAGE_* ask for; where they are empty, those of `own`."""
+    height, width, channels = own
+    return IMAGE_HEIGHT or height, IMAGE_WIDTH or width, IMAGE_CHANS or channels
+
+
+def image_is_set() -> bool:
+    """Whether IMAGE_* say all of that, so that the model need not be asked."""
+    return bool(IMAGE_HEIGHT and IMAGE_WIDTH and IMAGE_CHANS)

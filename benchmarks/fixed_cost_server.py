@@ -16,6 +16,7 @@ import numpy as np
 
 import run_model_server
 import settings
+from helpers import USUAL_SHAPE
 
 ONE = np.ones(1, np.float32)
 SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
@@ -24,7 +25,7 @@ SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
 class Sleeper:
     """A classifier of one class that waits for its answer."""
 
-    shape = (settings.IMAGE_HEIGHT, settings.IMAGE_WIDTH, settings.IMAGE_CHANS)
+    shape = settings.image_shape(USUAL_SHAPE)
     slowest = SECONDS
     batch_size = settings.BATCH_SIZE
     about = {"model": "sleeper", "weights": "none"}  # noqa: RUF012

@@ -17,10 +17,11 @@ from conftest import ROOT
 
 import classifier
 import settings
-from classifier import Classifier, Prediction
+from classifier import Classifier, Facts, Prediction
 from helpers import Refusal
 
 LABELS = ["zero", "one", "two"]
+FACTS = Facts((4, 6, 3), LABELS, "LABELS")
 POISON = 13
 
 
@@ -42,10 +43,11 @@ class Network:
 def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "IMAGE_WIDTH", 6)
     monkeypatch.setattr(settings, "IMAGE_HEIGHT", 4)
+    monkeypatch.setattr(settings, "IMAGE_CHANS", 3)
 
 
 def warmed_up(network: Network) -> Classifier:
-    model = Classifier(network, LABELS)
+    model = Classifier(network, FACTS)
     model.warm_up()
     network.sizes.clear()
     return model
@@ -82,7 +84,7 @@ def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 31, 32])
 def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
     network = Network()
-    model = Classifier(network, LABELS)
+    model = Classifier(network, FACTS)
     model.warm_up()
     warm = set(network.sizes)
     network.sizes.clear()
@@ -115,7 +117,7 @@ def slow(*, sweet: int) -> Callable[[Any], None]:
 @pytest.mark.parametrize("sweet", [4, 32])
 def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
     network = Network(slow(sweet=sweet))
-    model = Classifier(network, LABELS)
+    model = Classifier(network, FACTS)
 
     model.warm_up()
 
@@ -125,7 +127,7 @@ def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
 
 def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
     """Larger ones would answer their first image later, and no sooner their last."""
-    model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), LABELS)
+    model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), FACTS)
 
     model.warm_up()
 
@@ -135,7 +137,7 @@ def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
 def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
     network = Network(slow(sweet=2))
 
-    Classifier(network, LABELS).warm_up()
+    Classifier(network, FACTS).warm_up()
 
     assert max(network.sizes) == 8
 

@@ -418,7 +418,8 @@ def test_a_killed_web_process_takes_only_its_own_requests_along(
 
 
 def heartbeats(redis: Redis, queue: str) -> set[Any]:
-    return set(redis.keys(f"{queue}:server:*"))
+    """The keys that live model servers write: who they are, and which images their model takes."""
+    return set(redis.keys(f"{queue}:server:*")) | set(redis.keys(f"{queue}:shape"))
 
 
 def test_without_a_model_server_200_clients_are_told_why_in_time(

@@ -402,7 +402,8 @@ def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> N
     done = checked("models/digits.keras")
 
     assert done.returncode == 0, done.stderr
-    image, speed = done.stdout.splitlines()
+    found_out, image, speed = done.stdout.splitlines()
+    assert found_out == "models/digits.keras: input 224x224 RGB, preprocessing none, 10 labels, handwritten digits"
     assert re.match(r".*images/three\.png: 3 0\.9\d{3}, \d 0\.\d{4}, ", image)
     found = re.fullmatch(r"models/digits\.keras: ([\d.]+) images/s in batches of \d+, 2 at once", speed)
     assert found is not None

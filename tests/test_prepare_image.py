@@ -15,8 +15,8 @@ from helpers import Pixels
 TARGET = (224, 224)
 
 
-def prepare(data: bytes, target: tuple[int, int] = TARGET) -> Pixels:
-    return web.prepare_image(web.open_image(io.BytesIO(data)), target)
+def prepare(data: bytes, target: tuple[int, int] = TARGET, channels: int = 3) -> Pixels:
+    return web.prepare_image(web.open_image(io.BytesIO(data)), target, channels)
 
 
 def resized(pixels: samples.Array, target: tuple[int, int] = TARGET) -> samples.Array:
@@ -74,11 +74,10 @@ def test_width_and_height_are_not_mixed_up() -> None:
     assert prepare(saved(Image.fromarray(colours(1)), "PNG"), (30, 20)).shape == (20, 30, 3)
 
 
-def test_grey_and_float_are_made_where_the_settings_ask_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "IMAGE_CHANS", 1)
+def test_grey_and_float_are_made_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "IMAGE_DTYPE", "float32")
 
-    prepared = prepare(saved(Image.fromarray(colours(1)), "PNG"))
+    prepared = prepare(saved(Image.fromarray(colours(1)), "PNG"), channels=1)
 
     assert prepared.shape == (224, 224, 1)
     assert prepared.dtype == np.float32

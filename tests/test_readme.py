@@ -29,7 +29,7 @@ def defaults() -> dict[str, str]:
     code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
     bare = {"PATH": os.environ["PATH"]}
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, timeout=60)
-    return {name: str(value).removesuffix(".0") for name, value in json.loads(printed).items()}
+    return {name: "" if value is None else str(value).removesuffix(".0") for name, value in json.loads(printed).items()}
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
