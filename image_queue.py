@@ -88,7 +88,8 @@ BEGINNING = 200
 # Of the largest image that a job may have besides the model's own: what the largest of keras.applications takes, so
 # that what was queued for one model can be given to another.
 LARGEST_SHAPE: Shape = (600, 600, 3)
-# Seconds between two looks at which images the model takes, and for how long that is remembered without a server.
+# Seconds between a web process's looks at which images the model takes, and for how long that is remembered without a
+# model server.
 LOOK_EVERY = 1.0
 SHAPE_TTL = 86400
 OLDEST_REDIS = 7  # scripts with flags: taking and answering must work when Redis is out of memory
@@ -419,14 +420,16 @@ class WebQueue(ImageQueue):
     def shape(self) -> Shape:
         """Return which images are wanted, (height, width, channels): as IMAGE_* say, or else as the model takes them.
 
-        Whoever comes first a second after the last look asks Redis. Others don't wait for that, but for the first look.
+        Whoever comes first LOOK_EVERY after the last look asks Redis. Others go on with what was known, or wait as long
+        for him where that is older than twice LOOK_EVERY, as it is after a quiet time. Without Redis nothing changes.
         """
-        if time.monotonic() >= self._next_look and not settings.image_is_set():
-            self._look()
+        late = time.monotonic() - self._next_look
+        if late >= 0 and not settings.image_is_set():
+            self._look(LOOK_EVERY if late > LOOK_EVERY else 0.0)
         return settings.image_shape(self._shape)
 
-    def _look(self) -> None:
-        if not self._looking.acquire(blocking=self._next_look == 0.0):
+    def _look(self, patience: float) -> None:
+        if not self._looking.acquire(timeout=patience):
             return
         try:
             if time.monotonic() >= self._next_look:

@@ -1,0 +1,620 @@
+"""A model of one's own, with what stands beside it: MODEL alone serves it, and another can take its place."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import keras
+import numpy as np
+import pytest
+import requests
+from conftest import (
+    ROOT,
+    Service,
+    free_port,
+    missing,
+    ready,
+    run_apache,
+    run_model_server,
+    run_redis,
+    run_service,
+    running,
+    wait_until,
+)
+from PIL import Image
+from redis import Redis
+from redis.exceptions import RedisError
+from samples import colours, saved
+
+import classifier
+import image_queue
+import settings
+from helpers import Refusal, Shape, base64_encode_image
+from image_queue import Job, ServerQueue, WebQueue
+from run_model_server import ModelServer, fitted
+
+LABELS = ["dark", "medium", "bright"]
+SMALL: Shape = (64, 96, 1)  # height, width, channels
+WEB_PROCESSES = 2  # that run_apache() runs
+LEARNT = 2  # seconds within which every web process knows what a new model takes
+
+Record = Callable[[str, object], None]
+
+
+def save_model(path: Path, shape: tuple[int | None, int | None, int] = SMALL, said: Any = None, seed: int = 0) -> Path:
+    """Save a small network whose answer depends on where in the image things are, and `said` beside it."""
+    keras.utils.set_random_seed(seed)
+    layers = [keras.Input(shape), keras.layers.Conv2D(4, 5, strides=3, activation="relu"),
+              keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, activation="softmax")]  # fmt: skip
+    model = keras.Sequential(layers)
+    # Weights for 0 to 255 as for 0 to 1: nothing saturates, so that another preprocessing would show.
+    model.set_weights([each * (0.1 if each.ndim == 4 else 1) for each in model.get_weights()])
+    model.save(path)
+    if said is not None:
+        path.with_suffix(".json").write_text(said if isinstance(said, str) else json.dumps(said))
+    return path
+
+
+def load(monkeypatch: pytest.MonkeyPatch, path: Path, **values: Any) -> classifier.Classifier:
+    for name, value in {"MODEL": str(path), "BATCH_SIZE": 2, **values}.items():
+        monkeypatch.setattr(settings, name, value)
+    model = classifier.load()
+    model.warm_up()
+    return model
+
+
+def pixels_of(shape: Shape, count: int = 2) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+# What the file says
+
+
+def test_the_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = {"labels": LABELS, "top": 2, "description": "how bright it is", "width": 96, "height": 64, "channels": 1}
+    model = load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
+
+    [first, _] = model.classify(pixels_of(SMALL))
+
+    assert not isinstance(first, Exception)
+    assert len(model.decode(first)) == 2
+    assert {label for label, _ in model.decode(first, 3)} == set(LABELS)
+    assert model.about["shape"] == SMALL
+    assert model.about["description"] == "how bright it is"
+
+
+def test_labels_may_be_in_a_file_that_it_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    (tmp_path / "own.labels.txt").write_text("not\nthese\nthree\n")
+
+    model = load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": "names"}))
+
+    assert list(model.facts.labels) == ["a", "b", "c"]
+
+
+def test_a_setting_wins_over_the_file_and_the_file_over_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    said = {"labels": LABELS, "top": 2, "width": 50, "height": 40}
+    path = save_model(tmp_path / "any.keras", (None, None, 3), said)
+    assert load(monkeypatch, path).shape == (40, 50, 3)
+
+    model = load(monkeypatch, path, LABELS=str(tmp_path / "names"), TOP=1, IMAGE_WIDTH=60)
+
+    assert model.shape == (40, 60, 3)
+    assert list(model.facts.labels) == ["a", "b", "c"]
+    assert len(model.decode(np.array([0.1, 0.2, 0.7]))) == 1
+
+
+def test_without_a_file_or_a_setting_a_model_that_takes_any_size_gets_the_usual(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = save_model(tmp_path / "any.keras", (None, None, 3))
+    path.with_suffix(".labels.txt").write_text("\n".join(LABELS))
+
+    assert load(monkeypatch, path).shape == (224, 224, 3)
+
+
+WRONG = [
+    ({"colour": 1}, "colour=1 makes no sense: the keys are width, height, "),
+    ({"width": "96"}, "width=96 makes no sense: it must be a whole number of pixels from 1 to 4096."),
+    ({"width": 96.5}, "width=96.5 makes no sense: it must be a whole number"),
+    ({"height": 0}, "height=0 makes no sense: it must be a whole number"),
+    ({"height": None}, "height=null makes no sense: it must be a whole number"),
+    ({"channels": 2}, "channels=2 makes no sense: it must be 3 (RGB) or 1 (grey)."),
+    ({"channels": True}, "channels=true makes no sense: it must be 3 (RGB) or 1 (grey)."),
+    ({"width": 100}, "width=100 makes no sense: it must be 96, which is what the model takes, or left out."),
+    ({"channels": 3}, "channels=3 makes no sense: it must be 1, which is what the model takes, or left out."),
+    ({"preprocessing": "zscore"}, "preprocessing=zscore makes no sense: it must be one of none, scale, tf, torch, caffe."),
+    ({"preprocessing": ["tf"]}, 'preprocessing=["tf"] makes no sense: it must be one of none'),
+    ({"preprocessing": "caffe"}, "preprocessing=caffe makes no sense: it must be none, scale or tf for a grey image."),
+    ({"labels": []}, "labels=[] makes no sense: it must be a list of texts, or the name of a file beside it"),
+    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] makes no sense: it must be a list of texts'),
+    ({"labels": ["a", " ", "c"]}, "makes no sense: it must be a list of texts"),
+    ({"labels": ["a", "\x1b[31mb", "c"]}, "makes no sense: it must be a list of texts"),
+    ({"labels": "nowhere.txt"}, "labels=nowhere.txt makes no sense: it must be a list of texts, or the name of a file"),
+    ({"labels": ["a", "b"]}, "gives (3,) values an image, but there are 2 labels: `labels` in "),
+    ({"top": 0}, "top=0 makes no sense: it must be a whole number from 1 to 1000."),
+    ({"description": "two\nlines"}, "description=two?lines makes no sense: it must be one line of at most 500 letters."),
+    ("[]", "holds [], but it needs an object such as"),
+    ("{", "can't be read as JSON"),
+    ("[" * 100_000, "can't be read as JSON"),
+    ("", "can't be read as JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "line"), WRONG, ids=[line[:40] for _, line in WRONG])
+def test_a_wrong_file_is_refused_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Any, line: str
+) -> None:
+    said = {"labels": LABELS} | said if isinstance(said, dict) else said
+
+    with pytest.raises(Refusal) as refusal:
+        load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
+
+    assert line in str(refusal.value)
+    assert str(tmp_path / "own.json") in str(refusal.value)
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) < 600
+
+
+def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "own.keras", said={"labels": LABELS, "tpo": 3})
+
+    ended = subprocess.run(
+        [sys.executable, "run_model_server.py"],
+        cwd=ROOT, env={**os.environ, "MODEL": str(path)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].endswith(
+        f"{tmp_path}/own.json: tpo=3 makes no sense: the keys are width, height, channels, preprocessing, labels, top, "
+        "description."
+    )
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_model_of_channels_that_no_image_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int
+) -> None:
+    path = save_model(tmp_path / "own.keras", (64, 96, channels), {"labels": LABELS})
+
+    with pytest.raises(Refusal, match="the service has 1 or 3 channels"):
+        load(monkeypatch, path)
+
+
+def test_a_setting_of_another_size_than_the_model_s_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="another size: set IMAGE_WIDTH=96 and IMAGE_CHANS=1"):
+        load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
+
+
+def test_a_classifier_of_keras_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MODEL": "EfficientNetV2B1", "MODEL_WEIGHTS": "random"}.items():
+        monkeypatch.setattr(settings, name, value)
+
+    assert classifier.load().shape == (240, 240, 3)
+
+
+# Preprocessing
+
+PLAIN: dict[str, Callable[[Any], Any]] = {
+    "none": lambda pixels: pixels,
+    "scale": lambda pixels: pixels / 255,
+    **{
+        mode: lambda pixels, mode=mode: keras.applications.imagenet_utils.preprocess_input(pixels, mode=mode)
+        for mode in ("tf", "torch", "caffe")
+    },
+}
+
+
+def answers_of(path: Path, backend: str, dtype: str, images: Any) -> Any:
+    """What the classifier makes of the images, in a process with this backend of Keras; computed twice."""
+    np.save(path.with_suffix(".npy"), images)
+    code = (
+        "import sys, json, numpy as np, classifier\n"
+        "model = classifier.load(); model.warm_up()\n"
+        "images = np.load(sys.argv[1])\n"
+        "twice = [model.classify(images), model.classify(images)]\n"
+        "print(json.dumps([[each.tolist() for each in once] for once in twice]))"
+    )
+    environment = {**os.environ, "KERAS_BACKEND": backend, "MODEL": str(path), "IMAGE_DTYPE": dtype, "BATCH_SIZE": "4"}
+    command = [sys.executable, "-c", code, str(path.with_suffix(".npy"))]
+    return np.array(json.loads(subprocess.check_output(command, cwd=ROOT, env=environment, timeout=200)))
+
+
+@pytest.mark.parametrize("mode", PLAIN)
+@pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "uint8"), ("torch", "float32")])
+def test_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str, mode: str) -> None:
+    """The pixels stay as they are, too: a batch that fails is computed again in halves."""
+    if importlib.util.find_spec(backend) is None:
+        missing(f"{backend} is not installed")
+    said = {"labels": LABELS, "preprocessing": mode}
+    path = save_model(tmp_path / "own.keras", (20, 30, 3), said)
+    images = pixels_of((20, 30, 3), 5).astype(dtype)
+
+    twice = answers_of(path, backend, dtype, images)
+
+    model = keras.saving.load_model(path)
+    by_mode = {each: model.predict(PLAIN[each](images.astype(np.float32)), verbose=0) for each in PLAIN}
+    assert twice[0] == pytest.approx(by_mode[mode], abs=1e-4)
+    assert twice[1] == pytest.approx(by_mode[mode], abs=1e-4)
+    assert all(np.abs(by_mode[mode] - other).max() > 1e-3 for each, other in by_mode.items() if each != mode)
+
+
+# Jobs of another shape
+
+
+class Shaped:
+    """A classifier of 4x6 RGB images that labels each with its mean, to the nearest ten."""
+
+    shape = (4, 6, 3)
+    batch_size = 32
+
+    def classify(self, images: Any) -> list[Any]:
+        return [image.mean() for image in images]
+
+    def decode(self, mean: float, _top: int) -> list[tuple[str, float]]:
+        return [(str(round(mean / 10) * 10), 1.0)]
+
+
+@pytest.fixture
+def server(redis: Redis) -> Iterator[ModelServer]:
+    queue = ServerQueue({"model": "shaped", "weights": "none", "shape": Shaped.shape}, 5)
+    model_server = ModelServer(cast(classifier.Classifier, Shaped()), queue)
+    queue.join()
+    yield model_server
+    model_server._computers.shutdown()
+    model_server._answerer.shutdown()
+    queue._held.close()
+
+
+def queued(redis: Redis, level: int, shape: Shape, **said: Any) -> Callable[[], Any]:
+    """Queue a flat image; return what waits for its answer."""
+    image = base64_encode_image(np.full(shape, level, settings.IMAGE_DTYPE))
+    job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": shape} | said
+    redis.rpush(settings.IMAGE_QUEUE, json.dumps({name: value for name, value in job.items() if value is not None}))
+
+    def answer() -> Any:
+        reply = redis.blpop([f"{settings.IMAGE_QUEUE}:result:job{level}"], 10)
+        assert reply is not None
+        return json.loads(reply[1])
+
+    return answer
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_job_of_another_shape_is_resized_with_its_batch_mates(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer, dtype: str
+) -> None:
+    monkeypatch.setattr(settings, "IMAGE_DTYPE", dtype)
+    shapes: list[Shape] = [(4, 6, 3), (224, 224, 3), (64, 96, 1), (1, 1, 3), (6, 4, 3)]
+    asked = [queued(redis, 10 * (i + 1), shape) for i, shape in enumerate(shapes)]
+
+    server.step()
+
+    assert [answer()["predictions"][0]["label"] for answer in asked] == ["10", "20", "30", "40", "50"]
+
+
+def test_a_job_without_a_shape_is_taken_as_the_model_s(redis: Redis, server: ModelServer) -> None:
+    """As those of a web that is yet to be upgraded are."""
+    right, wrong = queued(redis, 10, (4, 6, 3), shape=None), queued(redis, 20, (224, 224, 3), shape=None)
+
+    server.step()
+
+    assert right()["predictions"][0]["label"] == "10"
+    assert wrong()["error"]["code"] == "model_failed"
+
+
+@pytest.mark.parametrize("shape", [[4, 6], [4, 6, 2], [0, 6, 3], [4.0, 6, 3], "4x6", [10**9, 6, 3], [6, 6, 3], {}])
+def test_a_job_whose_shape_is_rubbish_is_answered_like_its_batch_mates(
+    redis: Redis, server: ModelServer, shape: Any
+) -> None:
+    wrong, right = queued(redis, 20, (4, 6, 3), shape=shape), queued(redis, 10, (4, 6, 3))
+
+    server.step()
+
+    assert wrong()["error"]["code"] == "model_failed"
+    assert right()["predictions"][0]["label"] == "10"
+
+
+def test_a_job_is_as_long_as_the_largest_image_and_no_longer(redis: Redis, server: ModelServer) -> None:
+    largest, longer = queued(redis, 10, image_queue.LARGEST_SHAPE), queued(redis, 20, (700, 700, 3))
+
+    server.step()
+
+    assert largest()["predictions"][0]["label"] == "10"
+    assert longer()["error"]["code"] == "model_failed"
+
+
+def test_a_job_keeps_its_shape_when_its_server_dies() -> None:
+    job = Job("a", "aW1hZ2U=", time.time() + 5, shape=(4, 6, 3))
+
+    assert Job.parse(job.dump()) == job
+
+
+def test_resizing_is_bicubic_and_mixes_up_neither_sides_nor_colours() -> None:
+    pixels = colours(0, (90, 60))
+    expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
+
+    assert (fitted(pixels, (20, 30, 3)) == expected).all()
+    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((30, 20), Image.Resampling.BICUBIC))
+    assert (fitted(pixels, (20, 30, 1))[:, :, 0] == grey).all()
+
+
+# What the web knows
+
+
+def beating(monkeypatch: pytest.MonkeyPatch, shape: Any) -> ServerQueue:
+    """A model server of such images that is alive."""
+    server = ServerQueue({"model": "own", "weights": "own.keras", "shape": shape}, 5)
+    server.join()
+    return server
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_queue, "LOOK_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_web_takes_the_size_from_who_lives_or_who_lived_last(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = WebQueue()
+    assert web.shape() == (224, 224, 3)
+
+    server = beating(monkeypatch, SMALL)
+    assert web.shape() == SMALL
+    server.leave()
+    assert web.shape() == WebQueue().shape() == SMALL  # another process, too
+    redis.delete(web.shape_key)
+    assert web.shape() == SMALL
+    assert WebQueue().shape() == (224, 224, 3)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_model_server_before_its_upgrade_counts_more_than_one_that_is_gone(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes a heartbeat alone."""
+    web = WebQueue()
+    beating(monkeypatch, SMALL).leave()
+    redis.set(web.server_key("older.1"), json.dumps({"model": "a", "weights": "b", "shape": [20, 30, 3]}), ex=60)
+
+    assert web.shape() == (20, 30, 3)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"shape": [1, 2]}', b'{"shape": SMALL, "server": 7}'])
+def test_rubbish_about_the_size_is_passed_over(redis: Redis, rubbish: bytes) -> None:
+    web = WebQueue()
+    redis.set(web.shape_key, rubbish, ex=60)
+    redis.set(web.server_key("odd"), rubbish, ex=60)
+
+    assert web.shape() == (224, 224, 3)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_settings_win_over_the_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    beating(monkeypatch, SMALL)
+    web = WebQueue()
+
+    monkeypatch.setattr(settings, "IMAGE_WIDTH", 50)
+    assert web.shape() == (64, 50, 1)
+
+
+def test_with_all_of_it_set_the_web_asks_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IMAGE_WIDTH", "IMAGE_HEIGHT", "IMAGE_CHANS"):
+        monkeypatch.setattr(settings, name, 3)
+    web = WebQueue()
+    monkeypatch.setattr(web, "redis", None)
+
+    assert web.shape() == (3, 3, 3)
+
+
+class SlowLook:
+    """Looks that last until they are let go on, the n-th of which finds a shape of n x n."""
+
+    def __init__(self, web: WebQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.go_on = threading.Event()
+        monkeypatch.setattr(web, "_served_shape", self.look)
+
+    def look(self) -> Shape:
+        self.count += 1
+        assert self.go_on.wait(10)
+        return self.count, self.count, 1
+
+
+def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
+    redis_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = WebQueue()
+    web._next_look = time.monotonic()
+    slow = SlowLook(web, monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(web.shape)
+        wait_until(lambda: slow.count, "it looks")
+        assert {web.shape() for _ in range(8)} == {(224, 224, 3)}
+        slow.go_on.set()
+
+        assert looking.result(10) == web.shape() == (1, 1, 1)
+    assert slow.count == 1
+
+
+def test_after_a_quiet_time_all_wait_for_the_look_but_not_for_long(
+    redis_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a crowd that comes to a web process that has just begun, or idled, would get what was right an hour ago."""
+    web = WebQueue()
+    slow = SlowLook(web, monkeypatch)
+    with ThreadPoolExecutor(8) as pool:
+        looking = pool.submit(web.shape)
+        wait_until(lambda: slow.count, "it looks")
+        assert web.shape() == (224, 224, 3)  # Redis may be gone, and nobody waits for that here
+        crowd = [pool.submit(web.shape) for _ in range(7)]
+        slow.go_on.set()
+
+        assert {each.result(10) for each in [looking, *crowd]} == {(1, 1, 1)}
+    assert slow.count == 1
+
+
+def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_queue, "LOOK_EVERY", 0.0)
+    server, web = beating(monkeypatch, SMALL), WebQueue()
+    assert web.shape() == SMALL
+    server.leave()
+
+    def broken() -> None:
+        raise RedisError
+
+    monkeypatch.setattr(web, "_served_shape", broken)
+    assert web.shape() == SMALL
+
+
+# The whole service
+
+
+def photos(count: int) -> list[bytes]:
+    """Pictures of several sizes that the model tells apart."""
+    return [saved(Image.fromarray(colours(i, (150 + i, 100 + 2 * i))), "PNG") for i in range(count)]
+
+
+def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]) -> Any:
+    """What plain Keras says of these files."""
+    opened = [Image.open(io.BytesIO(data)).convert("L").resize((96, 64), Image.Resampling.BICUBIC) for data in images]
+    pixels = np.stack([np.asarray(each, np.float32)[:, :, np.newaxis] for each in opened])
+    return keras.saving.load_model(path).predict(prepare(pixels), verbose=0)
+
+
+def test_a_grey_model_of_another_size_needs_model_alone(redis_port: int, tmp_path: Path) -> None:
+    path = save_model(tmp_path / "grey.keras", said={"labels": LABELS, "preprocessing": "scale", "top": 3})
+    images = photos(12)
+    with run_service(tmp_path, MODEL=str(path)) as service:
+        with ThreadPoolExecutor(12) as pool:
+            answered = list(pool.map(service.predictions, images))
+        metadata = requests.get(f"{service.url}/v2/models/grey", timeout=10).json()
+        [server] = ready(service.url)["model_servers"].values()
+
+    plain = plain_answers(path, images, PLAIN["scale"])
+    for got, expected in zip(answered, plain, strict=True):
+        assert {each["label"]: each["probability"] for each in got} == pytest.approx(
+            dict(zip(LABELS, map(float, expected), strict=True)), abs=1e-4
+        )
+    assert np.ptp(plain, axis=0).max() > 1e-2  # so that a mix-up would show
+    assert metadata["inputs"][0]["shape"] == [-1, *SMALL]
+    assert server["shape"] == list(SMALL)
+
+
+def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[int, ...]]:
+    """The shapes in which the web processes at `url` queue so many images, while no model server takes them."""
+    image = photos(1)[0]
+    before = redis.llen(queue)
+    with ThreadPoolExecutor(count) as pool:
+        for _ in range(count):
+            pool.submit(Service(url).post, image, timeout=20)
+        wait_until(lambda: redis.llen(queue) == before + count, "they are queued")
+        shapes = {tuple(json.loads(job)["shape"]) for job in redis.lrange(queue, before, -1)}
+        redis.delete(queue)
+    return shapes
+
+
+def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Path) -> None:
+    """Those that run, within seconds, and those that begin while no model server is alive, at once."""
+    path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
+    queue = f"queue-{free_port()}"
+    limits = {"IMAGE_QUEUE": queue, "REQUEST_TIMEOUT": "3"}
+    with run_apache(**limits) as url:
+        assert queued_shapes(url, redis, queue, 16) == {(224, 224, 3)}
+        with running([sys.executable, "run_model_server.py"], tmp_path / "log", MODEL=str(path), IMAGE_QUEUE=queue):
+            wait_until(lambda: redis.exists(f"{queue}:shape"), "the model server has joined", 120)
+            joined = time.monotonic()
+        wait_until(lambda: time.monotonic() > joined + LEARNT, "the web may know")
+        assert redis.keys(f"{queue}:server:*") == []
+        assert queued_shapes(url, redis, queue, 16) == {SMALL}
+    with run_apache(**limits) as url:
+        assert queued_shapes(url, redis, queue, 16) == {SMALL}
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_another_model_takes_the_place_of_one_under_load_and_no_request_fails(
+    redis: Redis, tmp_path: Path, end: signal.Signals, record_property: Record
+) -> None:
+    path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
+    images, answers, over = photos(16), [], threading.Event()
+
+    def keep_asking(image: bytes) -> None:
+        while not over.is_set():
+            answers.append((time.monotonic(), service.post(image)))
+
+    with run_service(tmp_path) as service, ThreadPoolExecutor(len(images)) as pool:
+        clients = [pool.submit(keep_asking, image) for image in images]
+        try:
+            wait_until(lambda: len(answers) > 100, "the first model answers")
+            service.servers[0].stop(end)
+            gone = time.monotonic()
+            with run_model_server(tmp_path / "grey", MODEL=str(path), IMAGE_QUEUE=service.queue) as server:
+                wait_until(lambda: sum(begun > gone + LEARNT for begun, _ in answers) > 300, "so does the second", 60)
+                over.set()
+                for client in clients:
+                    client.result(60)
+        finally:
+            over.set()
+
+    assert Counter(answer.status_code for _, answer in answers) == {200: len(answers)}
+    labels = Counter(answer.json()["predictions"][0]["label"] for _, answer in answers)
+    before, after = sum(labels[digit] for digit in "0123456789"), sum(labels[label] for label in LABELS)
+    assert before > 100
+    assert after > 300
+    assert before + after == len(answers)
+    assert "ERROR" not in server.log
+    record_property("figures", f"{before} answers by the first model and {after} by the second, 0 lost")
+
+
+def commands(redis: Redis) -> Counter[str]:
+    """How often Redis has been given each command, but for those of the model server's own loop."""
+    stats = cast(dict[str, dict[str, int]], redis.info("commandstats"))
+    web = ("rpush", "multi", "exec", "blpop", "get", "exists", "mget")
+    return Counter({name: stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in web})
+
+
+def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter[str], float]:
+    """The commands that these requests make, and the seconds that they take."""
+    service = Service(url)
+    before, begun = commands(redis), time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        assert {answer.status_code for answer in pool.map(service.post, images)} == {200}
+    return commands(redis) - before, time.monotonic() - begun
+
+
+def test_a_request_asks_no_more_of_redis_than_with_the_size_set(tmp_path: Path, record_property: Record) -> None:
+    """But for what each web process looks up once a second."""
+    port, images = free_port(), photos(20) * 20
+    where = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
+    size = {"IMAGE_WIDTH": "224", "IMAGE_HEIGHT": "224", "IMAGE_CHANS": "3"}
+    with (
+        run_redis(tmp_path / "redis", port) as process,
+        Redis(port=port, socket_timeout=5) as redis,
+    ):
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+        with run_service(tmp_path, **where) as service, run_apache(**where, **size) as url:
+            with_size, _ = asked_of_redis(redis, url, images)
+            without, seconds = asked_of_redis(redis, service.url, images)
+
+    extra = without - with_size
+    assert with_size["rpush"] >= len(images)
+    assert 2 <= extra["get"] <= WEB_PROCESSES * (seconds + 2)
+    assert extra.total() <= 2 * WEB_PROCESSES * (seconds + 2)
+    assert len(images) > 4 * WEB_PROCESSES * (seconds + 2)  # so that one command a request would show
+    record_property("figures", f"{extra.total()} commands more for {len(images)} requests in {seconds:.1f} s")
