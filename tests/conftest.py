@@ -31,7 +31,7 @@ START_LIMIT = 240  # seconds that a model server may take to start on a busy mac
 
 def free_port() -> int:
     """A port that nothing has, below those that the system gives to clients, which come and go by hundreds here."""
-    for port in random.sample(range(20_000, 32_000), 100):
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):  # whatever seed a test has set
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,18 +54,23 @@ LEARNT = 2  # seconds within which every web process knows what a new model take
 Record = Callable[[str, object], None]
 
 
-def save_model(path: Path, shape: tuple[int | None, int | None, int] = SMALL, said: Any = None, seed: int = 0) -> Path:
-    """Save a small network whose answer depends on where in the image things are, and `said` beside it."""
-    keras.utils.set_random_seed(seed)
-    layers = [keras.Input(shape), keras.layers.Conv2D(4, 5, strides=3, activation="relu"),
-              keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, activation="softmax")]  # fmt: skip
+def save_model(
+    path: Path, shape: tuple[int | None, int | None, int] = SMALL, said: Any = None, gain: float = 0.1
+) -> Path:
+    """Save a small network, and `said` beside it. With this gain pixels of 0 to 255 saturate nothing."""
+    layers = [keras.Input(shape), keras.layers.Conv2D(4, 5, strides=3, activation="relu", kernel_initializer=drawn(1)),
+              keras.layers.GlobalAveragePooling2D(),
+              keras.layers.Dense(3, activation="softmax", kernel_initializer=drawn(2))]  # fmt: skip
     model = keras.Sequential(layers)
-    # Weights for 0 to 255 as for 0 to 1: nothing saturates, so that another preprocessing would show.
-    model.set_weights([each * (0.1 if each.ndim == 4 else 1) for each in model.get_weights()])
+    model.set_weights([each * (gain if each.ndim == 4 else 1) for each in model.get_weights()])
     model.save(path)
     if said is not None:
         path.with_suffix(".json").write_text(said if isinstance(said, str) else json.dumps(said))
     return path
+
+
+def drawn(seed: int) -> Any:
+    return keras.initializers.GlorotUniform(seed)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, path: Path, **values: Any) -> classifier.Classifier:
@@ -137,7 +144,7 @@ WRONG = [
     ({"channels": True}, "channels=true makes no sense: it must be 3 (RGB) or 1 (grey)."),
     ({"width": 100}, "width=100 makes no sense: it must be 96, which is what the model takes, or left out."),
     ({"channels": 3}, "channels=3 makes no sense: it must be 1, which is what the model takes, or left out."),
-    ({"preprocessing": "zscore"}, "preprocessing=zscore makes no sense: it must be one of none, scale, tf, torch, caffe."),
+    ({"preprocessing": "std"}, "preprocessing=std makes no sense: it must be one of none, scale, tf, torch, caffe."),
     ({"preprocessing": ["tf"]}, 'preprocessing=["tf"] makes no sense: it must be one of none'),
     ({"preprocessing": "caffe"}, "preprocessing=caffe makes no sense: it must be none, scale or tf for a grey image."),
     ({"labels": []}, "labels=[] makes no sense: it must be a list of texts, or the name of a file beside it"),
@@ -147,7 +154,7 @@ WRONG = [
     ({"labels": "nowhere.txt"}, "labels=nowhere.txt makes no sense: it must be a list of texts, or the name of a file"),
     ({"labels": ["a", "b"]}, "gives (3,) values an image, but there are 2 labels: `labels` in "),
     ({"top": 0}, "top=0 makes no sense: it must be a whole number from 1 to 1000."),
-    ({"description": "two\nlines"}, "description=two?lines makes no sense: it must be one line of at most 500 letters."),
+    ({"description": "a\nb"}, "description=a?b makes no sense: it must be one line of at most 500 letters."),
     ("[]", "holds [], but it needs an object such as"),
     ("{", "can't be read as JSON"),
     ("[" * 100_000, "can't be read as JSON"),
@@ -214,44 +221,47 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
     "none": lambda pixels: pixels,
     "scale": lambda pixels: pixels / 255,
     **{
-        mode: lambda pixels, mode=mode: keras.applications.imagenet_utils.preprocess_input(pixels, mode=mode)
+        mode: partial(keras.applications.imagenet_utils.preprocess_input, mode=mode)
         for mode in ("tf", "torch", "caffe")
     },
 }
 
 
-def answers_of(path: Path, backend: str, dtype: str, images: Any) -> Any:
-    """What the classifier makes of the images, in a process with this backend of Keras; computed twice."""
-    np.save(path.with_suffix(".npy"), images)
+def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
+    """What each model makes of the images, computed twice, in a process with this backend of Keras."""
+    np.save(paths[0].with_suffix(".npy"), images)
     code = (
-        "import sys, json, numpy as np, classifier\n"
-        "model = classifier.load(); model.warm_up()\n"
+        "import sys, json, numpy as np, settings, classifier\n"
         "images = np.load(sys.argv[1])\n"
-        "twice = [model.classify(images), model.classify(images)]\n"
-        "print(json.dumps([[each.tolist() for each in once] for once in twice]))"
+        "for settings.MODEL in sys.argv[2:]:\n"
+        "    model = classifier.load(); model.warm_up()\n"
+        "    print(json.dumps([[each.tolist() for each in model.classify(images)] for _ in range(2)]))"
     )
-    environment = {**os.environ, "KERAS_BACKEND": backend, "MODEL": str(path), "IMAGE_DTYPE": dtype, "BATCH_SIZE": "4"}
-    command = [sys.executable, "-c", code, str(path.with_suffix(".npy"))]
-    return np.array(json.loads(subprocess.check_output(command, cwd=ROOT, env=environment, timeout=200)))
+    environment = {**os.environ, "KERAS_BACKEND": backend, "IMAGE_DTYPE": dtype, "BATCH_SIZE": "4"}
+    command = [sys.executable, "-c", code, str(paths[0].with_suffix(".npy")), *map(str, paths)]
+    printed = subprocess.check_output(command, cwd=ROOT, env=environment, timeout=250)
+    return [np.array(json.loads(line)) for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize("mode", PLAIN)
 @pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "uint8"), ("torch", "float32")])
-def test_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str, mode: str) -> None:
+def test_every_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str) -> None:
     """The pixels stay as they are, too: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
-    said = {"labels": LABELS, "preprocessing": mode}
-    path = save_model(tmp_path / "own.keras", (20, 30, 3), said)
+    paths = [
+        save_model(tmp_path / f"{mode}.keras", (20, 30, 3), {"labels": LABELS, "preprocessing": mode}) for mode in PLAIN
+    ]
     images = pixels_of((20, 30, 3), 5).astype(dtype)
 
-    twice = answers_of(path, backend, dtype, images)
+    answers = answers_of(paths, backend, dtype, images)
 
-    model = keras.saving.load_model(path)
-    by_mode = {each: model.predict(PLAIN[each](images.astype(np.float32)), verbose=0) for each in PLAIN}
-    assert twice[0] == pytest.approx(by_mode[mode], abs=1e-4)
-    assert twice[1] == pytest.approx(by_mode[mode], abs=1e-4)
-    assert all(np.abs(by_mode[mode] - other).max() > 1e-3 for each, other in by_mode.items() if each != mode)
+    model = keras.saving.load_model(paths[0])
+    plain = [model.predict(prepare(images.astype(np.float32)), verbose=0) for prepare in PLAIN.values()]
+    for mode, twice, expected in zip(PLAIN, answers, plain, strict=True):
+        assert twice[0] == pytest.approx(expected, abs=1e-4), mode
+        assert twice[1] == pytest.approx(expected, abs=1e-4), mode
+    for one, other in itertools.combinations(plain, 2):
+        assert np.abs(one - other).max() > 1e-3  # so that a mix-up would show
 
 
 # Jobs of another shape
@@ -281,10 +291,10 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     queue._held.close()
 
 
-def queued(redis: Redis, level: int, shape: Shape, **said: Any) -> Callable[[], Any]:
-    """Queue a flat image; return what waits for its answer."""
-    image = base64_encode_image(np.full(shape, level, settings.IMAGE_DTYPE))
-    job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": shape} | said
+def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[], Any]:
+    """Queue a flat image of this shape, and what is said of it; return what waits for its answer."""
+    image = base64_encode_image(np.full(pixels, level, settings.IMAGE_DTYPE))
+    job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": pixels} | said
     redis.rpush(settings.IMAGE_QUEUE, json.dumps({name: value for name, value in job.items() if value is not None}))
 
     def answer() -> Any:
@@ -487,8 +497,9 @@ def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pyte
 
 
 def photos(count: int) -> list[bytes]:
-    """Pictures of several sizes that the model tells apart."""
-    return [saved(Image.fromarray(colours(i, (150 + i, 100 + 2 * i))), "PNG") for i in range(count)]
+    """Pictures of several sizes, the later ones darker, that the model tells apart."""
+    pixels = [colours(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
+    return [saved(Image.fromarray(each.astype(np.uint8)), "PNG") for each in pixels]
 
 
 def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]) -> Any:
@@ -499,7 +510,8 @@ def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]
 
 
 def test_a_grey_model_of_another_size_needs_model_alone(redis_port: int, tmp_path: Path) -> None:
-    path = save_model(tmp_path / "grey.keras", said={"labels": LABELS, "preprocessing": "scale", "top": 3})
+    said = {"labels": LABELS, "preprocessing": "scale", "top": 3}
+    path = save_model(tmp_path / "grey.keras", said=said, gain=5)
     images = photos(12)
     with run_service(tmp_path, MODEL=str(path)) as service:
         with ThreadPoolExecutor(12) as pool:
@@ -534,7 +546,7 @@ def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Pa
     """Those that run, within seconds, and those that begin while no model server is alive, at once."""
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
     queue = f"queue-{free_port()}"
-    limits = {"IMAGE_QUEUE": queue, "REQUEST_TIMEOUT": "3"}
+    limits: Any = {"IMAGE_QUEUE": queue, "REQUEST_TIMEOUT": "3"}
     with run_apache(**limits) as url:
         assert queued_shapes(url, redis, queue, 16) == {(224, 224, 3)}
         with running([sys.executable, "run_model_server.py"], tmp_path / "log", MODEL=str(path), IMAGE_QUEUE=queue):
@@ -601,8 +613,8 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
 def test_a_request_asks_no_more_of_redis_than_with_the_size_set(tmp_path: Path, record_property: Record) -> None:
     """But for what each web process looks up once a second."""
     port, images = free_port(), photos(20) * 20
-    where = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
-    size = {"IMAGE_WIDTH": "224", "IMAGE_HEIGHT": "224", "IMAGE_CHANS": "3"}
+    where: Any = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
+    size: Any = {"IMAGE_WIDTH": "224", "IMAGE_HEIGHT": "224", "IMAGE_CHANS": "3"}
     with (
         run_redis(tmp_path / "redis", port) as process,
         Redis(port=port, socket_timeout=5) as redis,
