@@ -22,7 +22,7 @@ ELSEWHERE = {
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
-    ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round",
+    ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
     "curl -O https://": "test_classifier.py::test_without_internet_the_line_says_which_file_to_put_where",
     "API_KEYS=0f3b... bin/serve": "test_doors.py::test_either_of_two_keys_opens_the_door",
     "bin/install": "test_install.py::test_it",
