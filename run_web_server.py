@@ -37,6 +37,7 @@ from health import add_health_routes
 from helpers import Pixels, Refusal, ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
 from image_checks import FORMATS, MAX_EXIF_BYTES, open_frugally
 from image_queue import QueueFull, WebQueue
+from pages import WELCOME, add_pages, send, wants_page
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ queue = WebQueue(web_metrics.count_jobs)
 check_rate = rate_check(app, queue)
 add_health_routes(app, queue)
 web_metrics.add_metrics_routes(app, queue)
+add_pages(app)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
 # more of them than there are cores are prepared at once, first come, first served.
 preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
@@ -119,9 +121,12 @@ class ModelFailed(ServiceError):
 
 
 @app.get("/")
-def homepage() -> str:
-    """Say that the service is there."""
-    return "Welcome to the PyImageSearch Keras REST API!"
+def homepage() -> flask.Response:
+    """Say that the service is there: to a browser with a page, to others with a line."""
+    line = "Welcome to the PyImageSearch Keras REST API!"
+    response = send(WELCOME) if wants_page() else flask.make_response(line)
+    response.vary.add("Accept")
+    return response
 
 
 @app.get("/openapi.json")

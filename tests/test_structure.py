@@ -10,6 +10,7 @@ from conftest import ROOT
 OURS = {
     "access",
     "health",
+    "pages",
     "settings",
     "helpers",
     "image_checks",
@@ -47,7 +48,7 @@ def test_the_model_side_never_imports_flask() -> None:
 
 @pytest.mark.parametrize(
     ("module", "may_import"),
-    [("settings", set()), ("helpers", set()), ("image_checks", set()), ("model_file", {"helpers"}),
+    [("settings", set()), ("helpers", set()), ("image_checks", set()), ("model_file", {"helpers"}), ("pages", set()),
      ("health", {"settings", "helpers", "image_queue"}),
      ("access", {"settings", "helpers", "image_queue"}), ("image_queue", {"settings", "helpers"}),
      ("web_metrics", {"settings", "helpers", "image_queue"}), ("server_metrics", {"settings", "helpers"}),
