@@ -6,6 +6,7 @@ const POLL = 2_000; // milliseconds
 const POLL_LIMIT = 5_000;
 const RECENTLY = 60_000; // milliseconds that "last minute" means
 const AT_ONCE = 10_000; // milliseconds over which images a second are counted
+const USUAL_BATCH = 32; // images: BATCH_SIZE, unless set
 
 const $ = (id) => document.getElementById(id);
 const number = (value, digits = 0) =>
@@ -329,7 +330,7 @@ function showDistributions(stats) {
   showLatency(latency);
   showBatches(batches);
   const when = recent ? "in the last minute" : "since the service was started";
-  $("window").textContent = `Times and batches ${when}: ${plural(batches.count, "image")}.`;
+  $("window").textContent = `Times and batches are ${when}, of ${plural(batches.count, "image")}.`;
 }
 
 function difference(now, before) {
@@ -373,7 +374,9 @@ function showBatches(batches) {
   const most = Math.max(...counted.map(([, count]) => count), 1);
   $("batch-mean").textContent = batches.count ? `, ${number(batches.sum / batches.count, 1)} on average` : "";
   const shown = counted.map(([high, count], i) => ({ high, count, low: i ? counted[i - 1][0] : 0 }));
-  $("batches").replaceChildren(...shown.filter(({ high, count }) => high !== Infinity || count).map((each) => column(each, most)));
+  // Beyond the usual sizes only as far as there is something to see.
+  const last = Math.max(shown.findLastIndex(({ count }) => count), shown.findIndex(({ high }) => high >= USUAL_BATCH));
+  $("batches").replaceChildren(...shown.slice(0, last + 1).map((each) => column(each, most)));
 }
 
 function column({ high, low, count }, most) {

@@ -1,0 +1,529 @@
+"""The pages in a browser: what somebody sees, hears and does there, and that the browser has nothing to complain of."""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from axe_core_python.selenium import Axe
+from conftest import ROOT, Service, assert_error, free_port, need, run_apache, wait_until
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from pages import FILES
+
+SEVEN, THREE, TWO = (ROOT / "images" / name for name in ("seven.jpg", "three.png", "two.webp"))
+BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+LINE = "Welcome to the PyImageSearch Keras REST API!"
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Chrome]:
+    options = ChromeOptions()
+    options.binary_location = need("chromium")
+    for argument in ("--headless=new", "--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options, ChromeService(need("chromedriver")))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+class Browser:
+    """A tab of its own for each test, by what somebody sees there."""
+
+    def __init__(self, chrome: Chrome) -> None:
+        self.chrome = chrome
+
+    def cdp(self, command: str, **arguments: Any) -> Any:
+        return self.chrome.execute_cdp_cmd(command, arguments)
+
+    def open(self, url: str) -> None:
+        self.url = url
+        self.chrome.get(url)
+
+    def all(self, selector: str) -> list[Any]:
+        return [each for each in self.chrome.find_elements(By.CSS_SELECTOR, selector) if each.is_displayed()]
+
+    def texts(self, selector: str) -> list[str]:
+        return [each.text for each in self.all(selector)]
+
+    def text(self, selector: str) -> str:
+        return " ".join(self.texts(selector))
+
+    def script(self, code: str, *arguments: Any) -> Any:
+        return self.chrome.execute_script(code, *arguments)
+
+    def choose(self, *files: Path) -> None:
+        self.chrome.find_element(By.ID, "files").send_keys("\n".join(map(str, files)))
+
+    def bars(self) -> list[list[str]]:
+        """What the bars of each result say, once all results are there."""
+        wait_until(self.all_answered, "every image has an answer")
+        return [
+            [bar.text for bar in result.find_elements(By.CSS_SELECTOR, ".bars li")] for result in self.all(".result")
+        ]
+
+    def all_answered(self) -> bool:
+        return bool(self.all(".result")) and not self.all(".wait") and not self.all("[aria-busy]")
+
+    def bring(self, event: str, *files: Path) -> None:
+        """Drop or paste files, as the browser would hand them to the page."""
+        contents = [(file.name, base64.b64encode(file.read_bytes()).decode()) for file in files]
+        self.script(BRING, event, contents)
+
+    def size(self, width: int, *, phone: bool = False) -> None:
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=phone)
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=phone)
+
+    def media(self, **features: str) -> None:
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.cdp("Emulation.setEmulatedMedia", features=named)
+
+    def before_the_page(self, source: str) -> None:
+        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)
+
+    def requested(self) -> list[str]:
+        """The addresses that were asked for since the last call."""
+        events = [json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")]
+        return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+    def complaints(self) -> list[str]:
+        """What is on the console, but for answers of /predict that are errors."""
+        refused = re.compile(r"\S+/predict - Failed to load resource")
+        return [entry["message"] for entry in self.chrome.get_log("browser") if not refused.match(entry["message"])]
+
+
+BRING = """
+const [event, files] = arguments, data = new DataTransfer();
+for (const [name, content] of files)
+  data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
+if (event === "paste") document.body.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
+else for (const step of ["dragenter", "dragover", "drop"])
+  document.querySelector("main").dispatchEvent(
+    new DragEvent(step, {dataTransfer: data, bubbles: true, cancelable: true}));
+"""
+
+
+@pytest.fixture
+def browser(chrome: Chrome) -> Iterator[Browser]:
+    """A new tab; afterwards, no script or style was refused, nothing failed, and no other host was asked."""
+    first = chrome.current_window_handle
+    chrome.switch_to.new_window("tab")
+    tab = Browser(chrome)
+    tab.size(1200)
+    tab.requested()
+    tab.complaints()
+    yield tab
+    asked, complaints = tab.requested(), tab.complaints()
+    chrome.close()
+    chrome.switch_to.window(first)
+    assert complaints == []
+    assert [url for url in asked if not url.startswith((tab.url, "blob:", "data:"))] == []
+
+
+def shares(service: Service, image: Path) -> list[str]:
+    """What the bars should say, by a request of our own."""
+    found = service.predictions(image.read_bytes())
+    return [f"{each['label']}\n{each['probability'] * 100:.1f}%" for each in found]
+
+
+# Images
+
+
+def test_a_chosen_file_is_shown_with_its_predictions_as_bars(service: Service, browser: Browser) -> None:
+    browser.open(service.url)
+    browser.choose(SEVEN)
+
+    assert browser.bars() == [shares(service, SEVEN)]
+    assert browser.text(".result .label").startswith("7 ")
+    widths = browser.script(
+        "return [...document.querySelectorAll('.track')].map(t => t.firstChild.offsetWidth / t.offsetWidth)"
+    )
+    assert widths[0] == pytest.approx(service.predictions(SEVEN.read_bytes())[0]["probability"], abs=0.01)
+    assert widths == sorted(widths, reverse=True)
+    assert re.search(
+        r"Took \d+ ms in the service \(prepare \d+, queue \d+, compute \d+, batch of 1\)", browser.text(".took")
+    )
+    assert browser.script("return document.querySelector('.preview').naturalWidth") > 0
+    assert LINE in browser.text("h1")
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_images_that_are_dropped_or_pasted_are_shown_in_their_order(
+    service: Service, browser: Browser, way: str
+) -> None:
+    browser.open(service.url)
+    browser.bring(way, SEVEN, THREE, TWO)
+
+    assert browser.bars() == [shares(service, each) for each in (SEVEN, THREE, TWO)]
+    assert browser.texts(".result h3") == ["seven.jpg", "three.png", "two.webp"]
+    assert "dropping" not in browser.script("return document.body.className")
+
+
+def test_many_images_at_once_all_get_an_answer_and_the_next_ones_take_their_place(
+    service: Service, browser: Browser
+) -> None:
+    browser.open(service.url)
+    browser.bring("drop", *[THREE] * 20)
+    assert [bars[0].split()[0] for bars in browser.bars()] == ["3"] * 20
+
+    browser.bring("drop", *[THREE] * 20)
+    browser.bring("drop", SEVEN)
+
+    assert browser.bars() == [shares(service, SEVEN)]
+
+
+def test_a_screen_reader_hears_of_results_and_of_errors(service: Service, browser: Browser, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("No image.")
+    browser.open(service.url)
+    browser.choose(SEVEN, text)
+    browser.bars()
+
+    heard = browser.script(
+        "return ['status', 'alert'].map(role => document.querySelector(`[role=${role}]`).textContent)"
+    )
+
+    assert re.fullmatch(r"seven.jpg shows 7, 9\d\.\d%\.", heard[0])
+    assert heard[1].startswith("notes.txt: This is not an image")
+
+
+# What goes wrong
+
+
+def test_a_text_file_is_refused_in_the_words_of_the_service_beside_an_image_that_is_not(
+    service: Service, browser: Browser, tmp_path: Path
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("No image.")
+    browser.open(service.url)
+    browser.choose(text, THREE)
+
+    assert browser.bars() == [[], shares(service, THREE)]
+    assert browser.texts(".error") == [assert_error(service.post(b"No image."), 400, "bad_image")]
+    assert browser.texts(".again") == []  # the same file would be refused again
+
+
+def test_without_a_network_it_says_so_and_can_be_tried_again(service: Service, browser: Browser) -> None:
+    browser.open(service.url)
+    away = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.cdp("Network.enable")
+    browser.cdp("Network.emulateNetworkConditions", offline=True, **away)
+    browser.choose(SEVEN)
+    browser.bars()
+    told = browser.text(".error")
+    wait_until(lambda: browser.text("#live-state") == "no answer", "the figures say that they are old")
+    browser.cdp("Network.emulateNetworkConditions", offline=False, **away)
+    browser.complaints()  # the browser's own, of the network
+
+    browser.all(".again")[0].click()
+
+    assert told == "The service can't be reached, so check your network and try again."
+    assert browser.bars() == [shares(service, SEVEN)]
+    assert browser.texts(".error") == []
+
+
+def test_a_service_without_redis_says_when_to_try_again(browser: Browser) -> None:
+    with run_apache(REDIS_PORT=str(free_port()), REDIS_TIMEOUT="0.5") as url:
+        browser.open(url)
+        browser.choose(SEVEN)
+        browser.bars()
+
+        assert browser.text(".error").startswith("Redis")
+        [button] = browser.all(".again")
+        assert re.fullmatch(r"Try again in [2-5] seconds", button.text)
+        assert not button.is_enabled()
+        wait_until(button.is_enabled, "the time is over")
+        assert button.text == "Try again"
+
+
+def test_a_client_that_sent_too_much_is_told_when_it_may_again(service: Service, browser: Browser) -> None:
+    with run_apache(RATE_LIMIT="1/minute", IMAGE_QUEUE=service.queue) as url:
+        browser.open(url)
+        browser.choose(THREE, THREE, THREE)
+        browser.bars()
+
+        assert any(error.startswith("You have sent more than 1/minute") for error in browser.texts(".error"))
+        assert re.fullmatch(r"Try again in \d+ seconds?", browser.texts(".again")[0])
+
+
+def test_by_the_keyboard_alone_a_file_is_chosen_and_the_key_given_that_is_asked_for(
+    service: Service, browser: Browser
+) -> None:
+    with run_apache(API_KEYS="the-key", IMAGE_QUEUE=service.queue) as url:
+        browser.open(url)
+        assert browser.all("#key") == []
+        ActionChains(browser.chrome).send_keys(Keys.TAB * 3).perform()
+        focused = browser.chrome.switch_to.active_element
+        assert focused.get_attribute("id") == "files"
+        assert browser.script("return getComputedStyle(document.querySelector('#zone')).outlineWidth") == "3px"
+        focused.send_keys(str(SEVEN))
+        wait_until(lambda: browser.all("#key"), "the field for the key is there")
+        assert browser.text(".error").startswith("Send a key")
+
+        for key in ("a-wrong-one", "the-key"):
+            wait_until(lambda: browser.chrome.switch_to.active_element.get_attribute("id") == "key", "it has the focus")
+            ActionChains(browser.chrome).send_keys(key, Keys.ENTER).perform()
+
+        wait_until(lambda: browser.all(".bars"), "the predictions are there")
+        assert browser.bars() == [shares(service, SEVEN)]
+        assert browser.all("#key") == []
+        assert browser.script("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        browser.chrome.refresh()
+        browser.choose(SEVEN)
+        assert browser.bars() == [shares(service, SEVEN)]
+
+
+# The service now
+
+
+def test_the_figures_move_after_requests(service: Service, browser: Browser) -> None:
+    browser.open(service.url)
+    wait_until(lambda: browser.text("#live-state") == "ready", "the figures are there")
+    assert browser.text("#rate") == "0.0"
+    assert browser.text("#servers") == "1"
+    assert browser.text("#models") == ready_model(service)
+    for _ in range(7):
+        service.predictions(THREE.read_bytes())
+
+    wait_until(lambda: "in the last minute, of 7 images" in browser.text("#window"), "they count the images")
+    assert float(browser.text("#rate")) > 0
+    assert browser.text("#queue") == "0"
+    assert re.fullmatch(r"[\d.,]+ m?s", browser.text("#mean"))
+    assert re.fullmatch(r"half within [\d.]+ m?s, 95% within [\d.]+ m?s", browser.text("#percentiles"))
+    assert browser.texts("#batches li")[0].split() == ["7", "1"]
+
+
+def ready_model(service: Service) -> str:
+    [server] = requests.get(f"{service.url}/readyz", timeout=10).json()["model_servers"].values()
+    return str(server["model"])
+
+
+def stats(images: int, **more: Any) -> dict[str, Any]:
+    """Counters of answers a tenth of which took 0.1 to 0.2 s and the others 0.05 to 0.1 s, and of batches of 3 or 4."""
+    slow = images // 10
+    latency = {"0.05": 0, "0.1": images - slow, "0.2": images, "+Inf": images}
+    batches = {"1": 0, "2": 0, "4": images, "32": images, "+Inf": images}
+    return {
+        "queue_length": 1234, "model_servers": {"a": {"model": "ResNet50"}, "b": {"model": "ResNet50"}},
+        "requests": {"200": images}, "images": images,
+        "latency": {"sum": images * 0.08, "count": images, "buckets": latency},
+        "batch_size": {"sum": images * 3.5, "count": images, "buckets": batches},
+    } | more  # fmt: skip
+
+
+# In place of a service that restarts: what `answer` holds is what /stats says.
+STAND_IN = """
+const real = window.fetch;
+window.polls = 0;
+window.answer = %s;
+window.fetch = (address, ...rest) => address !== "/stats" ? real(address, ...rest)
+  : (window.polls++, Promise.resolve(new Response(JSON.stringify(window.answer))));
+"""
+
+
+def test_the_figures_are_those_of_the_last_minute_and_begin_anew_with_the_service(
+    service: Service, browser: Browser
+) -> None:
+    browser.before_the_page(STAND_IN % json.dumps(stats(1000)))
+    browser.open(service.url)
+    wait_until(lambda: browser.text("#window"), "figures since the start")
+    assert browser.text("#window") == "Times and batches are since the service was started, of 1,000 images."
+    assert (browser.text("#queue"), browser.text("#servers"), browser.text("#models")) == ("1,234", "2", "ResNet50")
+
+    browser.script("answer = arguments[0]", stats(1100))
+    wait_until(lambda: browser.text("#window").endswith("in the last minute, of 100 images."), "figures of a minute")
+    # The half of 100 is 50 of the 90 below 0.1 s: 0.05 + 50/90 of 0.05. 95 is the middle of the 10 above.
+    assert browser.text("#mean") == "80 ms"
+    assert browser.text("#percentiles") == "half within 78 ms, 95% within 150 ms"
+    assert browser.texts("#batches li") == ["0\n1", "0\n2", "100\n3\u20134", "0\n5\u201332"]
+    assert float(browser.text("#rate")) > 5
+
+    browser.script("answer = arguments[0]", stats(20, queue_length=None, model_servers={}))
+    wait_until(lambda: browser.text("#window").endswith("was started, of 20 images."), "the figures begin anew")
+    assert browser.text("#rate") == "0.0"
+    assert (browser.text("#live-state"), browser.text("#queue"), browser.text("#servers")) == (
+        "not ready",
+        "no Redis",
+        "0",
+    )
+
+
+def test_a_page_that_nobody_sees_asks_for_no_figures(service: Service, browser: Browser) -> None:
+    browser.before_the_page(STAND_IN % json.dumps(stats(10)))
+    browser.open(service.url)
+    wait_until(lambda: browser.script("return polls") >= 2, "it asks")
+    show = "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+    show += "document.dispatchEvent(new Event('visibilitychange')); return polls"
+    before = browser.script(show, True)
+
+    browser.chrome.execute_async_script("setTimeout(arguments[0], 5000)")  # two polls would fit
+
+    assert browser.script("return polls") == before
+    assert browser.script(show, False) == before + 1
+
+
+# Everybody
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_accessible_with_results_errors_and_the_key_s_field(
+    service: Service, browser: Browser, tmp_path: Path, scheme: str
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("No image.")
+    browser.media(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+    browser.open(service.url)
+    browser.choose(SEVEN, text)
+    browser.bars()
+    wait_until(lambda: browser.text("#live-state") == "ready", "the figures are there")
+    browser.script("document.querySelector('#key-form').hidden = false")
+
+    found = Axe().run(browser.chrome, options={"resultTypes": ["violations", "incomplete"]})
+
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+    assert "color-contrast" in {each["id"] for each in found["passes"]}
+    assert browser.script("return document.getAnimations().length") == 0
+
+
+def test_dark_and_light_are_as_the_system_has_them(service: Service, browser: Browser) -> None:
+    browser.open(service.url)
+    seen = []
+    for scheme in ("light", "dark"):
+        browser.media(prefers_color_scheme=scheme)
+        colour = browser.script("return getComputedStyle(document.body).backgroundColor")
+        seen.append(sum(map(int, re.findall(r"\d+", colour))))
+
+    assert seen[0] > 700
+    assert seen[1] < 100
+
+
+def test_a_phone_scrolls_only_downwards_and_may_take_a_photo(
+    service: Service, browser: Browser, tmp_path: Path
+) -> None:
+    photo, text = tmp_path / f"{'holiday' * 20}.jpg", tmp_path / "notes.txt"
+    photo.write_bytes(SEVEN.read_bytes())
+    text.write_text("No image.")
+    browser.size(360, phone=True)
+    browser.before_the_page(STAND_IN % json.dumps(stats(123_456_789)))
+    browser.open(service.url)
+    browser.script("document.querySelector('#key-form').hidden = false")
+    browser.choose(photo, text)
+    browser.bars()
+    wait_until(lambda: browser.all("#live"), "the figures are there")
+
+    assert browser.script("return [document.documentElement.scrollWidth, window.innerWidth]") == [360, 360]
+    assert browser.texts(".camera label") == ["Take a photo"]
+    camera = browser.chrome.find_element(By.ID, "photo")
+    assert (camera.get_attribute("capture"), camera.get_attribute("accept")) == ("environment", "image/*")
+    camera.send_keys(str(THREE))
+    wait_until(lambda: browser.texts(".result h3") == ["three.png"], "the photo takes their place")
+    assert browser.bars() == [shares(service, THREE)]
+
+
+def test_without_javascript_the_form_posts_plainly(service: Service, browser: Browser) -> None:
+    browser.cdp("Emulation.setScriptExecutionDisabled", value=True)
+    browser.open(service.url)
+    assert LINE in browser.text("h1")
+    assert browser.all("#live, #key-form, #camera") == []
+    browser.choose(SEVEN)
+    [button] = browser.all("form button")
+    button.click()
+
+    answer = json.loads(wait_until(lambda: browser.text("pre"), "the answer is there"))
+    assert answer["predictions"][0]["label"] == "7"
+
+
+# /docs
+
+
+def test_docs_shows_every_operation_and_does_one(service: Service, browser: Browser) -> None:
+    browser.open(service.url + "/docs")
+    wait_until(lambda: browser.all(".opblock"), "the operations are there")
+    described = json.loads((ROOT / "static/openapi.json").read_text())["paths"]
+    assert {text.replace("\u200b", "") for text in browser.texts(".opblock-summary-path")} == set(described)
+
+    open_operation(browser, "health", "livez")
+
+    assert '"live": true' in execute(browser)
+    browser.url = service.url
+
+
+def test_docs_classifies_a_file(service: Service, browser: Browser) -> None:
+    browser.open(service.url + "/docs")
+    open_operation(browser, "classify", "predict")
+    browser.all(".json-schema-form-item-add")[0].click()
+    browser.all(".opblock-body input[type=file]")[0].send_keys(str(SEVEN))
+
+    assert re.search(r'"label": "7",\s+"probability": 0\.9', execute(browser))
+    browser.url = service.url
+
+
+def open_operation(browser: Browser, tag: str, name: str) -> None:
+    [block] = wait_until(lambda: browser.all(f"#operations-{tag}-{name}"), "the operation is there")
+    block.find_element(By.CSS_SELECTOR, ".opblock-summary-control").click()
+    wait_until(lambda: browser.all(".execute"), "it can be tried")
+
+
+def execute(browser: Browser) -> str:
+    """Do the opened operation; return what the page shows of the answer."""
+    browser.all(".execute")[0].click()
+    return str(wait_until(lambda: browser.text(".live-responses-table .response"), "an answer is there"))
+
+
+# What is sent
+
+
+@pytest.mark.parametrize(
+    ("accept", "page"),
+    [(BROWSERS, True), ("text/html", True), ("text/html;q=0.2, */*;q=0.1", True), ("*/*", False), ("text/*", False),
+     (None, False), ("text/plain, text/html;q=0.9", False), ("application/json", False), ("nonsense", False)],
+)  # fmt: skip
+def test_who_prefers_html_gets_the_page_and_others_the_line(service: Service, accept: str | None, page: bool) -> None:
+    answer = requests.get(service.url, headers={"Accept": accept}, timeout=10)
+
+    assert answer.headers["Vary"] == "Accept"
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert ("<form" in answer.text) == page
+    assert LINE in answer.text if page else answer.text == LINE
+
+
+@pytest.mark.parametrize("address", ["/", *FILES])
+def test_a_file_is_kept_and_asked_for_again_by_its_tag(service: Service, address: str) -> None:
+    first = requests.get(service.url + address, headers={"Accept": BROWSERS}, timeout=10)
+    tag = {"If-None-Match": first.headers["ETag"], "Accept": BROWSERS}
+    second = requests.get(service.url + address, headers=tag, timeout=10)
+
+    assert (first.status_code, second.status_code, second.content) == (200, 304, b"")
+    assert first.headers["Cache-Control"] == second.headers["Cache-Control"] == "no-cache"
+    # Browsers take the headers of a 304 for those of the page.
+    policies = [answer.headers["Content-Security-Policy"] for answer in (first, second)]
+    assert policies[0] == policies[1]
+    assert policies[0].startswith("default-src 'none'")
+    assert "unsafe" not in policies[0]
+
+
+@pytest.mark.parametrize(
+    "address", ["/docs/", "/docs/swagger-ui.js", "/docs/LICENSE", "/docs/../page.css", "/static/page.js"]
+)
+def test_only_the_named_files_have_an_address(service: Service, address: str) -> None:
+    session = requests.Session()
+    request = requests.Request("GET", service.url + address).prepare()
+    request.url = service.url + address  # as it is, without its dots resolved
+
+    assert_error(session.send(request, timeout=10), 404, "not_found")
+
+
+def test_the_pages_have_nothing_inline_and_name_no_other_host() -> None:
+    for name in ("index.html", "docs.html", "page.css", "page.js", "docs.css", "docs.js"):
+        text = (ROOT / "static" / name).read_text()
+        assert not re.search(r"<style|style=|<script>|\bon\w+=\"|javascript:", text), name
+        assert not re.search(r"(https?:)?//[\w-]+\.\w", text), name
