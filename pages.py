@@ -4,7 +4,7 @@ Each address is that of one file, named here: none leads to a folder. The files 
 in the memory of the process.
 """
 
-from functools import partial
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +52,16 @@ FILES = {
 def add_pages(app: flask.Flask) -> None:
     """Add the address of each file to `app`."""
     for address, page in FILES.items():
-        app.add_url_rule(address, endpoint=address, view_func=partial(send, page))
+        app.add_url_rule(address, endpoint=address, view_func=view(page))
+
+
+def view(page: Page) -> Callable[[], flask.Response]:
+    """Return the function that answers with a file; no partial(), which Flask-Limiter takes for no function."""
+
+    def answer() -> flask.Response:
+        return send(page)
+
+    return answer
 
 
 def send(page: Page) -> flask.Response:
