@@ -26,7 +26,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 HERE = Path(__file__).parent
 IMAGES = [HERE.parent / "images" / name for name in ("seven.jpg", "two.webp", "three.png")]
 PICTURES = [("page.png", 1180, "light", 2), ("page-dark.png", 1180, "dark", 1), ("page-phone.png", 360, "light", 1)]
-CLIENTS = 12
+CLIENTS = 8
 BUSY = 45  # seconds that the figures have to get going
 
 
@@ -47,10 +47,10 @@ def main() -> None:
 
 
 def keep_busy(url: str, stop: threading.Event) -> None:
-    """Post images at uneven intervals."""
-    while not stop.wait(random.expovariate(2)):
-        with random.choice(IMAGES).open("rb") as image:
-            requests.post(f"{url}/predict", files={"image": image}, timeout=60)
+    """Post images at uneven intervals, one at a time or several."""
+    while not stop.wait(random.expovariate(0.5)):
+        files = [("image", random.choice(IMAGES).read_bytes()) for _ in range(random.choice([1, 1, 2, 3, 6, 12]))]
+        requests.post(f"{url}/predict", files=files, timeout=60)
 
 
 def take(url: str, name: str, width: int, scheme: str, images: int) -> None:
@@ -66,9 +66,8 @@ def take(url: str, name: str, width: int, scheme: str, images: int) -> None:
         browser.get(url)
         time.sleep(BUSY)
         browser.find_element(By.ID, "files").send_keys("\n".join(map(str, IMAGES[:images])))
-        WebDriverWait(browser, 30).until(
-            lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".bars li:first-child")) == images
-        )
+        best = (By.CSS_SELECTOR, ".bars li:first-child")
+        WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(*best)) == images)
         time.sleep(1)  # until the bars have grown
         save(browser, HERE / name, size)
     finally:

@@ -330,7 +330,7 @@ function showDistributions(stats) {
   showLatency(latency);
   showBatches(batches);
   const when = recent ? "in the last minute" : "since the service was started";
-  $("window").textContent = `Times and batches are ${when}, of ${plural(batches.count, "image")}.`;
+  $("window").textContent = `Times and batches of ${plural(batches.count, "image")} ${when}.`;
 }
 
 function difference(now, before) {

@@ -305,11 +305,13 @@ def test_the_figures_move_after_requests(service: Service, browser: Browser) -> 
     for _ in range(7):
         service.predictions(THREE.read_bytes())
 
-    wait_until(lambda: "in the last minute, of 7 images" in browser.text("#window"), "they count the images")
+    wait_until(
+        lambda: browser.text("#window") == "Times and batches of 7 images in the last minute.", "they count the images"
+    )
     assert float(browser.text("#rate")) > 0
     assert browser.text("#queue") == "0"
     assert re.fullmatch(r"[\d.,]+ m?s", browser.text("#mean"))
-    assert re.fullmatch(r"half within [\d.]+ m?s, 95% within [\d.]+ m?s", browser.text("#percentiles"))
+    assert re.fullmatch(r"on average; half within [\d.]+ m?s, 95% within [\d.]+ m?s", browser.text("#percentiles"))
     assert browser.texts("#batches li")[0].split() == ["7", "1"]
 
 
@@ -347,19 +349,22 @@ def test_the_figures_are_those_of_the_last_minute_and_begin_anew_with_the_servic
     browser.before_the_page(STAND_IN % json.dumps(stats(1000)))
     browser.open(service.url)
     wait_until(lambda: browser.text("#window"), "figures since the start")
-    assert browser.text("#window") == "Times and batches are since the service was started, of 1,000 images."
+    assert browser.text("#window") == "Times and batches of 1,000 images since the service was started."
     assert (browser.text("#queue"), browser.text("#servers"), browser.text("#models")) == ("1,234", "2", "ResNet50")
 
     browser.script("answer = arguments[0]", stats(1100))
-    wait_until(lambda: browser.text("#window").endswith("in the last minute, of 100 images."), "figures of a minute")
+    wait_until(lambda: browser.text("#window").endswith("of 100 images in the last minute."), "figures of a minute")
     # The half of 100 is 50 of the 90 below 0.1 s: 0.05 + 50/90 of 0.05. 95 is the middle of the 10 above.
     assert browser.text("#mean") == "80 ms"
-    assert browser.text("#percentiles") == "half within 78 ms, 95% within 150 ms"
+    assert browser.text("#percentiles") == "on average; half within 78 ms, 95% within 150 ms"
     assert browser.texts("#batches li") == ["0\n1", "0\n2", "100\n3\u20134", "0\n5\u201332"]
     assert float(browser.text("#rate")) > 5
 
     browser.script("answer = arguments[0]", stats(20, queue_length=None, model_servers={}))
-    wait_until(lambda: browser.text("#window").endswith("was started, of 20 images."), "the figures begin anew")
+    wait_until(
+        lambda: browser.text("#window").endswith("of 20 images since the service was started."),
+        "the figures begin anew",
+    )
     assert browser.text("#rate") == "0.0"
     assert (browser.text("#live-state"), browser.text("#queue"), browser.text("#servers")) == (
         "not ready",
