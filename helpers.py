@@ -1,10 +1,13 @@
-"""What the web and the model server share: pixels to text and back, the log's form, and waiting with growing pauses."""
+"""What the web and the model server share: pixels to text and back, the log's form, waiting, what systemd is told."""
 
 import binascii
 import logging
 import math
+import os
 import random
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +77,17 @@ def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
     while True:
         yield pause * random.uniform(0.8, 1.0)
         pause = min(pause * 2, longest)
+
+
+def tell_systemd(state: str) -> None:
+    """Say of this program what sd_notify(3) knows, as READY=1; nothing where systemd does not ask for it."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+        messenger.settimeout(1)  # a systemd that does not listen is no reason to stop
+        messenger.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+        messenger.send(state.encode())
 
 
 class Refusal(Exception):

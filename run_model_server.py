@@ -29,7 +29,7 @@ from redis.exceptions import RedisError
 
 import server_metrics
 import settings
-from helpers import Pixels, Refusal, Shape, base64_decode_image, log_to_stderr, pauses
+from helpers import Pixels, Refusal, Shape, base64_decode_image, log_to_stderr, pauses, tell_systemd
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class ModelServer:
             except RedisError as error:
                 self.queue.complain(error, 0)
                 self._join()
+        tell_systemd("STOPPING=1")
         self._leave()
 
     def step(self) -> None:
@@ -100,6 +101,7 @@ class ModelServer:
         Raises DeclaredDead and RedisError, also those that the answers to earlier batches met.
         """
         self.queue.beat()
+        tell_systemd("WATCHDOG=1")
         self.settle(BATCHES_AT_ONCE)
         batch = self._take(self.classifier.batch_size, settings.SERVER_SLEEP)
         if not batch.entries:
@@ -188,10 +190,12 @@ class ModelServer:
         for pause in pauses():
             if self.stopping:
                 return
+            tell_systemd("WATCHDOG=1")  # to start again would not bring Redis back
             try:
                 self._send_late()
                 self.queue.join()
                 log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
+                tell_systemd("READY=1")
                 return
             except RedisError as error:
                 self.queue.complain(error, pause)
