@@ -231,6 +231,14 @@ def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterat
         yield Service(url, queue, processes)
 
 
+@pytest.fixture(scope="session")
+def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bare Debian, to be copied."""
+    from chroot import make_base  # noqa: PLC0415 - which imports this module
+
+    return make_base(tmp_path_factory.mktemp("debian") / "root")
+
+
 def ready(url: str) -> dict[str, Any]:
     answer: dict[str, Any] = requests.get(f"{url}/readyz", timeout=10).json()
     return answer

@@ -1,0 +1,118 @@
+"""bin/install in a bare Debian: what it installs works, a second run changes nothing, and all of it goes away again."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chroot import Chroot, copy_of, copy_project
+
+TARGET = "/opt/keras-rest-api"
+INSTALL = "/srv/app/bin/install"
+START = """
+service redis-server start >/dev/null
+apache2ctl start 2>/dev/null
+cd /opt/keras-rest-api
+KERAS_HOME=/var/cache/keras-rest-api setpriv --reuid=keras-rest-api --regid=keras-rest-api --init-groups \
+    .venv/bin/python run_model_server.py >/tmp/log 2>&1 &
+for _ in $(seq 600); do
+    curl -sf localhost/readyz >/dev/null && break
+    sleep 0.2
+done
+curl -s -F image=@images/three.png localhost/predict
+cat /proc/[0-9]*/status | awk -F '\t' '/^Name:/ {name = $2} /^Uid:/ {print name "\t" $3}' | sort -u
+"""
+
+
+@pytest.fixture(scope="module")
+def system(debian: Path) -> Iterator[Chroot]:
+    """A system with the project in /srv/app, in which bin/install has failed once, for lack of packages for Python."""
+    with copy_of(debian) as chroot:
+        copy_project(chroot.root / "srv/app")
+        yield chroot
+
+
+def said(system: Chroot, command: str, **environment: str) -> list[str]:
+    """What a command that must succeed printed."""
+    done = system.run(command, seconds=500, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def mentions(system: Chroot) -> set[str]:
+    """The files and folders whose name or text has to do with the service."""
+    listed = "grep -rIls -e keras-rest-api -e model-server /etc /var /opt /usr/local /lib/systemd || true"
+    named = {path for path in system.files("/srv/app") if re.search("keras|model-server", path)}
+    logs = r"/var/(log|cache/apt)/|/etc/\w+-$"
+    return {path for path in {*said(system, listed), *named} if not re.match(logs, path)}
+
+
+@pytest.mark.timeout(900)
+def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(system: Chroot) -> None:
+    # Given a system in which an attempt without Python packages has failed, and was cleaned up
+    failed = system.run(
+        INSTALL, seconds=300, PIP_CONFIG_FILE="/dev/null", PIP_INDEX_URL="http://127.0.0.1:1/", PIP_RETRIES="0"
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].endswith("is there a network?")
+    said(system, f"{INSTALL} --purge")
+    bare = system.files("/srv/app", "/var/log", "/root")
+    assert mentions(system) == set()
+
+    # When it is installed
+    first = said(system, INSTALL)
+
+    # Then it says what it did, and what it did not
+    assert all(line.startswith("* ") for line in first), first
+    assert any("Serving the bundled model" in line for line in first)
+    assert "No systemd runs here, so nothing was started" in first[-1]
+
+    # And it answers on port 80, its model servers and its web not as root
+    answer = system.run(START, network=False, seconds=200)
+    assert '"label":"3"' in answer.stdout.split("}")[0], answer.stdout + answer.stderr
+    users = {tuple(line.split("\t")) for line in answer.stdout.splitlines()[1:]}
+    account = said(system, "id -u keras-rest-api")[0]
+    assert ("python", account) in users
+    assert not {user for user in users if user[0] in ("python", "redis-server") and user[1] == "0"}
+
+    # And only those who need the settings read them, and nobody of the services writes anything
+    assert said(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]
+    as_user = "setpriv --reuid={0} --regid={0} --init-groups"
+    for user, may in {"www-data": "yes", "keras-rest-api": "yes", "nobody": "no"}.items():
+        groups = as_user.format(user) if user != "nobody" else "setpriv --reuid=nobody --regid=nogroup --clear-groups"
+        assert said(system, f"{groups} test -r {TARGET}/.env && echo yes || echo no") == [may]
+        assert said(system, f"{groups} find {TARGET} -writable ! -type l | head -n 3") == []
+
+    # When it is run again, nothing changes
+    before = system.files("/srv/app", "/var/log")
+    assert said(system, INSTALL) == ["* Nothing to do: all is as it should be"]
+    assert system.files("/srv/app", "/var/log") == before
+
+    # When the project has moved on and somebody has put in files of his own
+    app, target = system.root / "srv/app", system.root / TARGET[1:]
+    (app / "CHANGELOG.md").unlink()
+    (app / "helpers.py").write_text((app / "helpers.py").read_text() + "# newer\n")
+    (target / "models/own.keras").write_text("own")
+    with (target / ".env").open("a") as settings:
+        settings.write("TOP=1\n")
+    touched = (target / "keras_rest_api_app.wsgi").stat().st_mtime_ns
+    assert "* Copied the code to /opt/keras-rest-api (2 files)" in said(system, INSTALL)
+
+    # Then the code is new, the web takes it up, and what is not ours stays
+    assert (target / "helpers.py").read_text().endswith("# newer\n")
+    assert not (target / "CHANGELOG.md").exists()
+    assert (target / "keras_rest_api_app.wsgi").stat().st_mtime_ns > touched
+    assert (target / "models/own.keras").exists()
+    assert (target / ".env").read_text().endswith("TOP=1\n")
+
+    # When it is removed, then the settings alone are left, for root
+    kept = said(system, f"{INSTALL} --remove")
+    assert any("Kept: the packages" in line for line in kept)
+    assert said(system, f"find {TARGET} -mindepth 1; stat -c %U:%a {TARGET}/.env") == [f"{TARGET}/.env", "root:600"]
+    assert any("removes" in line for line in kept)
+
+    # And in the end nothing but the packages
+    said(system, f"{INSTALL} --purge")
+    assert mentions(system) == set()
+    after = system.files("/srv/app", "/var/log", "/root")
+    assert after.keys() == bare.keys()
