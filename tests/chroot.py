@@ -103,17 +103,16 @@ class Chroot:
         return [str(path) for path in {*named_paths(), cache} if path.is_dir()]
 
     def run(
-        self, script: str, *, network: bool = True, seconds: float = 300, **environment: str
+        self, script: str, *, network: bool = True, seconds: float = 300, variables: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run `script` in it; without `network` on a loopback of its own, where every port is free."""
         spaces = ["--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        environment = self.environment(**(variables or {}))
         if not network:
             spaces.append("--net")
             environment["NO_NETWORK"] = "1"
         command = ["unshare", *spaces, "bash", "-c", ENTER, "enter", str(self.root), "bash", "-euc", script]
-        return subprocess.run(
-            command, env=self.environment(**environment), capture_output=True, text=True, timeout=seconds, check=False
-        )
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
 
     def files(self, *without: str) -> dict[str, tuple[int, int, int, int]]:
         """Every file and folder but those below `without`: its mode, owner, size and the time of its last change."""

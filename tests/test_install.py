@@ -1,14 +1,18 @@
 """bin/install in a bare Debian: what it installs works, a second run changes nothing, and all of it goes away again."""
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chroot import Chroot, copy_of, copy_project
+from chroot import Chroot, copy_of, copy_project, need_root
+from conftest import PATH, ROOT, need
 
 TARGET = "/opt/keras-rest-api"
 INSTALL = "/srv/app/bin/install"
+NO_INDEX = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_RETRIES": "0"}
 START = """
 service redis-server start >/dev/null
 apache2ctl start 2>/dev/null
@@ -32,9 +36,9 @@ def system(debian: Path) -> Iterator[Chroot]:
         yield chroot
 
 
-def said(system: Chroot, command: str, **environment: str) -> list[str]:
+def said(system: Chroot, command: str) -> list[str]:
     """What a command that must succeed printed."""
-    done = system.run(command, seconds=500, **environment)
+    done = system.run(command, seconds=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -50,9 +54,7 @@ def mentions(system: Chroot) -> set[str]:
 @pytest.mark.timeout(900)
 def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(system: Chroot) -> None:
     # Given a system in which an attempt without Python packages has failed, and was cleaned up
-    failed = system.run(
-        INSTALL, seconds=300, PIP_CONFIG_FILE="/dev/null", PIP_INDEX_URL="http://127.0.0.1:1/", PIP_RETRIES="0"
-    )
+    failed = system.run(INSTALL, seconds=300, variables=NO_INDEX)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
     said(system, f"{INSTALL} --purge")
@@ -116,3 +118,96 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert mentions(system) == set()
     after = system.files("/srv/app", "/var/log", "/root")
     assert after.keys() == bare.keys()
+
+
+def run(commands: str, app: Path = ROOT, *before: str) -> subprocess.CompletedProcess[str]:
+    """Run `commands` with the functions of bin/install, on this machine, in which they change nothing."""
+    command = [*before, "bash", "-euc", f". {app}/bin/install; {commands}"]
+    environment = {**os.environ, "PATH": PATH}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def release(folder: Path, name: str, version: str) -> str:
+    (folder / "os-release").write_text(f'ID={name}\nVERSION_ID="{version}"\n')
+    return f"check_root() {{ :; }}; OS_RELEASE={folder}/os-release; TARGET={folder}/target; apache_runs() {{ :; }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "taken"),
+    [("debian", "12", True), ("debian", "13", True), ("ubuntu", "24.04", True), ("ubuntu", "22.04", False),
+     ("debian", "11", False), ("fedora", "44", False)],
+)  # fmt: skip
+def test_a_system_that_is_not_supported_is_named_in_one_line(
+    tmp_path: Path, name: str, version: str, taken: bool
+) -> None:
+    done = run(f"{release(tmp_path, name, version)}; check_machine")
+
+    assert (done.returncode == 0) is taken, done.stderr
+    if not taken:
+        [line] = done.stderr.splitlines()
+        assert f"{name} {version} is not supported: Debian 12, Ubuntu 24.04 or newer is needed" in line
+
+
+def test_it_takes_root_and_says_so_in_one_line() -> None:
+    for option in ("", "--remove", "--purge"):
+        done = run(f"id() {{ echo 1000; }}; main {option}")
+
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert "this takes root: run it with sudo." in line
+
+
+def test_a_folder_that_it_has_not_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/precious").touch()
+
+    done = run(f"{release(tmp_path, 'debian', '12')}; NOTES=$TARGET/.installed; check_machine")
+
+    assert done.returncode == 1
+    assert "is there, but not by bin/install: move it away" in done.stderr
+    assert (tmp_path / "target/precious").exists()
+
+
+def test_a_program_on_port_80_that_is_not_apache_is_named(tmp_path: Path) -> None:
+    need_root()
+    listens = "ip link set lo up; python3 -m http.server 80 >/dev/null 2>&1 &"
+    listens += " until (: </dev/tcp/127.0.0.1/80) 2>&-; do sleep 0.1; done"
+
+    done = run(
+        f"{listens}; {release(tmp_path, 'debian', '12')}; apache_runs() {{ false; }}; check_machine; kill %1",
+        ROOT, "unshare", "--net", "--pid", "--fork", "--kill-child",
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert "port 80 is taken by another program than Apache: stop it" in line
+
+
+def test_an_archive_is_installed_as_a_clone_is_without_what_git_ignores(tmp_path: Path) -> None:
+    need("git")
+    clone, archive = tmp_path / "clone", tmp_path / "archive"
+    for folder in (clone, archive):
+        copy_project(folder)
+    git = ["git", "-C", str(clone), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    for folder in (clone, archive):
+        (folder / ".env").write_text("API_KEYS=secret-secret-secret\n")
+        (folder / "bench").mkdir()
+        (folder / "bench/bench.md").touch()
+        (folder / "tests/__pycache__").mkdir()
+        (folder / "tests/__pycache__/x.pyc").touch()
+
+    listed = [set(run("tracked", folder).stdout.splitlines()) for folder in (clone, archive)]
+
+    assert listed[0] == listed[1]
+    assert {"settings.py", "bin/bench", "benchmarks/bench.py", "deploy/apache/000-default.conf"} <= listed[0]
+    assert not {".env", "bench/bench.md", "tests/__pycache__/x.pyc"} & listed[0]
+
+
+def test_every_setting_of_the_service_is_in_the_settings_file_with_its_default() -> None:
+    lines = run("default_settings").stdout.splitlines()
+
+    assert all(line.startswith("#") or not line for line in lines)
+    assert {"# TOP=5", "# MODEL=ResNet50", "# REDIS_URL=", "# API_KEYS="} <= set(lines)
+    assert not [line for line in lines if "MODEL_SERVERS=" in line]
