@@ -12,6 +12,7 @@ from conftest import PATH, ROOT, need
 
 TARGET = "/opt/keras-rest-api"
 INSTALL = "/srv/app/bin/install"
+APACHES_NOTES = "/var/lib/apache2"  # who has enabled what
 NO_INDEX = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_RETRIES": "0"}
 START = """
 service redis-server start >/dev/null
@@ -58,7 +59,7 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
     said(system, f"{INSTALL} --purge")
-    bare = system.files("/srv/app", "/var/log", "/root")
+    bare = system.files("/srv/app", "/var/log", "/root", APACHES_NOTES)
     assert mentions(system) == set()
 
     # When it is installed
@@ -116,7 +117,7 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     # And in the end nothing but the packages
     said(system, f"{INSTALL} --purge")
     assert mentions(system) == set()
-    after = system.files("/srv/app", "/var/log", "/root")
+    after = system.files("/srv/app", "/var/log", "/root", APACHES_NOTES)
     assert after.keys() == bare.keys()
 
 

@@ -212,7 +212,7 @@ def test_missing_packages_without_root_and_sudo_are_named_in_one_line() -> None:
 def test_packages_without_a_network_fail_in_one_line(tmp_path: Path) -> None:
     app = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(ROOT / "bin", app / "bin")
-    for name in ("requirements.txt", "constraints.txt"):
+    for name in ("requirements.txt", "requirements-web.txt", "constraints.txt"):
         shutil.copy(ROOT / name, app)
     offline = {
         "PIP_INDEX_URL": "http://127.0.0.1:1/",
