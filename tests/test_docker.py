@@ -1,0 +1,263 @@
+"""Dockerfile and compose.yaml, without an engine: buildah builds the images, and they run as compose.yaml says.
+
+That is: the image's command and user, its variables and compose's, a root file system that can't be written but for
+compose's tmpfs, and no capability. Building the model server's image installs 2 GB, so it takes BUILD_ALL_IMAGES=1;
+without, the model server of this machine stands in for it.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from chroot import copy_of, named_paths, need_root
+from conftest import ROOT, Process, Service, free_port, need, run_redis, running, wait_until
+from redis import Redis
+
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
+THREE = (ROOT / "images/three.png").read_bytes()
+
+# As an engine does it: mounts and names of its own, then the user without any right, and the command.
+ENTER = """
+set -eu
+root=$1; shift
+hostname "$NAME"
+mount --bind "$root" "$root"
+mount -o bind,remount,ro "$root"
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+for place in $TMPFS; do
+    options=${place#*:}
+    [ "$options" != "$place" ] || options=mode=1777
+    mount -t tmpfs -o "$options" tmpfs "$root${place%%:*}"
+done
+user=$USER_INSIDE
+cd "$root"
+exec chroot "$root" setpriv --reuid="$user" --regid="$user" --clear-groups --no-new-privs --bounding-set=-all \\
+    env -i -C "$FOLDER" "$@"
+"""
+
+
+class Image:
+    """An image in `storage`, and the folder that it is mounted at."""
+
+    def __init__(self, storage: list[str], name: str) -> None:
+        self.buildah = ["buildah", *storage]
+        self.name = name
+        about = json.loads(self.run("inspect", "--type", "image", name))
+        self.config: dict[str, Any] = about["Docker"]["config"]
+        self.root = self.run("mount", self.run("from", "--pull-never", name))
+
+    def run(self, *arguments: str) -> str:
+        return subprocess.check_output([*self.buildah, *arguments], text=True, timeout=120).strip()
+
+    def entered(self, service: dict[str, Any], command: list[str], **more: str) -> tuple[list[str], dict[str, str]]:
+        """What runs `command` in it as compose.yaml says, and the environment to do so."""
+        inside = dict(each.split("=", 1) for each in self.config["Env"]) | defaults(service) | more
+        unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        variables = [f"{name}={text}" for name, text in inside.items()]
+        about = {
+            "NAME": self.name, "TMPFS": " ".join(service["tmpfs"]), "USER_INSIDE": self.config["User"],
+            "FOLDER": self.config["WorkingDir"],
+        }  # fmt: skip
+        return [*unshare, "bash", "-c", ENTER, "enter", self.root, *variables, *command], about
+
+    @contextmanager
+    def running(self, service: dict[str, Any], log: Path, **more: str) -> Iterator[Process]:
+        log.touch()
+        log.chmod(0o666)  # as an engine gives the user of the container its standard error
+        command, about = self.entered(service, self.config["Cmd"], **more)
+        with running(command, log, **about) as process:
+            try:
+                yield process
+            finally:
+                if process.alive:  # unshare, whose child it is, hands no signal on
+                    os.kill(inner(process), signal.SIGKILL)
+
+    def complaint(self, service: dict[str, Any], **more: str) -> str:
+        """What its health check, run beside its program, has against it; nothing when it is healthy."""
+        kind, *command = self.config["Healthcheck"]["Test"]
+        assert kind == "CMD"
+        command, about = self.entered(service, command, **more)
+        done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True, timeout=60, check=False)
+        return done.stderr.strip() or "unhealthy" if done.returncode else ""
+
+
+def defaults(service: dict[str, Any]) -> dict[str, str]:
+    """The variables of a service in compose.yaml, where nobody sets any."""
+    found = {name: str(text) for name, text in service["environment"].items()}
+    return {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text) for name, text in found.items()}
+
+
+def inner(process: Process) -> int:
+    """The process that an engine would send its signal to: the first in the container."""
+    children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
+    return int(wait_until(lambda: children.read_text().split(), "it has begun")[0])
+
+
+@pytest.fixture(scope="module")
+def storage(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Where buildah keeps what it makes, with the images in it."""
+    need_root()
+    need("buildah")
+    folder = tmp_path_factory.mktemp("buildah")
+    options = ["--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "overlay"]
+    buildah = ["buildah", *options]
+    try:
+        with copy_of(debian) as system:
+            keep_certificates(system.root)
+            container = subprocess.check_output([*buildah, "from", "scratch"], text=True).strip()
+            subprocess.run([*buildah, "add", "--quiet", container, str(system.root), "/"], check=True)
+            subprocess.run([*buildah, "commit", "--quiet", "--rm", container, "base"], check=True)
+        for target in ("web", "model") if ALL else ("web",):
+            build(buildah, target)
+        yield options
+    finally:
+        subprocess.run([*buildah, "rm", "--all"], check=False, capture_output=True)
+        subprocess.run([*buildah, "rmi", "--all", "--force"], check=False, capture_output=True)
+
+
+def keep_certificates(root: Path) -> None:
+    """Those of this machine count in it too, when its own package of them is installed."""
+    bundle = root / "etc/ssl/certs/ca-certificates.crt"
+    if bundle.exists():
+        kept = root / "usr/local/share/ca-certificates/this-machine.crt"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(bundle.read_bytes())
+
+
+def build(buildah: list[str], target: str) -> None:
+    mounts = [f"--volume={path}:{path}:ro" for path in named_paths() if path.is_dir()]
+    options = ["--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--pull-never", *mounts]
+    command = [*buildah, "bud", *options, "--build-arg", "BASE=localhost/base", "--target", target, "-t", target, "."]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+
+
+@contextmanager
+def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[None]:
+    """That of the image, if it is built; healthy from the moment on in which it serves."""
+    if not ALL:
+        with running([sys.executable, "run_model_server.py"], log, **settings) as process:
+            process.wait_for_log("* Joined the queue")
+            yield
+        return
+    image, service = Image(storage, "model"), SERVICES["model"]
+    settings |= {"MODEL": "models/digits.keras"}
+    assert image.complaint(service, **settings) == "no heartbeat"
+    tmpfs = [*service["tmpfs"], "/var/cache/keras-rest-api:mode=0755"]  # in place of the volume
+    with image.running(service | {"tmpfs": tmpfs}, log, **settings) as process:
+        process.wait_for_log("* Joined the queue")
+        assert image.complaint(service, **settings) == ""
+        yield
+        os.kill(inner(process), signal.SIGTERM)
+        assert process.popen.wait(60) == 0
+
+
+@pytest.mark.timeout(1200)
+def test_the_images_answer_hardened_as_compose_runs_them_and_stop_when_all_is_answered(
+    storage: list[str], redis_port: int, redis: Redis, tmp_path: Path
+) -> None:
+    port, name = free_port(), f"queue-{free_port()}"
+    settings = {"REDIS_URL": f"redis://127.0.0.1:{redis_port}/0", "IMAGE_QUEUE": name}
+    more = settings | {"APP_PORT": str(port)}
+    image, service = Image(storage, "web"), SERVICES["web"]
+    assert "Connection refused" in image.complaint(service, **more)
+    with image.running(service, tmp_path / "web", **more) as process:
+        wait_until(lambda: not image.complaint(service, **more) or not process.alive, "the web is healthy")
+        assert process.alive, process.log
+        web = Service(f"http://127.0.0.1:{port}", name)
+        with model_server(storage, tmp_path / "first", **settings):
+            assert web.label(THREE) == "3"
+
+        # What is in flight when it is told to stop is answered: there is no model server until then.
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(web.label, THREE) for _ in range(8)]
+            wait_until(lambda: redis.llen(name) == 8, "all are in the queue")
+            os.kill(inner(process), getattr(signal, image.config["StopSignal"]))
+            wait_until(lambda: refused(web.url), "it takes no more")
+            assert process.alive
+            with model_server(storage, tmp_path / "model", **settings):
+                assert [each.result(60) for each in asked] == 8 * ["3"]
+        assert process.popen.wait(30) == 0
+
+
+def refused(url: str) -> bool:
+    try:
+        return not requests.get(f"{url}/livez", timeout=5)
+    except requests.RequestException:
+        return True
+
+
+def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s(storage: list[str]) -> None:
+    image = Image(storage, "web")
+    packages = {path.name for path in Path(image.root).glob("opt/keras-rest-api/.venv/lib/python3*/site-packages/*")}
+    files = {path.name for path in Path(image.root, "opt/keras-rest-api").iterdir()}
+
+    assert "flask" in packages
+    assert not {name for name in packages if re.match("tensorflow|keras", name)}
+    assert {"settings.py", "run_web_server.py", "keras_rest_api_app.wsgi", "deploy", "models"} <= files
+    assert not files & {".git", ".env", "tests", "bin", "images", "README.md", "bench"}
+
+
+def test_compose_s_redis_takes_its_options_and_is_healthy_by_its_check(tmp_path: Path) -> None:
+    port = free_port()
+    program, *options = SERVICES["redis"]["command"]
+    kind, *check = SERVICES["redis"]["healthcheck"]["test"]
+    assert (program, kind) == ("redis-server", "CMD")
+    with run_redis(tmp_path / "log", port, *options) as process:
+        client = Redis(port=port)
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert subprocess.check_output([*check[:1], "-p", str(port), *check[1:]]) == b"PONG\n"
+
+
+def test_what_compose_names_is_there_and_only_the_web_is_published() -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    assert {each["build"]["target"] for each in SERVICES.values() if "build" in each} <= targets
+    assert [name for name, each in SERVICES.items() if "ports" in each] == ["web"]
+    for service in SERVICES.values():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["restart"] == "unless-stopped"
+    gpu = yaml.safe_load((ROOT / "compose.gpu.yaml").read_text())["services"]
+    assert gpu.keys() <= SERVICES.keys()
+    assert (ROOT / gpu["model"]["build"]["args"]["REQUIREMENTS"]).is_file()
+    assert {name for each in SERVICES.values() for name in each.get("volumes", []) if name[0].isalpha()} == {
+        f"{name}:/var/cache/keras-rest-api" for name in COMPOSE["volumes"]
+    }
+
+
+@pytest.mark.parametrize("name", ["web", "model"])
+def test_every_variable_of_compose_is_a_setting_with_its_default(name: str) -> None:
+    code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
+    bare = [sys.executable, "-c", code]
+    ours = {key: text for key, text in defaults(SERVICES[name]).items() if key not in {"APACHE_DEFINES", "REDIS_URL"}}
+
+    plain = json.loads(subprocess.check_output(bare, cwd=ROOT, env={"PATH": os.environ["PATH"]}))
+    composed = json.loads(subprocess.check_output(bare, cwd=ROOT, env={"PATH": os.environ["PATH"], **ours}))
+
+    assert ours.keys() <= plain.keys()
+    assert composed == plain
+
+
+def test_stopping_takes_longer_than_a_request_may() -> None:
+    seconds = {name: int(SERVICES[name]["stop_grace_period"].rstrip("s")) for name in ("web", "model")}
+
+    assert seconds["web"] > float(defaults(SERVICES["web"])["REQUEST_TIMEOUT"])
+    assert seconds["model"] >= 60
+    assert shlex.split((ROOT / "Dockerfile").read_text().split("STOPSIGNAL")[1])[0] == "SIGWINCH"
