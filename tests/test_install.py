@@ -59,7 +59,7 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
     said(system, f"{INSTALL} --purge")
-    bare = system.files("/srv/app", "/var/log", "/root", APACHES_NOTES)
+    bare = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
     assert mentions(system) == set()
 
     # When it is installed
@@ -117,7 +117,7 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     # And in the end nothing but the packages
     said(system, f"{INSTALL} --purge")
     assert mentions(system) == set()
-    after = system.files("/srv/app", "/var/log", "/root", APACHES_NOTES)
+    after = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
     assert after.keys() == bare.keys()
 
 
