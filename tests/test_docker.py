@@ -27,6 +27,7 @@ from redis import Redis
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
+OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_URL", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
 ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 THREE = (ROOT / "images/three.png").read_bytes()
 
@@ -156,7 +157,7 @@ def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[Non
             yield
         return
     image, service = Image(storage, "model"), SERVICES["model"]
-    settings |= {"MODEL": "models/digits.keras"}
+    settings |= {"MODEL": "models/digits.keras", "METRICS_PORT": str(free_port())}
     assert image.complaint(service, **settings) == "no heartbeat"
     tmpfs = [*service["tmpfs"], "/var/cache/keras-rest-api:mode=0755"]  # in place of the volume
     with image.running(service | {"tmpfs": tmpfs}, log, **settings) as process:
@@ -246,7 +247,7 @@ def test_what_compose_names_is_there_and_only_the_web_is_published() -> None:
 def test_every_variable_of_compose_is_a_setting_with_its_default(name: str) -> None:
     code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
     bare = [sys.executable, "-c", code]
-    ours = {key: text for key, text in defaults(SERVICES[name]).items() if key not in {"APACHE_DEFINES", "REDIS_URL"}}
+    ours = {key: text for key, text in defaults(SERVICES[name]).items() if key not in OF_CONTAINERS}
 
     plain = json.loads(subprocess.check_output(bare, cwd=ROOT, env={"PATH": os.environ["PATH"]}))
     composed = json.loads(subprocess.check_output(bare, cwd=ROOT, env={"PATH": os.environ["PATH"], **ours}))

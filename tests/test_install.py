@@ -210,5 +210,5 @@ def test_every_setting_of_the_service_is_in_the_settings_file_with_its_default()
     lines = run("default_settings").stdout.splitlines()
 
     assert all(line.startswith("#") or not line for line in lines)
-    assert {"# TOP=5", "# MODEL=ResNet50", "# REDIS_URL=", "# API_KEYS="} <= set(lines)
+    assert {"# TOP=", "# BATCH_SIZE=32", "# MODEL=ResNet50", "# REDIS_URL=", "# API_KEYS="} <= set(lines)
     assert not [line for line in lines if "MODEL_SERVERS=" in line]
