@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chroot import Chroot, copy_of, copy_project, need_root
-from conftest import PATH, ROOT, need
+from conftest import PATH, ROOT, make_certificates, need
+from test_docs import commands
 
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 TARGET = "/opt/keras-rest-api"
 INSTALL = "/srv/app/bin/install"
 APACHES_NOTES = "/var/lib/apache2"  # who has enabled what
@@ -53,7 +56,7 @@ def mentions(system: Chroot) -> set[str]:
 
 
 @pytest.mark.timeout(900)
-def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(system: Chroot) -> None:
+def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(system: Chroot, tmp_path: Path) -> None:
     # Given a system in which an attempt without Python packages has failed, and was cleaned up
     failed = system.run(INSTALL, seconds=300, variables=NO_INDEX)
     assert failed.returncode == 1
@@ -91,6 +94,9 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert said(system, INSTALL) == ["* Nothing to do: all is as it should be"]
     assert system.files("/srv/app", "/var/log") == before
 
+    # When TLS is set up as the document says, it answers there too
+    assert '"live":true' in answer_over_tls(system, tmp_path)
+
     # When the project has moved on and somebody has put in files of his own
     app, target = system.root / "srv/app", system.root / TARGET[1:]
     (app / "CHANGELOG.md").unlink()
@@ -116,14 +122,26 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
 
     # And in the end nothing but the packages
     said(system, f"{INSTALL} --purge")
+    said(system, "a2dismod -q -f ssl socache_shmcb; rm /etc/ssl/certs/ssl-cert* /etc/ssl/private/ssl-cert*")
     assert mentions(system) == set()
     after = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
     assert after.keys() == bare.keys()
 
 
-def run(commands: str, app: Path = ROOT, *before: str) -> subprocess.CompletedProcess[str]:
-    """Run `commands` with the functions of bin/install, on this machine, in which they change nothing."""
-    command = [*before, "bash", "-euc", f". {app}/bin/install; {commands}"]
+def answer_over_tls(system: Chroot, folder: Path) -> str:
+    certificates = make_certificates(folder)
+    for name, place in (("certificate", "certs/ssl-cert-snakeoil.pem"), ("key", "private/ssl-cert-snakeoil.key")):
+        shutil.copy(certificates[name], system.root / "etc/ssl" / place)
+    told = [line for line in commands(OPERATIONS) if line.startswith(("cp ", "a2en"))]
+    assert len(told) == 3
+    said(system, " && ".join(told))
+    ask = "apache2ctl start 2>/dev/null; curl -sk --retry 20 --retry-all-errors https://localhost/livez"
+    return system.run(ask, network=False, seconds=60).stdout
+
+
+def run(script: str, app: Path = ROOT, *before: str) -> subprocess.CompletedProcess[str]:
+    """Run `script` with the functions of bin/install, on this machine, in which they change nothing."""
+    command = [*before, "bash", "-euc", f". {app}/bin/install; {script}"]
     environment = {**os.environ, "PATH": PATH}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
