@@ -51,7 +51,8 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_link_to_a_file_leads_there(document: str) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text_of(document))
+    text = text_of(document)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
 
     assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
 

@@ -28,6 +28,7 @@ for _ in $(seq 600); do
     sleep 0.2
 done
 curl -s -F image=@images/three.png localhost/predict
+for _ in $(seq 10); do curl -s localhost/metrics | grep 'endpoint="/predict"'; done | sort | uniq -c >/tmp/counted
 cat /proc/[0-9]*/status | awk -F '\t' '/^Name:/ {name = $2} /^Uid:/ {print name "\t" $3}' | sort -u
 """
 
@@ -80,6 +81,10 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     account = said(system, "id -u keras-rest-api")[0]
     assert ("python", account) in users
     assert not {user for user in users if user[0] in ("python", "redis-server") and user[1] == "0"}
+
+    # And its web processes are counted together
+    [counted] = (system.root / "tmp/counted").read_text().splitlines()
+    assert counted.split() == ["10", 'keras_rest_api_requests_total{endpoint="/predict",status="200"}', "1.0"]
 
     # And only those who need the settings read them, and nobody of the services writes anything
     assert said(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]
