@@ -168,17 +168,14 @@ def predict() -> flask.Response:
     top = wanted_top()
     images = uploads()  # a slow network is not the service's time
     deadline = time.time() + settings.REQUEST_TIMEOUT
+    if len(images) == 1:
+        found = classify(images[0], deadline, flask.g.request_id, top)
+        return timed(result_of(found), [found])
     ask = partial(outcome, deadline=deadline, request_id=flask.g.request_id, top=top)
-    outcomes = list(asking.map(ask, images)) if len(images) > 1 else [ask(images[0])]
-    for each in outcomes:
-        count_image(each)
+    outcomes = list(asking.map(ask, images))
     answered = [each for each in outcomes if isinstance(each, Classified)]
-    if len(images) > 1:
-        body = {"success": len(answered) == len(outcomes), "results": [result_of(each) for each in outcomes]}
-        return timed(body, answered)
-    if isinstance(outcomes[0], ServiceError):
-        raise outcomes[0]
-    return timed(result_of(outcomes[0]), answered)
+    body = {"success": len(answered) == len(outcomes), "results": [result_of(each) for each in outcomes]}
+    return timed(body, answered)
 
 
 class Classified(NamedTuple):
@@ -192,12 +189,27 @@ class Classified(NamedTuple):
 
 
 def classify(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
-    """Return what the image in `upload` shows: `top` classes, or TOP where that is 0. Raises ServiceError."""
+    """Return what the image in `upload` shows, and count it: `top` classes, or TOP where that is 0.
+
+    Raises ServiceError.
+    """
+    try:
+        found = prepare_and_ask(upload, deadline, request_id, top)
+    except ServiceError as error:
+        web_metrics.count_refused(error.code)
+        raise
+    stages = {"prepare": found.prepare, "queue": found.queue, "compute": found.compute}
+    web_metrics.count_classified(found.batch, stages)
+    return found
+
+
+def prepare_and_ask(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
+    """Return what classify() does. Raises ServiceError."""
     begun = time.monotonic()
     shape = queue.shape()
-    image = in_turn(upload, deadline, shape)
+    image = [in_turn(upload, deadline, shape)]
     prepared = time.monotonic()
-    answer = queue.ask(image, deadline, request_id, top, shape)
+    answer = queue.ask(image.pop(), deadline, request_id, top, shape)  # so that none is kept here while it waits
     if "error" in answer:
         raise ModelFailed(answer["error"]["message"])
     # A model server that is yet to be upgraded says nothing of its times.
@@ -215,15 +227,6 @@ def outcome(upload: IO[bytes], deadline: float, request_id: str, top: int) -> Cl
     except Exception:
         log.exception("Request %s", request_id)
         return ServiceError(OUR_FAULT)
-
-
-def count_image(found: Classified | ServiceError) -> None:
-    """Count for the metrics what became of an image."""
-    if isinstance(found, ServiceError):
-        web_metrics.count_refused(found.code)
-    else:
-        stages = {"prepare": found.prepare, "queue": found.queue, "compute": found.compute}
-        web_metrics.count_classified(found.batch, stages)
 
 
 def result_of(found: Classified | ServiceError) -> dict[str, Any]:

@@ -418,6 +418,22 @@ def test_a_web_process_stays_small_under_load(service: Service, record_property:
     record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
+def test_images_that_wait_are_not_kept_in_the_memory(
+    redis: Redis, record_property: Callable[[str, object], None]
+) -> None:
+    image, queue = saved(Image.fromarray(colours(0)), "PNG"), f"queue-{free_port()}"
+    with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="15") as url, ThreadPoolExecutor(256) as pool:
+        before = max(map(resident_bytes, web_processes(url)))
+        asked = [pool.submit(Service(url).post, image) for _ in range(256)]
+        wait_until(lambda: redis.llen(queue) == 256, "all of them wait")
+        grown = max(map(resident_bytes, web_processes(url))) - before
+        assert {each.result().status_code for each in asked} == {504}
+
+    # Each of about 128 is 0.2 MB as text: kept once they would be 26 MB more.
+    assert grown < 38e6
+    record_property("figures", f"grown by {grown / 1e6:.0f} MB")
+
+
 # The numbers that Keras itself gives
 
 
