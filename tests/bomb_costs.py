@@ -22,6 +22,7 @@ import samples  # noqa: E402
 
 import run_web_server as web  # noqa: E402
 from helpers import ServiceError  # noqa: E402
+from image_preparation import open_image, prepare_image  # noqa: E402
 
 QUIET = 0.022  # seconds
 
@@ -72,7 +73,7 @@ def outcome(data: bytes) -> str:
         upload.write(data)
         upload.seek(0)
         try:
-            web.prepare_image(web.open_image(upload), (224, 224))
+            prepare_image(open_image(upload), (224, 224))
         except ServiceError as error:
             return type(error).__name__
     return "pixels"

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from samples import saved
 
-import run_web_server as web
+import image_preparation as preparation
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 WARM = EXAMPLES // 2  # examples after which a process has seen every decoder at its worst
@@ -113,8 +113,8 @@ def test_an_eps_never_reaches_ghostscript(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: called.append(arguments))
     make, _ = hostile.ODD["eps"]
 
-    with pytest.raises(web.BadImage):
-        web.prepare_image(web.open_image(io.BytesIO(make())), (224, 224))
+    with pytest.raises(preparation.BadImage):
+        preparation.prepare_image(preparation.open_image(io.BytesIO(make())), (224, 224))
 
     assert not called
 
@@ -124,10 +124,10 @@ def test_what_pillow_warns_of_is_not_kept() -> None:
     code = """if True:
         import io, sys
         sys.path.insert(0, "tests")
-        import hostile, run_web_server as web
+        import hostile, image_preparation as preparation
         from PIL import TiffImagePlugin
         exif = hostile.exif(*[(20_000 + i, hostile.SHORT, 2**31, 0) for i in range(900)])
-        web.prepare_image(web.open_image(io.BytesIO(hostile.jpeg_with(exif))), (224, 224))
+        preparation.prepare_image(preparation.open_image(io.BytesIO(hostile.jpeg_with(exif))), (224, 224))
         print(sum(isinstance(key, tuple) for key in getattr(TiffImagePlugin, "__warningregistry__", {})))
     """
 
@@ -178,7 +178,7 @@ def test_a_bomb_is_refused_or_harmless(costs: dict[str, dict[str, Any]], name: s
     ],
 )
 def test_what_an_encoder_may_write_is_well_below_the_limits(make: Callable[[], bytes]) -> None:
-    assert web.prepare_image(web.open_image(io.BytesIO(make())), (224, 224)).shape == (224, 224, 3)
+    assert preparation.prepare_image(preparation.open_image(io.BytesIO(make())), (224, 224)).shape == (224, 224, 3)
 
 
 # Requests that are no HTTP, and forms that are no forms

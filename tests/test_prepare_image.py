@@ -8,7 +8,7 @@ import samples
 from PIL import Image
 from samples import colours, saved
 
-import run_web_server as web
+import image_preparation as preparation
 import settings
 from helpers import Pixels
 
@@ -16,7 +16,7 @@ TARGET = (224, 224)
 
 
 def prepare(data: bytes, target: tuple[int, int] = TARGET, channels: int = 3) -> Pixels:
-    return web.prepare_image(web.open_image(io.BytesIO(data)), target, channels)
+    return preparation.prepare_image(preparation.open_image(io.BytesIO(data)), target, channels)
 
 
 def resized(pixels: samples.Array, target: tuple[int, int] = TARGET) -> samples.Array:
@@ -60,9 +60,9 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_below_the_target(orientation:
     exif[0x0112] = orientation
     rgb = colours(3, (2400, 1000))
     data = saved(Image.fromarray(rgb), "JPEG", quality=95, exif=exif)
-    image = web.open_image(io.BytesIO(data))
+    image = preparation.open_image(io.BytesIO(data))
 
-    prepared = web.prepare_image(image, (200, 400))
+    prepared = preparation.prepare_image(image, (200, 400))
 
     # A half, turned upright: a quarter would be 250 high, below the 400 that may be asked of it.
     assert image.size == ((500, 1200) if orientation == 6 else (1200, 500))
@@ -121,12 +121,12 @@ WHOLE = saved(Image.fromarray(colours(2)), "PNG")
     ],
 )
 def test_what_is_not_a_whole_image_is_a_bad_image(data: bytes) -> None:
-    with pytest.raises(web.BadImage):
+    with pytest.raises(preparation.BadImage):
         prepare(data)
 
 
 def test_an_empty_file_is_a_missing_image() -> None:
-    with pytest.raises(web.MissingImage):
+    with pytest.raises(preparation.MissingImage):
         prepare(b"")
 
 
@@ -136,5 +136,5 @@ def test_pixels_are_counted_before_anything_is_decoded(monkeypatch: pytest.Monke
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
     header_only = saved(Image.new("RGB", (side, 100)), "PNG")[:60]
 
-    with pytest.raises(web.TooLarge):
+    with pytest.raises(preparation.TooLarge):
         prepare(header_only)

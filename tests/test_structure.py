@@ -14,6 +14,7 @@ OURS = {
     "settings",
     "helpers",
     "image_checks",
+    "image_preparation",
     "model_file",
     "image_queue",
     "classifier",
@@ -48,7 +49,8 @@ def test_the_model_side_never_imports_flask() -> None:
 
 @pytest.mark.parametrize(
     ("module", "may_import"),
-    [("settings", set()), ("helpers", set()), ("image_checks", set()), ("model_file", {"helpers"}), ("pages", set()),
+    [("settings", set()), ("helpers", set()), ("image_checks", set()),
+     ("image_preparation", {"settings", "helpers", "image_checks"}), ("model_file", {"helpers"}), ("pages", set()),
      ("health", {"settings", "helpers", "image_queue"}),
      ("access", {"settings", "helpers", "image_queue"}), ("image_queue", {"settings", "helpers"}),
      ("web_metrics", {"settings", "helpers", "image_queue"}), ("server_metrics", {"settings", "helpers"}),
