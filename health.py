@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 import settings
 from helpers import ServiceError
 from image_queue import NoModelServer, RedisDown, WebQueue
+from redis_connection import UnfitRedis, fault_of
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # IMAGE_DTYPE, by the protocol's names
 
@@ -37,7 +38,8 @@ def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
     def readyz() -> Body:
         """Say whether requests would be answered: Redis is there, and a warmed-up model server is alive."""
         servers, waiting = look(queue)
-        return {"ready": True, "model_servers": servers, "queue_length": waiting}
+        warnings = {"warnings": [f"Redis {risk}." for risk in queue.risks]} if queue.risks else {}
+        return {"ready": True, "model_servers": servers, "queue_length": waiting, **warnings}
 
     @app.get("/v2")
     def server_metadata() -> Body:
@@ -69,11 +71,15 @@ def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
 
 
 def look(queue: WebQueue) -> tuple[Servers, int]:
-    """Return the live model servers and how many images wait. Raises RedisDown, NoModelServer."""
+    """Return the live model servers and how many images wait, from a Redis that takes writes.
+
+    Raises RedisDown, NoModelServer.
+    """
     try:
+        queue.check()
         servers, waiting = queue.live_servers(), queue.waiting()
-    except RedisError:
-        raise RedisDown("Redis does not answer, so start it or check REDIS_HOST and REDIS_PORT.", ready=False) from None
+    except (RedisError, UnfitRedis) as error:
+        raise RedisDown(f"Redis {fault_of(error)}.", ready=False) from None
     if not servers:
         raise NoModelServer("No model server is alive, so start run_model_server.py or wait until it is.", ready=False)
     return servers, waiting

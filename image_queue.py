@@ -20,8 +20,10 @@ A <server> is <slot>.<session>: the slot is the same when a model server is star
 time that it joins. A command that was held up on a dead connection and arrives late thus finds the taken list of a
 session without a heartbeat, and what it takes is brought back, instead of being mixed into the batch of another.
 
-Nothing is lost because somebody owns a job at each moment. Until its deadline the web does: it pushes the job again
-when a connection has broken, which does nothing if Redis still has the job or its answer. In the queue it is Redis'.
+Nothing is lost because somebody owns a job at each moment. Until its deadline the web does: after each broken
+connection and each poll without an answer it asks whether Redis still has the job or its answer, and pushes the job
+again if not. (redis-py reconnects silently, so a poll may reach another Redis than the push did.) In the queue it is
+Redis'.
 While it is computed it is in the taken list of its server, and when that server's heartbeat stops, any other server, or
 the same one started again, puts it back at the head of the queue. A job may be computed twice, which is harmless: the
 web takes the first answer, and the second expires.
@@ -34,7 +36,10 @@ it is back: that must not cost an innocent image its answer.
 The web asks once a second which images the model takes. One that is queued in another shape, before the web knew or
 before another model took the place of the first, is resized by the model server, so that a change of models loses none.
 
-Deadlines are compared on different machines, so their clocks must agree to well within REQUEST_TIMEOUT (NTP does).
+The clocks of the machines need not agree. Redis measures the life of a job: its mark is set in the same transaction as
+the push and expires when the web gives up. A model server asks for what is left of it when it takes the job, and counts
+on from there. Only a job without a mark, pushed by a tool that sets none, answered already or expired, is judged by its
+`deadline` and this machine's clock.
 """
 
 import hashlib
@@ -46,39 +51,48 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from threading import Lock
+from threading import Condition, Lock
 from typing import IO, Any, Self, cast
 
 import numpy as np
 import orjson
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
-from redis.retry import Retry
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 import settings
 from helpers import USUAL_SHAPE, Pixels, Refusal, ServiceError, Shape, as_shape, pauses
+from redis_connection import (
+    MOST_CONNECTIONS,
+    SPARE_CONNECTIONS,
+    QueuePool,
+    UnfitRedis,
+    address_of,
+    connect,
+    fault_of,
+    info_of_primary,
+    risks_of,
+    share_of_connections,
+    unfitness,
+)
 
 log = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 CountJobs = Callable[[str, int], None]  # told what happens to how many jobs, by one word
 
+IMAGES_REFUSED = "images are refused"
 KILLED = "The model server died each time that it had this image; send another."
 MOST_CRASHES = 3  # as the text above says why
 
-# Seconds beyond a blocking poll after which a connection counts as dead. Without it a cut cable is never noticed;
-# below a second a busy Redis would be taken for a dead one.
-SOCKET_GRACE = 5
 # Seconds that an answer outlives its deadline: the web polls until then, and Redis forgets it for us.
 RESULT_GRACE = 2
-# Seconds from now beyond which a deadline is rubbish: an hour is far above the longest REQUEST_TIMEOUT.
-LATEST_DEADLINE = 3600
+# Seconds that a job lives at most, whatever its mark or its deadline say: far above the longest REQUEST_TIMEOUT.
+LONGEST_LIFE = 3600
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ID_IN_RUBBISH = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"')
 # Bytes of a job beyond its pixels, generously. A longer entry is rubbish, of which only the beginning is looked at:
@@ -92,7 +106,6 @@ LARGEST_SHAPE: Shape = (600, 600, 3)
 # model server.
 LOOK_EVERY = 1.0
 SHAPE_TTL = 86400
-OLDEST_REDIS = 7  # scripts with flags: taking and answering must work when Redis is out of memory
 
 # An image in a script costs Redis 0.2 ms, as Lua copies it, and in a plain command a tenth of that. So scripts are for
 # what plain commands can't do: several steps in one, or any at all when Redis is out of memory.
@@ -105,6 +118,15 @@ for i = 1, tonumber(ARGV[1]) do
 end
 return jobs
 """
+
+# What is left of the life of each job, by its mark, in whole seconds: -2 without a mark. TTL and not PTTL, which the
+# users of a Redis with rights (docs/operations.md) have not been given.
+LIVES = """#!lua flags=no-writes
+local lives = {}
+for i, mark in ipairs(KEYS) do lives[i] = redis.call('TTL', mark) end
+return lives
+"""
+ROUNDING = 0.5  # seconds that TTL may round down
 
 # A plain SET is refused when Redis is out of memory, and then nobody would be alive to take jobs out of it.
 BEAT = """#!lua flags=allow-oom
@@ -186,7 +208,8 @@ class Job:
 
     `image` is base64 text, `deadline` unix seconds, `request` the id that the client knows, `top` how many predictions
     are wanted (0: as many as TOP says), `crashes` how many servers it saw die, `shape` what the pixels have (None: what
-    the model takes), `taken` time.monotonic() of the parsing.
+    the model takes), `taken` time.monotonic() of the parsing, `life` the seconds that somebody waited for the answer
+    from then on (None: Redis had no mark of the job).
     """
 
     id: str
@@ -197,6 +220,7 @@ class Job:
     crashes: int = 0
     shape: Shape | None = None
     taken: float = field(default_factory=time.monotonic, compare=False)
+    life: float | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, raw: bytes | str) -> "Job":
@@ -217,11 +241,11 @@ class Job:
             fields = {"id": found[1].decode()}
         image, deadline, request = fields.get("image"), fields.get("deadline"), fields.get("request", "")
         top, crashes = fields.get("top", 0), fields.get("crashes", 0)
-        in_time = isinstance(deadline, int | float) and deadline <= time.time() + LATEST_DEADLINE
+        timed = isinstance(deadline, int | float)
         counted = _is_count(top) and _is_count(crashes)
         shape = as_shape(fields.get("shape"))
         shaped = shape or "shape" not in fields  # the web was older
-        if isinstance(image, str) and isinstance(request, str) and counted and in_time and shaped:
+        if isinstance(image, str) and isinstance(request, str) and counted and timed and shaped:
             return cls(fields["id"], image, deadline, request, top, crashes, shape)
         return cls(fields["id"], "", time.time() + RESULT_GRACE)
 
@@ -232,9 +256,16 @@ class Job:
         return orjson.dumps({"id": self.id, "deadline": self.deadline, **more, "image": self.image})
 
     @property
+    def remaining(self) -> float:
+        """Seconds for which somebody still waits for the answer; 0 or less when nobody does any more."""
+        if self.life is None:
+            return min(self.deadline - time.time(), LONGEST_LIFE)
+        return min(self.taken + self.life - time.monotonic(), LONGEST_LIFE)
+
+    @property
     def expired(self) -> bool:
         """Whether nobody waits for the answer any more."""
-        return time.time() >= self.deadline
+        return self.remaining <= 0
 
 
 class KeptJob:
@@ -303,39 +334,6 @@ class Batch:
         return any(job.crashes for job in self.jobs)
 
 
-def connect() -> Redis:
-    """Return a client whose every wait has a limit, and which never repeats a command by itself.
-
-    redis-py 8 by default repeats a command whose reply was lost, which loses or doubles what it moved, and allows 100
-    connections, where each waiting request holds one.
-    """
-    options: dict[str, Any] = {
-        "protocol": 2,  # RESP3's HELLO is refused by older proxies, and nothing here needs it
-        "socket_timeout": max(settings.CLIENT_SLEEP, settings.SERVER_SLEEP) + SOCKET_GRACE,
-        "socket_connect_timeout": SOCKET_GRACE,
-        "socket_keepalive": True,
-        "health_check_interval": 30,
-        "retry": Retry(NoBackoff(), 0),
-        "max_connections": 10_000,
-        "driver_info": None,  # to tell the library's name takes a right that nothing else here needs
-    }
-    if settings.REDIS_URL:
-        return _connect_by_url(options)
-    return Redis(settings.REDIS_HOST, settings.REDIS_PORT, settings.REDIS_DB, **options)
-
-
-def _connect_by_url(options: dict[str, Any]) -> Redis:
-    if settings.REDIS_URL.startswith("unix:"):
-        del options["socket_keepalive"]
-    try:
-        client = Redis.from_url(settings.REDIS_URL, **options)
-        client.connection_pool.make_connection()  # connects nothing, but finds options that there are not
-    except (ValueError, TypeError):
-        # Not what the error says: where a password has a / in it, that is a piece of the password.
-        settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as docs/operations.md shows, other signs in it as %2F")
-    return client
-
-
 class ImageQueue:
     """What both sides need: the keys, the connection, and who is alive."""
 
@@ -348,6 +346,8 @@ class ImageQueue:
         self.count = count
         self.redis = connect()
         self.key = settings.IMAGE_QUEUE
+        self.unfit = False  # this and the next are what check() found last
+        self.risks: list[str] = []  # each in words that follow the name of the Redis
         self._complained: dict[str, float] = {}
         self._complaining = Lock()
 
@@ -375,8 +375,12 @@ class ImageQueue:
     @property
     def address(self) -> str:
         """Where Redis is, for people: never with the password."""
-        at = self.redis.connection_pool.connection_kwargs
-        return cast(str, at.get("path")) or f"{at.get('host')}:{at.get('port')}"
+        return address_of(self.redis)
+
+    @property
+    def pool(self) -> QueuePool:
+        """The connections of this process."""
+        return cast(QueuePool, self.redis.connection_pool)
 
     def live_servers(self) -> dict[str, dict[str, Any]]:
         """Return what each live model server says of itself, by its name. Raises RedisError."""
@@ -389,13 +393,30 @@ class ImageQueue:
         return self.redis.llen(self.key)
 
     def check(self) -> None:
-        """Raise RedisError when Redis does not answer, Refusal when it is too old."""
-        version = self.redis.info("server")["redis_version"]
-        if int(version.split(".")[0]) < OLDEST_REDIS:
-            raise Refusal(f"Redis at {self.address} is version {version}, but {OLDEST_REDIS} or newer is needed.")
+        """Find out whether this Redis can be used, and into `risks` what of it may still cost requests.
+
+        Raises UnfitRedis when the service can never work with it, NotPrimary while it is a replica, and RedisError when
+        it does not answer or refuses a write.
+        """
+        info = info_of_primary(self.redis)
+        fault = unfitness(info)
+        self.unfit = bool(fault)
+        if fault:
+            raise UnfitRedis(self.address, fault)
+        self._share_connections(share_of_connections(info))
+        self.redis.delete(f"{self.key}:never")  # changes nothing, and is refused where other writes would be
+        self.risks = risks_of(info)
+
+    def warn(self) -> None:
+        """Log what check() found that may cost requests, once in each process."""
+        for risk in self.risks:
+            _warn_once(f"Redis at {self.address} {risk}.")
+
+    def _share_connections(self, share: int) -> None:
+        """Learn how many images of this process may wait for answers at once."""
 
     def complain(self, error: Exception, pause: float, then: str = "") -> None:
-        """Log that Redis does not answer: one line per attempt, and one for all threads that attempt at once.
+        """Log what is wrong with Redis: one line per attempt, and one for all threads that attempt at once.
 
         `then` says what follows where that is not another attempt after `pause` seconds.
         """
@@ -404,7 +425,8 @@ class ImageQueue:
                 return
             self._complained[then] = time.monotonic()
         then = then or "trying again" + (f" in {pause:.1f} s" if pause else "")
-        log.warning("Redis at %s %s (%s); %s", self.address, _fault(error), _reason(error), then)
+        reason = "" if isinstance(error, UnfitRedis) else f" ({_reason(error)})"
+        log.warning("Redis at %s %s%s; %s", self.address, fault_of(error), reason, then)
 
 
 class WebQueue(ImageQueue):
@@ -416,6 +438,9 @@ class WebQueue(ImageQueue):
         self._shape = USUAL_SHAPE  # which images the model takes, as far as we know
         self._next_look = 0.0  # time.monotonic() from which it is to be looked up again
         self._looking = Lock()
+        self._most = MOST_CONNECTIONS  # images that may wait for answers at once, each on a connection of its own
+        self._asking = 0  # images that do
+        self._one_less = Condition()
 
     def shape(self) -> Shape:
         """Return which images are wanted, (height, width, channels): as IMAGE_* say, or else as the model takes them.
@@ -457,37 +482,74 @@ class WebQueue(ImageQueue):
 
         Raises QueueFull, NoModelServer and RedisDown when the job was not accepted, ResultTimeout when it was.
         """
+        until = time.monotonic() + deadline - time.time()  # a clock that is set meanwhile changes nothing
         job_id = uuid.uuid4().hex
         with KeptJob(Job(job_id, image, deadline, request, top, shape=shape)) as job:
             del image
-            return self._ask(job_id, job, deadline)
+            if self.unfit:
+                self._refuse_unfit()
+            with self._connection_for(job, until):
+                return self._ask(job_id, job, until)
 
-    def _ask(self, job_id: str, job: KeptJob, deadline: float) -> Answer:
-        give_up = min(deadline, time.time() + settings.REDIS_TIMEOUT)
-        accepted = pushed = troubled = False
+    def _refuse_unfit(self) -> None:
+        """Raise RedisDown if Redis can't be used at all, and has not been replaced: to wait would be of no use."""
+        try:
+            self.check()
+        except UnfitRedis as error:
+            self.complain(error, 60, IMAGES_REFUSED)
+            raise RedisDown("The queue can't be used as it is set up, so tell the operator of the service.") from None
+        except RedisError:
+            pass  # it may be back soon
+
+    @contextmanager
+    def _connection_for(self, job: KeptJob, until: float) -> Iterator[None]:
+        """Wait until another image may use a connection, at most REDIS_TIMEOUT. Raises QueueFull."""
+        patience = min(until - time.monotonic(), settings.REDIS_TIMEOUT)
+        with self._one_less:
+            if self._asking >= self._most:
+                job.put_away()
+            if not self._one_less.wait_for(lambda: self._asking < self._most, patience):
+                raise QueueFull("Redis has no connection free for another image, so try again in a few seconds.")
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._one_less:
+                self._asking -= 1
+                self._one_less.notify()
+
+    def _share_connections(self, share: int) -> None:
+        with self._one_less:
+            self._most = share
+            self.pool.max_connections = share + SPARE_CONNECTIONS
+            self._one_less.notify_all()
+
+    def _ask(self, job_id: str, job: KeptJob, until: float) -> Answer:
+        give_up = min(until, time.monotonic() + settings.REDIS_TIMEOUT)
+        tried = accepted = False
         error: RedisError | None = None
         pause = pauses()
-        while time.time() < (deadline if accepted else give_up):
+        while time.monotonic() < (until if accepted else give_up):
             try:
-                if not pushed:
-                    if not (troubled and self._known(job_id)):
-                        self._push(job_id, job.read(), deadline, unlimited=accepted)
-                        self.count("retried" if troubled else "queued", 1)
-                    accepted = pushed = True
+                # What was pushed may be in a Redis that is no more, and its answer may have gone to a dead connection.
+                if not (tried and self._known(job_id)):
+                    again, tried = tried, True
+                    self._push(job_id, job.read(), until, unlimited=accepted)
+                    self.count("retried" if again else "queued", 1)
+                accepted = True
                 job.put_away()
-                answer = self._poll(job_id, deadline)
+                answer = self._poll(job_id, until)
                 if answer is not None:
                     return answer
-                # After trouble the answer may have gone to a connection that is dead: does Redis still know of the job?
-                pushed = not troubled
                 if error:  # it is over, and the next one has pauses of its own
                     error, pause = None, pauses()
             except RedisError as problem:
-                # Redis may come back without the job: the next round pushes it again, unless Redis still has it.
-                error, pushed, troubled = problem, False, True
+                if isinstance(problem, ResponseError) and not accepted:
+                    self._refuse_unfit()
+                error = problem
                 seconds = next(pause)
                 self.complain(problem, seconds)
-                time.sleep(min(seconds, max(0.0, deadline - time.time())))
+                time.sleep(min(seconds, max(0.0, until - time.monotonic())))
         if not accepted:
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
         with suppress(RedisError):  # to make room: without a model server nobody else drops what has expired
@@ -495,26 +557,26 @@ class WebQueue(ImageQueue):
         raise ResultTimeout(self._why_late(error))
 
     def _known(self, job_id: str) -> bool:
-        """Whether Redis has the job, or its answer, from an attempt whose reply was lost."""
+        """Whether Redis has the job or its answer."""
         return bool(self.redis.exists(self.accepted_key(job_id), self.result_key(job_id)))
 
-    def _push(self, job_id: str, job: bytes, deadline: float, *, unlimited: bool) -> None:
+    def _push(self, job_id: str, job: bytes, until: float, *, unlimited: bool) -> None:
         most = math.inf if unlimited else settings.MAX_QUEUE
         try:
-            room = not (self._full and self.waiting() >= most) and self._append(job_id, job, deadline, most)
+            room = not (self._full and self.waiting() >= most) and self._append(job_id, job, until, most)
         except OutOfMemoryError as error:
             if unlimited:
                 raise  # was promised an answer, so it goes on trying
-            self.complain(error, 1, "images are refused")
+            self.complain(error, 1, IMAGES_REFUSED)
             raise QueueFull("Redis has no memory for another image, so try again in a few seconds.") from error
         if not room:
             if self.live_servers():
                 raise QueueFull(f"{settings.MAX_QUEUE} images wait already, so try again in a few seconds.")
             raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
 
-    def _append(self, job_id: str, job: bytes, deadline: float, most: float) -> bool:
+    def _append(self, job_id: str, job: bytes, until: float, most: float) -> bool:
         """Append the job and return True; False when it turned out to be more than `most`, and was not yet taken."""
-        ttl = max(1, int((deadline - time.time()) * 1000))
+        ttl = max(1, int((until - time.monotonic()) * 1000))
         with self.redis.pipeline(transaction=True) as together:
             together.rpush(self.key, job)
             together.set(self.accepted_key(job_id), "", px=ttl)
@@ -529,9 +591,9 @@ class WebQueue(ImageQueue):
             self.redis.delete(self.accepted_key(job_id))
         return found
 
-    def _poll(self, job_id: str, deadline: float) -> Answer | None:
+    def _poll(self, job_id: str, until: float) -> Answer | None:
         # Not 0, which would block for ever.
-        seconds = min(settings.CLIENT_SLEEP, max(0.01, deadline - time.time()))
+        seconds = min(settings.CLIENT_SLEEP, max(0.01, until - time.monotonic()))
         reply = self.redis.blpop([self.result_key(job_id)], seconds)
         return None if reply is None else cast(Answer, json.loads(reply[1]))
 
@@ -562,6 +624,7 @@ class ServerQueue(ImageQueue):
         self._held, self.slot = claim_slot(self.key)
         self._begin_session()
         self._take = self.redis.register_script(TAKE)
+        self._lives = self.redis.register_script(LIVES)
         self._beat = self.redis.register_script(BEAT)
         self._answer = self.redis.register_script(ANSWER)
         self._return = self.redis.register_script(GIVE_BACK)
@@ -573,10 +636,11 @@ class ServerQueue(ImageQueue):
     def join(self) -> None:
         """Put back what this process had taken, and what one that died in its place had; then be alive.
 
-        Raises RedisError, and Refusal when Redis is too old or another model is served on this queue: half of the
-        answers would be wrong.
+        Raises RedisError, and Refusal when this Redis can't be used or another model is served on this queue: half of
+        the answers would be wrong.
         """
         self.check()
+        self.warn()
         self._refuse_other_models()
         self.leave()
         self._begin_session()
@@ -615,7 +679,7 @@ class ServerQueue(ImageQueue):
         the server, they would be blamed.
         """
         raw = self._move(most, wait)
-        parsed = [self._parse(entry) for entry in raw]
+        parsed = self._jobs(raw)
         keep = self._before_suspect(parsed, ahead=ahead)
         if keep < len(raw):
             self._give_back(len(raw) - keep)
@@ -681,7 +745,7 @@ class ServerQueue(ImageQueue):
         """Mark what `dead` had in flight and put it back, but answer what was in flight at a crash before."""
         taken = self.taken_key(dead)
         entries = self.redis.lrange(taken, 0, -1)
-        jobs = [job for job in map(self._parse, entries) if job and not job.expired]
+        jobs = [job for job in self._jobs(entries) if job and not job.expired]
         jobs = [replace(job, crashes=job.crashes + 1) for job in jobs]
         killers = [job for job in jobs if job.crashes >= MOST_CRASHES]
         first = [job.dump() for job in jobs if job.crashes == 1]
@@ -709,6 +773,13 @@ class ServerQueue(ImageQueue):
         if not self._beat(keys, [shape, str(SHAPE_TTL), *beat]):
             raise DeclaredDead
         self._next_beat = time.monotonic() + self.ttl / 5
+
+    def _jobs(self, entries: Sequence[bytes | str]) -> list[Job | None]:
+        """Return the jobs, each with what is left of its life; None for rubbish. Raises RedisError."""
+        parsed = [self._parse(entry) for entry in entries]
+        marks = [self.accepted_key(job.id) for job in parsed if job]
+        lives = iter(self._lives(marks) if marks else [])
+        return [_with_life(job, next(lives)) if job else None for job in parsed]
 
     def _parse(self, raw: bytes | str) -> Job | None:
         try:
@@ -775,18 +846,17 @@ def _is_count(value: object) -> bool:
 
 
 def _ttl(job: Job) -> int:
-    return int(1000 * (max(0.0, job.deadline - time.time()) + RESULT_GRACE))
+    return int(1000 * (max(0.0, job.remaining) + RESULT_GRACE))
 
 
-def _fault(error: Exception) -> str:
-    """Return what is wrong with Redis: it may well answer, but not us."""
-    if isinstance(error, AuthenticationError | NoPermissionError):
-        return "refuses us"
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "shows a certificate that we do not trust"
-    if isinstance(error, OutOfMemoryError):
-        return "has no memory left"
-    return "does not answer"
+def _with_life(job: Job, seconds: int) -> Job:
+    return job if seconds < 0 else replace(job, life=seconds + ROUNDING)
+
+
+@cache
+def _warn_once(line: str) -> None:
+    """Log the warning, unless this process has."""
+    log.warning("%s", line)
 
 
 def _reason(error: Exception) -> str:

@@ -221,7 +221,7 @@ class ModelServer:
             self._send_late()
             self.queue.leave()
         except RedisError as error:
-            log.warning("Redis does not answer (%s): what was taken goes back when the heartbeat lapses", error)
+            self.queue.complain(error, 0, "what was taken goes back when the heartbeat lapses")
 
 
 UNREADABLE = failed(
@@ -366,6 +366,7 @@ def look_for_redis() -> None:
     queue = ImageQueue()
     try:
         queue.check()
+        queue.warn()
     except RedisError as error:
         queue.complain(error, 0)
 

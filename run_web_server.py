@@ -30,10 +30,11 @@ import settings
 import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
 from health import add_health_routes
-from helpers import Refusal, ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
+from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
 from image_preparation import MissingImage, TooLarge, open_image, prepare_image
-from image_queue import QueueFull, WebQueue
+from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
 from pages import WELCOME, add_pages, send, wants_page
+from redis_connection import CLOSE_SURPLUS_EVERY, UnfitRedis
 
 log = logging.getLogger(__name__)
 
@@ -341,17 +342,21 @@ def error_response(status: int, code: str, message: str, **more: Any) -> tuple[f
 
 
 def watch_for_redis() -> None:
-    """Say when Redis is not there at start, once per attempt, until it is."""
+    """Say what is wrong with Redis at start, once per attempt, until nothing is; then close connections left idle."""
     for pause in pauses():
         try:
             queue.check()
-            return
+            queue.warn()
+            break
         except RedisError as error:
             queue.complain(error, pause)
             time.sleep(pause)
-        except Refusal as error:
-            log.error("%s", error)
-            return
+        except UnfitRedis as error:
+            queue.complain(error, 60, IMAGES_REFUSED)
+            break
+    while True:
+        time.sleep(CLOSE_SURPLUS_EVERY)
+        queue.pool.close_surplus()
 
 
 def keep_memory_small() -> None:

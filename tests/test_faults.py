@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from http.client import HTTPResponse
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -41,6 +42,7 @@ from conftest import (
     wait_until,
     web_processes,
 )
+from forwarder import Name, name_for
 from load import CLIENTS, Load, ask, freeze_in_mid_batch, in_flight, known_images
 from PIL import Image
 from redis import Redis
@@ -301,6 +303,141 @@ def test_a_redis_out_of_memory_is_503_and_recovers(tmp_path: Path, record_proper
     assert all(o.retry_after for o in refused)
     assert not any(o.status == 503 for o in load.outcomes[-100:])
     record_property("figures", f"{load.figures.replace('lost', 'refused with 503')}")
+
+
+class Pair(NamedTuple):
+    """A service whose Redis is a primary and its replica behind one name, and which of the two the name leads to."""
+
+    service: Service
+    name: Name
+    primary: Redis
+    replica: Redis
+
+    def readyz(self) -> requests.Response:
+        return requests.get(f"{self.service.url}/readyz", timeout=30)
+
+    def is_ready(self) -> bool:
+        return all(self.readyz().status_code == 200 for _ in range(6))  # so that each web process has been asked
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("pair")
+    ports = free_port(), free_port()
+    follow = ["--replicaof", "127.0.0.1", str(ports[0]), "--repl-diskless-sync-delay", "0"]
+    with ExitStack() as stack:
+        for number, (port, options) in enumerate(zip(ports, ([], follow), strict=True)):
+            stack.enter_context(run_redis(directory / f"redis-{number}", port, *options))
+        primary, replica = (Redis(port=port, socket_timeout=30) for port in ports)
+        wait_until(lambda: answers(primary) and answers(replica), "both answer")
+        wait_until(lambda: in_sync(replica), "the replica has caught up")
+        name = stack.enter_context(name_for(ports[0]))
+        service = stack.enter_context(run_service(directory, REDIS_PORT=str(name.port)))
+        yield Pair(service, name, primary, replica)
+
+
+def in_sync(replica: Redis) -> bool:
+    found = replica.info("replication")
+    return bool(found["role"] == "slave" and found["master_link_status"] == "up")
+
+
+def port_of(redis: Redis) -> int:
+    return int(redis.connection_pool.connection_kwargs["port"])
+
+
+def test_a_fail_over_behind_one_name_loses_nothing(pair: Pair, record_property: Record) -> None:
+    """There and back: the old primary lives on as a replica, on connections that stay open."""
+    told, waited = [], []
+    with Load(pair.service.url) as load:
+        for old, new in ((pair.primary, pair.replica), (pair.replica, pair.primary)):
+            load.wait_for(100)
+            old.replicaof("127.0.0.1", port_of(new))
+            told.append(wait_until(lambda: unready(pair), "the web notices"))
+            time.sleep(1)  # as a fail-over takes
+            new.replicaof("NO", "ONE")
+            pair.name.leads_to = port_of(new)
+            switched = time.monotonic()
+            wait_until(pair.is_ready, "the web is ready again", 20)
+            load.wait_for(100)
+            waited.append(time.monotonic() - switched)
+            wait_until(partial(in_sync, old), "the old primary has become a replica")
+
+    assert load.failures == {}
+    assert all("read-only replica" in message for message in told)
+    assert max(waited) < 15
+    record_property("figures", f"{load.figures}, ready and 100 answers later after {max(waited):.1f} s")
+
+
+def unready(pair: Pair) -> str:
+    """What /readyz says against a Redis that can't be written to; nothing when it says something else."""
+    answer = pair.readyz()
+    message = "" if answer.status_code == 200 else str(answer.json()["error"]["message"])
+    return message if "replica" in message else ""
+
+
+def test_a_redis_of_few_connections_serves_or_refuses_and_recovers(pair: Pair, record_property: Record) -> None:
+    images = known_images()[:100]
+    most = str(pair.primary.config_get("maxclients")["maxclients"])
+    pair.primary.config_set("maxclients", 30)
+    try:
+        wait_until(pair.is_ready, "both web processes know")
+        with ThreadPoolExecutor(100) as pool:
+            outcomes = list(pool.map(lambda image: ask(pair.service.url, image), images))
+        alone = [ask(pair.service.url, image) for image in images[:8]]
+        ready = [pair.readyz().status_code for _ in range(8)]
+        settings = {"IMAGE_QUEUE": pair.service.queue, "REDIS_PORT": str(pair.name.port)}
+        log = pair.service.servers[0].log_path.with_name("another")
+        with running([sys.executable, "run_model_server.py"], log, **settings) as another:
+            another.wait_for_log("* Joined the queue")
+            refused_it = "trying again" in another.log
+        connected = pair.primary.info("clients")["connected_clients"]
+    finally:
+        pair.primary.config_set("maxclients", most)
+
+    refused = [o for o in outcomes if o.status == 503]
+    assert all(o.right or o.retry_after for o in outcomes), [(o.status, o.code, o.message) for o in outcomes]
+    assert all(o.right for o in alone), alone
+    assert ready == [200] * 8
+    assert not refused_it
+    longest = max(o.seconds for o in outcomes)
+    figures = f"{100 - len(refused)} of 100 served, {len(refused)} x 503, longest {longest:.1f} s"
+    record_property("figures", f"{figures}; then {connected} of 30 connections in use")
+
+
+CLOCK = """
+import os, time
+real, shift = time.time, float(os.environ["CLOCK_SHIFT"])
+time.time = lambda: real() + shift
+"""
+
+
+def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, record_property: Record) -> None:
+    """One clock is 90 seconds fast, the other 3 hours slow."""
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    queue = pair.service.queue
+    settings = {"IMAGE_QUEUE": queue, "REDIS_PORT": str(pair.name.port), "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "run_model_server.py"]
+    right = pair.service.servers[0]
+    with (
+        running(command, tmp_path / "fast", **settings, CLOCK_SHIFT="90") as fast,
+        running(command, tmp_path / "slow", **settings, CLOCK_SHIFT="-10800") as slow,
+    ):
+        for server in (fast, slow):
+            server.wait_for_log("* Joined the queue")
+        freeze(right)
+        wait_until(lambda: in_flight(pair.primary, queue, name_of(right)) == 0, "what it had is brought back")
+        with Load(pair.service.url) as load:
+            load.wait_for(200)
+        batches = [server.log.count("Batch size") for server in (fast, slow)]
+        right.send(signal.SIGCONT)
+
+    assert load.failures == {}
+    assert all(batches)
+    record_property("figures", f"{load.figures}, batches of {batches} each")
+
+
+def freeze(server: Process) -> None:
+    server.send(signal.SIGSTOP)
 
 
 # Apache
