@@ -521,8 +521,9 @@ class WebQueue(ImageQueue):
     def _share_connections(self, share: int) -> None:
         with self._one_less:
             self._most = share
-            self.pool.max_connections = share + SPARE_CONNECTIONS
             self._one_less.notify_all()
+        self.pool.max_connections = share + SPARE_CONNECTIONS
+        self.pool.close_idle(share)
 
     def _ask(self, job_id: str, job: KeptJob, until: float) -> Answer:
         give_up = min(until, time.monotonic() + settings.REDIS_TIMEOUT)

@@ -245,6 +245,11 @@ def risks_of(info: Info) -> list[str]:
 
 REPLICA = "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"
 CLUSTER = "is a Redis Cluster, so use a Redis with cluster mode off"
+NO_ANSWER = "does not answer, so start it or check REDIS_*"
+NO_ANSWER_BY_TLS = "does not answer by TLS, so start it or check REDIS_URL, which begins with redis:// without TLS"
+CLOSED = "closed the connection, so see its log; if it wants TLS, begin REDIS_URL with rediss://"
+CLOSED_BY_TLS = "closed the connection, so see its log; a client certificate is named by ssl_certfile in REDIS_URL"
+BY_TLS = {NO_ANSWER: NO_ANSWER_BY_TLS, CLOSED: CLOSED_BY_TLS}  # what the same means where REDIS_URL asks for TLS
 NO_CONNECTION_LEFT = "has no connection left, so raise its maxclients"
 
 # What is wrong by the error and a piece of its text, the first that fits. Redis may well answer, but not as it must.
@@ -257,11 +262,12 @@ FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
     (NoPermissionError, "", "does not give this user the rights it needs, so set those in docs/operations.md"),
     (RedisError, "CERTIFICATE_VERIFY_FAILED",
      "shows a certificate that we do not trust, so check ssl_ca_certs and the host name in REDIS_URL"),
-    (RedisError, "WRONG_VERSION_NUMBER", "does not speak TLS, so begin REDIS_URL with redis://"),
+    (RedisError, "WRONG_VERSION_NUMBER", NO_ANSWER_BY_TLS),
     (RedisError, "CERTIFICATE_REQUIRED", "wants a client certificate, so set ssl_certfile, ssl_keyfile in REDIS_URL"),
     (RedisError, "[SSL", "can't agree with us on TLS, so check the ssl_ options of REDIS_URL"),
-    (RedisError, "Connection closed by server",
-     "closed the connection, so see its log; if it wants TLS, begin REDIS_URL with rediss://"),
+    (RedisError, "Connection closed by server", CLOSED),
+    (RedisError, "Connection reset by peer", CLOSED),
+    (RedisError, "while writing to socket", CLOSED),
     (RedisError, "protected mode", "lets in its own machine only (protected mode), so set a password there"),
     (RedisError, "DB index is out of range", "has no database of that number, so check REDIS_DB"),
     (OutOfMemoryError, "", "has no memory left, so raise its maxmemory"),
@@ -286,4 +292,5 @@ def fault_of(error: Exception) -> str:
     if isinstance(error, UnfitRedis):
         return error.fault
     known = (words for kind, text, words in FAULTS if isinstance(error, kind) and text in str(error))
-    return next(known, "does not answer, so start it or check REDIS_*")
+    fault = next(known, NO_ANSWER)
+    return BY_TLS.get(fault, fault) if settings.REDIS_URL.startswith("rediss:") else fault

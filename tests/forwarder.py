@@ -42,6 +42,6 @@ class Forward(socketserver.BaseRequestHandler):
 @contextmanager
 def name_for(port: int) -> Iterator[Name]:
     with Name(port) as name:
-        threading.Thread(target=name.serve_forever, daemon=True).start()
+        threading.Thread(target=name.serve_forever, args=[0.02], daemon=True).start()
         yield name
         name.shutdown()

@@ -1,0 +1,464 @@
+"""Connections that follow a fail-over, and what is said of a Redis that can't be used, on real ones."""
+
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import answers, free_port, make_certificates, run_redis, wait_until
+from forwarder import name_for
+from redis import Redis
+from redis.exceptions import RedisError
+
+import image_queue
+import redis_connection
+import settings
+from image_queue import WebQueue
+from redis_connection import NotPrimary, QueuePool, UnfitRedis, connect, fault_of
+
+GRACE = 10  # seconds for what takes milliseconds on an idle machine
+
+
+class Pair:
+    """A primary and its replica, of a test's own: each is demoted and promoted at will."""
+
+    def __init__(self, primary: Redis, replica: Redis) -> None:
+        self.primary = primary
+        self.replica = replica
+
+    def demote(self) -> None:
+        self.primary.replicaof("127.0.0.1", port_of(self.replica))
+
+    def restore(self) -> None:
+        self.primary.config_set("replica-serve-stale-data", "yes")
+        self.primary.replicaof("NO", "ONE")
+
+
+def port_of(redis: Redis) -> int:
+    return int(redis.connection_pool.connection_kwargs["port"])
+
+
+@pytest.fixture(scope="module")
+def pair_of_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory, ports = tmp_path_factory.mktemp("pair"), [free_port(), free_port()]
+    with ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(run_redis(directory / str(port), port))
+        both = [Redis(port=port, socket_timeout=5) for port in ports]
+        wait_until(lambda: all(answers(each) for each in both), "both answer")
+        yield Pair(*both)
+
+
+@pytest.fixture
+def pair(pair_of_redis: Pair) -> Iterator[Pair]:
+    yield pair_of_redis
+    pair_of_redis.restore()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, port: int, **others: Any) -> None:
+    for name, value in {"REDIS_PORT": port, **others}.items():
+        monkeypatch.setattr(settings, name, value)
+
+
+# Fail-over
+
+
+def multi(redis: Redis) -> object:
+    with redis.pipeline(transaction=True) as together:
+        together.rpush("k", 1)
+        together.set("l", 2)
+        return together.execute()
+
+
+COMMANDS: dict[str, Callable[[Redis], object]] = {
+    "a write": lambda redis: redis.set("k", 1),
+    "a transaction": multi,
+    "a script": lambda redis: redis.register_script(image_queue.BEAT)(["k"], ["", 1, "v"]),
+    "a poll": lambda redis: redis.blpop(["k"], 1),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_whatever_a_replica_refuses_closes_the_connection(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, command: Callable[[Redis], object]
+) -> None:
+    use(monkeypatch, port_of(pair.primary))
+    redis = connect()
+    redis.ping()
+    pair.demote()
+
+    with pytest.raises(NotPrimary):
+        command(redis)
+
+    assert idle(redis) == 0
+
+
+def idle(redis: Redis) -> int:
+    return len(redis.connection_pool._available_connections)
+
+
+def test_a_replica_without_its_primary_closes_the_connection_too(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    use(monkeypatch, port_of(pair.primary))
+    redis = connect()
+    pair.primary.config_set("replica-serve-stale-data", "no")
+    pair.primary.replicaof("127.0.0.1", free_port())
+
+    with pytest.raises(NotPrimary):
+        redis.get("k")
+
+    assert idle(redis) == 0
+
+
+def test_a_transaction_that_a_fail_over_cuts_in_two_counts_as_refused(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair
+) -> None:
+    use(monkeypatch, port_of(pair.primary))
+    connection = connect().connection_pool.get_connection()
+    for command in (["MULTI"], ["SET", "k", "1"]):
+        connection.send_command(*command)  # type: ignore[no-untyped-call]
+        connection.read_response()
+    pair.demote()
+
+    connection.send_command("EXEC")  # type: ignore[no-untyped-call]
+    with pytest.raises(NotPrimary):
+        connection.read_response()
+
+    assert not connection.is_connected
+
+
+def test_a_poll_that_waits_when_its_primary_is_demoted_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair
+) -> None:
+    use(monkeypatch, port_of(pair.primary))
+    redis = connect()
+    with ThreadPoolExecutor(1) as pool:
+        polled = pool.submit(redis.blpop, ["k"], 20)
+        wait_until(lambda: pair.primary.info("clients")["blocked_clients"], "it waits")
+        pair.demote()
+
+        with pytest.raises(NotPrimary):
+            polled.result(GRACE)
+
+
+def test_after_one_error_every_connection_is_to_the_new_primary(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    with name_for(port_of(pair.primary)) as name:
+        use(monkeypatch, name.port)
+        others = len(pair.primary.client_list("normal"))
+        redis = connect()
+        pool = redis.connection_pool
+        for each in [pool.get_connection() for _ in range(5)]:
+            each._send_ping()  # so that it leads somewhere
+            pool.release(each)
+        pair.demote()
+        name.leads_to = port_of(pair.replica)
+
+        with pytest.raises(NotPrimary):
+            redis.set("k", 1)
+
+        redis.set("k", 2)
+        assert pair.replica.get("k") == b"2"
+        wait_until(lambda: len(pair.primary.client_list("normal")) <= others, "none of ours is left")
+
+
+def test_a_replica_behind_the_name_is_told_apart_from_an_old_connection(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair
+) -> None:
+    """The first is an error; the second is mended by a new connection, and nobody notices."""
+    with name_for(port_of(pair.primary)) as name:
+        use(monkeypatch, name.port)
+        web = WebQueue()
+        web.check()
+        pair.demote()
+
+        with pytest.raises(NotPrimary) as caught:
+            web.check()
+        name.leads_to = port_of(pair.replica)
+        web.check()
+
+    assert "is a read-only replica" in fault_of(caught.value)
+
+
+def test_a_broken_connection_takes_the_idle_ones_along(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    """Each of them would else be waited for in vain, one after the other, where the old primary is frozen."""
+    use(monkeypatch, port_of(pair.primary))
+    redis = connect()
+    pool = redis.connection_pool
+    for each in [pool.get_connection() for _ in range(5)]:
+        pool.release(each)
+    broken = pool.get_connection()
+    broken.disconnect()  # type: ignore[no-untyped-call]
+
+    pool.release(broken)
+
+    assert idle(redis) == 0
+    assert redis.ping()
+
+
+# How many connections
+
+
+def test_idle_connections_of_a_burst_are_closed_and_those_in_steady_use_are_kept(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair
+) -> None:
+    use(monkeypatch, port_of(pair.primary))
+    pool = connect().connection_pool
+    assert isinstance(pool, QueuePool)
+
+    def use_at_once(number: int) -> list[int]:
+        used = [pool.get_connection() for _ in range(number)]
+        for each in used:
+            pool.release(each)
+        return sorted(id(each._sock) for each in used)
+
+    use_at_once(20)
+    pool.close_surplus()
+    steady = use_at_once(5)
+    pool.close_surplus()
+    kept = len(pool._available_connections)
+    again = use_at_once(5)
+    pool.close_surplus()
+    pool.close_surplus()
+
+    assert kept == 5
+    assert again == steady
+    assert pool._available_connections == []
+    assert pool._created_connections == 0
+
+
+def test_a_redis_without_a_free_connection_is_said_to_have_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    port = free_port()
+    use(monkeypatch, port)
+    with run_redis(tmp_path / "log", port, "--maxclients", "2"):
+        taken = [Redis(port=port), Redis(port=port)]
+        wait_until(lambda: all(answers(each) for each in taken), "Redis answers")
+
+        assert fault_now().startswith("has no connection left, so raise its maxclients")
+
+
+def fault_now() -> str:
+    """What is wrong with the Redis of the settings, now."""
+    try:
+        WebQueue().check()
+    except (RedisError, UnfitRedis) as error:
+        return fault_of(error)
+    return ""
+
+
+# A Redis that is not as it must be
+
+
+class Fake(socketserver.ThreadingTCPServer):
+    """Gives the same `reply` to every command but PING, as a Redis of another make would to INFO."""
+
+    daemon_threads = True
+
+    def __init__(self, reply: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), FakeConnection)
+        self.reply = reply
+
+
+class FakeConnection(socketserver.BaseRequestHandler):
+    server: Fake
+
+    def handle(self) -> None:
+        while command := self.request.recv(2**16):
+            self.request.sendall(b"+PONG\r\n" if b"PING" in command else self.server.reply)
+
+
+@contextmanager
+def fake_redis(reply: bytes) -> Iterator[int]:
+    with Fake(reply) as server:
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        yield int(server.server_address[1])
+        server.shutdown()
+
+
+def bulk(*lines: str) -> bytes:
+    text = "".join(f"{line}\r\n" for line in lines).encode()
+    return b"$%d\r\n%s\r\n" % (len(text), text)
+
+
+UNFIT = {
+    "Dragonfly": (["redis_version:7.4.0", "dragonfly_version:df-v1.30.0", "redis_mode:standalone"], "is Dragonfly"),
+    "Dragonfly's cluster": (["redis_version:7.4.0", "dragonfly_version:df-v1.30.0", "redis_mode:cluster"], "Dragonfly"),
+    "a serverless cluster": (["redis_version:7.1", "redis_mode:cluster"], "is a Redis Cluster"),
+    "Valkey's cluster": (["redis_version:7.2.4", "server_mode:cluster", "cluster_enabled:1"], "is a Redis Cluster"),
+    "a hidden cluster": (["redis_version:8.0", "cluster_enabled:1"], "is a Redis Cluster"),
+    "a Sentinel": (["redis_version:7.0.15", "redis_mode:sentinel"], "is a Sentinel, "),
+    "an old one": (["redis_version:6.2.14", "redis_mode:standalone"], "is version 6.2.14, but 7 or newer is needed"),
+    "KeyDB": (["redis_version:6.3.4", "redis_mode:standalone", "role:active-replica"], "is version 6.3.4"),
+    "an unknown one": (["something:else"], "is version unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "words"), UNFIT.values(), ids=UNFIT.keys())
+def test_a_redis_that_can_not_be_used_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], words: str
+) -> None:
+    with fake_redis(bulk(*lines)) as port:
+        use(monkeypatch, port)
+        web = WebQueue()
+        started = time.monotonic()
+
+        with pytest.raises(UnfitRedis, match=f"Redis at 127.0.0.1:{port} is ") as caught:
+            web.check()
+        with pytest.raises(image_queue.RedisDown, match="tell the operator"):
+            web.ask("aW1hZ2U=", time.time() + 20)
+
+    assert words in fault_of(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert time.monotonic() - started < GRACE
+
+
+def test_a_redis_cluster_refuses_at_once_also_when_nobody_has_checked_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    use(monkeypatch, port)
+    with run_redis(tmp_path / "log", port, "--cluster-enabled", "yes"):
+        wait_until(lambda: answers(Redis(port=port)), "Redis answers")
+        started = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(image_queue.RedisDown):
+                WebQueue().ask("aW1hZ2U=", time.time() + 20)
+
+    assert time.monotonic() - started < GRACE
+    assert "is a Redis Cluster" in caplog.text
+
+
+def test_when_a_fit_redis_takes_the_place_of_an_unfit_one_images_are_taken_again(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair
+) -> None:
+    with fake_redis(bulk("redis_version:7.4.0", "redis_mode:cluster")) as unfit, name_for(unfit) as name:
+        use(monkeypatch, name.port)
+        web = WebQueue()
+        with pytest.raises(UnfitRedis):
+            web.check()
+        name.leads_to = port_of(pair.primary)
+        web.pool.close_idle()
+
+        with pytest.raises(image_queue.ResultTimeout):
+            web.ask("aW1hZ2U=", time.time() + 0.5)
+
+
+RISKS = {
+    "allkeys-lru": (["maxmemory:1000000", "maxmemory_policy:allkeys-lru"], ["allkeys-lru"]),
+    "volatile-ttl": (["maxmemory:1000000", "maxmemory_policy:volatile-ttl"], ["volatile-ttl"]),
+    "an unheard-of policy": (["maxmemory:1", "maxmemory_policy:allkeys-lrm"], ["allkeys-lrm"]),
+    "no limit": (["maxmemory:0", "maxmemory_policy:allkeys-lru"], []),
+    "noeviction": (["maxmemory:1000000", "maxmemory_policy:noeviction"], []),
+    "few connections": (["maxclients:30"], ["30 connections"]),
+    "enough connections": (["maxclients:1000"], []),
+    "both": (["maxclients:30", "maxmemory:9", "maxmemory_policy:allkeys-lfu"], ["allkeys-lfu", "30 connections"]),
+    "a provider that tells nothing": ([], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "words"), RISKS.values(), ids=RISKS.keys())
+def test_what_of_a_redis_may_cost_requests_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lines: list[str], words: list[str]
+) -> None:
+    with fake_redis(bulk("redis_version:7.2.4", "role:master", *lines)) as port:
+        use(monkeypatch, port)
+        web = WebQueue()
+        for _ in range(3):
+            web.check()
+            web.warn()
+
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == len(words)
+    assert all(word in line and f"127.0.0.1:{port}" in line for word, line in zip(words, told, strict=True))
+
+
+REPLIES = {
+    b"-LOADING Redis is loading the dataset in memory": "is still loading its data",
+    b"-NOAUTH Authentication required.": "wants a password",
+    b"-WRONGPASS invalid username-password pair or user is disabled.": "refuses the password",
+    b"-ERR AUTH <password> called without any password configured for the default user. Are you sure your "
+    b"configuration is correct?": "has no password",
+    b"-NOPERM this user has no permissions to run the 'info' command": "does not give this user the rights",
+    b"-NOPERM User x has no permissions to access one of the keys": "does not give this user the rights",
+    b"-DENIED Redis is running in protected mode because protected mode is enabled": "protected mode",
+    b"-MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist": "can't save them",
+    b"-NOREPLICAS Not enough good replicas to write.": "too few replicas",
+    b"-OOM command not allowed when used memory > 'maxmemory'.": "has no memory left",
+    b"-ERR max number of clients reached": "has no connection left",
+    b"-READONLY You can't write against a read only replica.": "is a read-only replica",
+    b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.": "is a read-only replica",
+    b"-CLUSTERDOWN Hash slot not served": "is a Redis Cluster",
+    b"-MOVED 3999 127.0.0.1:6381": "is a Redis Cluster",
+    b"-ERR unknown command 'INFO'": "refuses a command",
+    b"HTTP/1.1 400 Bad Request": "is no Redis",
+}
+
+
+@pytest.mark.parametrize(("reply", "words"), REPLIES.items(), ids=list(REPLIES.values()))
+def test_each_refusal_is_called_what_it_is(monkeypatch: pytest.MonkeyPatch, reply: bytes, words: str) -> None:
+    with fake_redis(reply + b"\r\n") as port:
+        use(monkeypatch, port)
+
+        fault = fault_now()
+
+    assert words in fault
+    assert "does not answer" not in fault
+
+
+class Page(BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_what_listens_there_and_is_no_redis_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        use(monkeypatch, server.server_port)
+
+        assert fault_now().startswith("is no Redis")
+        server.shutdown()
+
+
+def test_without_a_redis_it_is_said_not_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, free_port())
+
+    assert fault_now().startswith("does not answer, so start it")
+
+
+def test_passwords_tls_and_databases_that_do_not_fit_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files, port, tls_port = make_certificates(tmp_path), free_port(), free_port()
+    other = make_certificates(tmp_path, "other")["ca"]
+    options = {"--requirepass": "right", "--tls-port": str(tls_port), "--tls-cert-file": files["certificate"],
+               "--tls-key-file": files["key"], "--tls-ca-cert-file": files["ca"]}  # fmt: skip
+    plain, tls, ca = f"127.0.0.1:{port}", f"127.0.0.1:{tls_port}", f"ssl_ca_certs={files['ca']}"
+    own = f"ssl_certfile={files['certificate']}&ssl_keyfile={files['key']}"
+    wanted = {
+        f"redis://{plain}": "wants a password",
+        f"redis://:wrong@{plain}": "refuses the password",
+        f"redis://:right@{plain}/99": "has no database of that number",
+        f"rediss://:right@{plain}?{ca}": "does not answer by TLS",
+        f"redis://:right@{tls}": "closed the connection, so see its log; if it wants TLS",
+        f"rediss://:right@{tls}?ssl_ca_certs={other}&{own}": "shows a certificate that we do not trust",
+        f"rediss://:right@{tls}?{ca}&{own}": "",
+    }
+    no_certificate = f"rediss://:right@{tls}?{ca}"
+    monkeypatch.setattr(redis_connection, "SOCKET_GRACE", 1)
+    with run_redis(tmp_path / "log", port, *chain(*options.items())):
+        wait_until(lambda: answers(Redis(port=port, password="right")), "Redis answers")
+        found = {}
+        for url in [*wanted, no_certificate]:
+            monkeypatch.setattr(settings, "REDIS_URL", url)
+            found[url] = fault_now()
+
+    assert "client certificate" in found[no_certificate]  # which TLS 1.3 says, or it just closes
+    for url, words in wanted.items():
+        assert found[url].startswith(words), (url, found[url])
+        assert bool(found[url]) == bool(words), (url, found[url])
