@@ -577,7 +577,7 @@ class WebQueue(ImageQueue):
 
     def _append(self, job_id: str, job: bytes, until: float, most: float) -> bool:
         """Append the job and return True; False when it turned out to be more than `most`, and was not yet taken."""
-        ttl = max(1, int((until - time.monotonic()) * 1000))
+        ttl = max(1, math.ceil((until - time.monotonic()) * 1000))
         with self.redis.pipeline(transaction=True) as together:
             together.rpush(self.key, job)
             together.set(self.accepted_key(job_id), "", px=ttl)

@@ -594,6 +594,188 @@ def test_a_restart_of_redis_that_forgets_all_loses_no_request(
         assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
 
 
+def test_a_redis_swapped_between_two_polls_is_given_the_job_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """redis-py connects to the new one silently: no error tells the web that its job is gone."""
+    port = free_port()
+    monkeypatch.setattr(settings, "REDIS_PORT", port)
+    monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.3)
+    web = WebQueue()
+    poll, between, swapped = web._poll, threading.Event(), threading.Event()
+
+    def poll_when_swapped(*arguments: Any) -> Any:
+        answer = poll(*arguments)
+        if not swapped.is_set():
+            between.set()
+            swapped.wait(20)
+        return answer
+
+    monkeypatch.setattr(web, "_poll", poll_when_swapped)
+    with run_redis(tmp_path / "log", port) as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+        asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+        assert between.wait(10)
+    with run_redis(tmp_path / "log2", port) as process:
+        wait_until(lambda: "Ready to accept" in process.log, "another is up")
+        swapped.set()
+        server = ServerQueue(ABOUT, 5)
+        server.join()
+        batch = server.take(1, wait=3)
+        assert batch.jobs, "the new Redis has no job"
+        server.answer(batch.jobs, [ANSWER], batch.entries)
+
+        assert asked.result(10) == ANSWER
+
+
+# Clocks
+
+
+def shift_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Set the clock of this process, which the web has read already, as on another machine that is wrong."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + seconds)
+
+
+@pytest.mark.parametrize("shift", [90, -90, 7200, -86400])
+def test_a_model_server_with_a_wrong_clock_answers(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
+) -> None:
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    wait_until(lambda: web.waiting() == 1, "the job waits")
+    shift_clock(monkeypatch, shift)
+
+    batch = server.take(32)
+    assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert asked.result(10) == ANSWER
+
+
+def test_a_model_server_with_a_fast_clock_brings_the_jobs_of_a_dead_one_back(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, second: ServerQueue
+) -> None:
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    assert len(server.take(1, wait=5).jobs) == 1
+    die(server)
+    shift_clock(monkeypatch, 7200)
+
+    second.recover()
+    batch = second.take(1)
+    second.answer(batch.jobs, [ANSWER] * len(batch.jobs), batch.entries)
+
+    assert asked.result(10) == ANSWER
+    assert batch.suspect
+
+
+@pytest.mark.parametrize("shift", [3600, -3600])
+def test_a_step_of_the_webs_clock_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
+) -> None:
+    monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.1)
+    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3))
+    wait_until(lambda: web.waiting() == 1, "the job waits")
+    shift_clock(monkeypatch, shift)
+    stepped = time.monotonic()
+    if shift < 0:
+        with pytest.raises(image_queue.ResultTimeout):
+            asked.result(10)
+        assert time.monotonic() - stepped < 6
+        return
+    time.sleep(0.5)  # five polls
+    batch = server.take(1)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert asked.result(10) == ANSWER
+
+
+@pytest.mark.parametrize("shift", [0, 7200])
+def test_a_job_whose_mark_has_expired_is_dropped_unanswered(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
+) -> None:
+    """Its web process died, else it would have taken it back."""
+    job = Job("late", "aW1hZ2U=", time.time() + 0.3)
+    web._push(job.id, job.dump(), time.monotonic() + 0.3, unlimited=False)
+    push(redis, "in-time", deadline=time.time() + shift + 30)
+    wait_until(lambda: not redis.exists(web.accepted_key("late")), "its mark has expired")
+    wait_until(lambda: time.time() > job.deadline, "its deadline has passed")
+    shift_clock(monkeypatch, shift)
+
+    batch = server.take(32)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert ids(batch) == ["in-time"]
+    assert result_of(redis, "late") is None
+
+
+def test_a_job_expires_in_a_batch_when_its_mark_does(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
+) -> None:
+    """While the batch before it is computed; its deadline, by a clock that is wrong, says nothing."""
+    for name, seconds in (("soon", 2.0), ("later", 30.0)):
+        job = Job(name, "aW1hZ2U=", time.time() - 7200)
+        web._push(name, job.dump(), time.monotonic() + seconds, unlimited=False)
+    batch = server.take(2)
+    batch.images = [None, None]
+    taken = ids(batch)
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 5)
+
+    assert batch.drop_expired() == 1
+    assert (taken, ids(batch)) == (["soon", "later"], ["later"])
+
+
+@pytest.mark.parametrize(("marked", "left"), [(None, 3602), (200, 202)])
+def test_an_answer_is_kept_as_long_as_its_job_lives_and_an_hour_at_most(
+    redis: Redis, server: ServerQueue, marked: int | None, left: int
+) -> None:
+    push(redis, "tool", deadline=1e300)
+    if marked:
+        redis.set(server.accepted_key("tool"), "", ex=marked)
+    batch = server.take(1)
+
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+
+    assert result_of(redis, "tool") == ANSWER
+    assert left - 5 <= redis.ttl(server.result_key("tool")) <= left + 1
+
+
+# Connections
+
+
+def test_no_more_images_wait_at_once_than_redis_has_connections_for(
+    redis: Redis, web: WebQueue, server: ServerQueue
+) -> None:
+    web._share_connections(3)
+    before = redis.info("clients")["connected_clients"]
+    with ThreadPoolExecutor(30) as pool:
+        asked = [pool.submit(web.ask, "aW1hZ2U=", time.time() + 20) for _ in range(30)]
+        most = 0
+        while not all(each.done() for each in asked):
+            batch = server.take(32, wait=1)
+            most = max(most, redis.info("clients")["connected_clients"] - before)
+            server.answer(batch.jobs, [ANSWER] * len(batch.jobs), batch.entries)
+
+    assert [each.result() for each in asked] == [ANSWER] * 30
+    assert most <= 3
+
+
+def test_an_image_that_finds_no_connection_free_is_refused_after_its_patience(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
+) -> None:
+    monkeypatch.setattr(settings, "REDIS_TIMEOUT", 0.3)
+    web._share_connections(1)
+    first = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    wait_until(lambda: web.waiting() == 1, "the first waits")
+
+    with pytest.raises(image_queue.QueueFull, match="no connection free"):
+        web.ask("aW1hZ2U=", time.time() + 20)
+
+    batch = server.take(1)
+    server.answer(batch.jobs, [ANSWER], batch.entries)
+    assert first.result(10) == ANSWER
+
+
 def no_file(**_: Any) -> IO[bytes]:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -154,7 +154,7 @@ def test_after_one_error_every_connection_is_to_the_new_primary(monkeypatch: pyt
         redis = connect()
         pool = redis.connection_pool
         for each in [pool.get_connection() for _ in range(5)]:
-            each._send_ping()  # so that it leads somewhere
+            each._send_ping()  # type: ignore[no-untyped-call]  # so that it leads somewhere
             pool.release(each)
         pair.demote()
         name.leads_to = port_of(pair.replica)
