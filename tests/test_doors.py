@@ -324,7 +324,19 @@ def test_the_user_of_the_readme_may_do_nothing_else(vault: Vault) -> None:
                 client.execute_command(*command)
 
 
-WRONG = {"password": "refuses us", "certificate": "shows a certificate that we do not trust"}
+WRONG = {
+    "password": "refuses the password, so check the user and the password in REDIS_URL",
+    "certificate": "shows a certificate that we do not trust, so check ssl_ca_certs",
+    "rights": "does not give this user the rights it needs, so set those in docs/operations.md",
+}
+
+
+def weak_user(vault: Vault) -> str:
+    """The URL of a user that may ask what Redis is, and nothing else."""
+    vault.admin.execute_command(
+        "ACL", "SETUSER", "weak", "reset", "on", ">the-wrong-one", "~image_queue*", "+ping", "+info"
+    )
+    return vault.url("the-wrong-one").replace("keras-rest-api", "weak")
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -332,7 +344,8 @@ def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
     vault: Vault, public: Path, tmp_path: Path, wrong: str
 ) -> None:
     other = make_certificates(public, "other")["ca"]
-    url = vault.url("the-wrong-one") if wrong == "password" else vault.url(ca=other)
+    urls = {"password": vault.url("the-wrong-one"), "certificate": vault.url(ca=other), "rights": weak_user(vault)}
+    url = urls[wrong]
     logs = [tmp_path / "server.log", tmp_path / "apache.log"]
     with (
         running([sys.executable, "run_model_server.py"], logs[0], REDIS_URL=url) as server,
@@ -344,6 +357,7 @@ def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
 
     assert [response.status_code for response in answered] == [503, 503]
     assert WRONG[wrong] in told[1]
+    assert WRONG[wrong] in answered[1].json()["error"]["message"]
     for text in told:
         assert "Traceback" not in text
         assert not any(secret in text for secret in (PASSWORD, quote(PASSWORD, safe=""), "the-wrong-one"))

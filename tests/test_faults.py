@@ -46,6 +46,8 @@ from forwarder import Name, name_for
 from load import CLIENTS, Load, ask, freeze_in_mid_batch, in_flight, known_images
 from PIL import Image
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from samples import saved
 
 Record = Callable[[str, object], None]
@@ -306,7 +308,10 @@ def test_a_redis_out_of_memory_is_503_and_recovers(tmp_path: Path, record_proper
 
 
 class Pair(NamedTuple):
-    """A service whose Redis is a primary and its replica behind one name, and which of the two the name leads to."""
+    """A service whose Redis is a primary and its replica behind one name, and which of the two the name leads to.
+
+    Both may evict, which they are too large for, but both programs must say so.
+    """
 
     service: Service
     name: Name
@@ -324,10 +329,11 @@ class Pair(NamedTuple):
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     directory = tmp_path_factory.mktemp("pair")
     ports = free_port(), free_port()
+    evict = ["--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru"]
     follow = ["--replicaof", "127.0.0.1", str(ports[0]), "--repl-diskless-sync-delay", "0"]
     with ExitStack() as stack:
         for number, (port, options) in enumerate(zip(ports, ([], follow), strict=True)):
-            stack.enter_context(run_redis(directory / f"redis-{number}", port, *options))
+            stack.enter_context(run_redis(directory / f"redis-{number}", port, *evict, *options))
         primary, replica = (Redis(port=port, socket_timeout=30) for port in ports)
         wait_until(lambda: answers(primary) and answers(replica), "both answer")
         wait_until(lambda: in_sync(replica), "the replica has caught up")
@@ -343,6 +349,39 @@ def in_sync(replica: Redis) -> bool:
 
 def port_of(redis: Redis) -> int:
     return int(redis.connection_pool.connection_kwargs["port"])
+
+
+def test_a_redis_that_evicts_is_named_by_both_programs_at_their_start(pair: Pair) -> None:
+    server = pair.service.servers[0].log_path
+    logs = [server.read_text(), server.with_name("apache").read_text()]
+
+    told = [[line for line in log.splitlines() if "maxmemory-policy" in line] for log in logs]
+    assert [len(lines) for lines in told] == [1, len(web_processes(pair.service.url))]
+    assert all("allkeys-lru" in line and "noeviction" in line for lines in told for line in lines)
+    assert pair.readyz().json()["warnings"]
+
+
+def test_a_redis_cluster_is_named_by_both_programs_at_their_start(tmp_path: Path) -> None:
+    port = free_port()
+    image = known_images()[0]
+    with (
+        run_redis(tmp_path / "redis", port, "--cluster-enabled", "yes"),
+        run_apache(log=tmp_path / "apache", REDIS_PORT=str(port)) as url,
+        running([sys.executable, "run_model_server.py"], tmp_path / "server", REDIS_PORT=str(port)) as server,
+    ):
+        refused = [ask(url, image) for _ in range(8)]
+        ready = requests.get(f"{url}/readyz", timeout=10)
+        code = server.popen.wait(60)
+        log = (tmp_path / "apache").read_text()
+
+    assert code == 2
+    [line] = [line for line in server.log.splitlines() if "Redis" in line]
+    assert f"127.0.0.1:{port} is a Redis Cluster" in line
+    assert log.count("is a Redis Cluster") == 2  # by each web process
+    assert ready.status_code == 503
+    assert "is a Redis Cluster" in ready.json()["error"]["message"]
+    assert {(o.status, o.code) for o in refused} == {(503, "redis_down")}
+    assert max(o.seconds for o in refused) < 10
 
 
 def test_a_fail_over_behind_one_name_loses_nothing(pair: Pair, record_property: Record) -> None:
@@ -385,12 +424,9 @@ def test_a_redis_of_few_connections_serves_or_refuses_and_recovers(pair: Pair, r
             outcomes = list(pool.map(lambda image: ask(pair.service.url, image), images))
         alone = [ask(pair.service.url, image) for image in images[:8]]
         ready = [pair.readyz().status_code for _ in range(8)]
-        settings = {"IMAGE_QUEUE": pair.service.queue, "REDIS_PORT": str(pair.name.port)}
-        log = pair.service.servers[0].log_path.with_name("another")
-        with running([sys.executable, "run_model_server.py"], log, **settings) as another:
-            another.wait_for_log("* Joined the queue")
-            refused_it = "trying again" in another.log
         connected = pair.primary.info("clients")["connected_clients"]
+        newcomers = [Redis(port=pair.name.port, retry=Retry(NoBackoff(), 0)) for _ in range(8)]
+        let_in = [answers(each) for each in newcomers]  # as a model server that starts now would be
     finally:
         pair.primary.config_set("maxclients", most)
 
@@ -398,7 +434,7 @@ def test_a_redis_of_few_connections_serves_or_refuses_and_recovers(pair: Pair, r
     assert all(o.right or o.retry_after for o in outcomes), [(o.status, o.code, o.message) for o in outcomes]
     assert all(o.right for o in alone), alone
     assert ready == [200] * 8
-    assert not refused_it
+    assert all(let_in)
     longest = max(o.seconds for o in outcomes)
     figures = f"{100 - len(refused)} of 100 served, {len(refused)} x 503, longest {longest:.1f} s"
     record_property("figures", f"{figures}; then {connected} of 30 connections in use")

@@ -1,6 +1,10 @@
 """Connections that follow a fail-over, and what is said of a Redis that can't be used, on real ones."""
 
+import os
+import re
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import flask
 import pytest
-from conftest import answers, free_port, make_certificates, run_redis, wait_until
+from conftest import ROOT, answers, free_port, make_certificates, run_redis, wait_until
 from forwarder import name_for
 from redis import Redis
 from redis.exceptions import RedisError
@@ -20,7 +25,8 @@ from redis.exceptions import RedisError
 import image_queue
 import redis_connection
 import settings
-from image_queue import WebQueue
+from health import add_health_routes
+from image_queue import ServerQueue, WebQueue
 from redis_connection import NotPrimary, QueuePool, UnfitRedis, connect, fault_of
 
 GRACE = 10  # seconds for what takes milliseconds on an idle machine
@@ -377,6 +383,47 @@ def test_what_of_a_redis_may_cost_requests_is_warned_of(
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == len(words)
     assert all(word in line and f"127.0.0.1:{port}" in line for word, line in zip(words, told, strict=True))
+
+
+def test_a_real_redis_that_evicts_is_warned_of_in_readyz_and_by_the_installer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    port = free_port()
+    use(monkeypatch, port)
+    with run_redis(tmp_path / "log", port, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"):
+        wait_until(lambda: answers(Redis(port=port)), "Redis answers")
+        server = ServerQueue({"model": "digits", "weights": "digits.keras"}, 5)
+        server.join()
+        app = flask.Flask("test")
+        add_health_routes(app, WebQueue())
+        ready = app.test_client().get("/readyz")
+        installed = installer_says(port)
+
+    assert ready.status_code == 200
+    [warning] = ready.json["warnings"] if ready.json else []
+    for told in (warning, installed):
+        assert len(told.splitlines()) == 1
+        assert "allkeys-lru" in told
+        assert "set maxmemory-policy noeviction" in told
+
+
+def installer_says(port: int) -> str:
+    """What bin/install prints of the Redis at `port`, by its own lines."""
+    [script] = re.findall(
+        r"<<'PYTHON'\)[^\n]*\n(.*?)^PYTHON$", (ROOT / "bin/install").read_text(), re.DOTALL | re.MULTILINE
+    )
+    command, environment = (
+        [sys.executable, "-c", script],
+        {**os.environ, "REDIS_PORT": str(port), "REDIS_HOST": "127.0.0.1"},
+    )
+    return subprocess.check_output(command, cwd=ROOT, env=environment, text=True, timeout=60)
+
+
+def test_the_installer_names_a_redis_that_can_not_be_used() -> None:
+    with fake_redis(bulk("redis_version:7.4.0", "dragonfly_version:df-v1.30.0")) as port:
+        told = installer_says(port)
+
+    assert re.fullmatch(rf"\* Redis at 127.0.0.1:{port} is Dragonfly, .*\n", told)
 
 
 REPLIES = {

@@ -17,6 +17,7 @@ OURS = {
     "image_preparation",
     "model_file",
     "image_queue",
+    "redis_connection",
     "classifier",
     "run_web_server",
     "run_model_server",
@@ -51,10 +52,13 @@ def test_the_model_side_never_imports_flask() -> None:
     ("module", "may_import"),
     [("settings", set()), ("helpers", set()), ("image_checks", set()),
      ("image_preparation", {"settings", "helpers", "image_checks"}), ("model_file", {"helpers"}), ("pages", set()),
-     ("health", {"settings", "helpers", "image_queue"}),
-     ("access", {"settings", "helpers", "image_queue"}), ("image_queue", {"settings", "helpers"}),
-     ("web_metrics", {"settings", "helpers", "image_queue"}), ("server_metrics", {"settings", "helpers"}),
-     ("run_model_server", {"settings", "helpers", "image_queue", "server_metrics"})],
+     ("redis_connection", {"settings", "helpers"}),
+     ("image_queue", {"settings", "helpers", "redis_connection"}),
+     ("health", {"settings", "helpers", "image_queue", "redis_connection"}),
+     ("access", {"settings", "helpers", "image_queue", "redis_connection"}),
+     ("web_metrics", {"settings", "helpers", "image_queue", "redis_connection"}),
+     ("server_metrics", {"settings", "helpers"}),
+     ("run_model_server", {"settings", "helpers", "image_queue", "redis_connection", "server_metrics"})],
 )  # fmt: skip
 def test_each_module_imports_only_those_below_it(module: str, may_import: set[str]) -> None:
     assert imported_by(f"import {module}") & OURS == may_import | {module}
