@@ -33,6 +33,7 @@ from health import add_health_routes
 from helpers import Refusal, ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
 from image_preparation import MissingImage, TooLarge, open_image, prepare_image
 from image_queue import QueueFull, WebQueue
+from inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from pages import WELCOME, add_pages, send, wants_page
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 queue = WebQueue(web_metrics.count_jobs)
 check_rate = rate_check(app, queue)
 add_health_routes(app, queue)
+add_protocol_routes(app, queue)
 web_metrics.add_metrics_routes(app, queue)
 add_pages(app)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
@@ -327,14 +329,15 @@ MESSAGES = {
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:
-    """Return the one JSON shape of every error."""
+    """Return the one JSON shape of every error that is not below /v2."""
     return {"success": False, "error": {"code": code, "message": message}}
 
 
 def error_response(status: int, code: str, message: str, **more: Any) -> tuple[flask.Response, int]:
     """Return an error as an answer; `more` is for what a program may want to know besides."""
     flask.g.more = {"code": code}
-    response = flask.jsonify(error_body(code, message) | more)
+    ours = not is_protocol_path(flask.request.path)
+    response = flask.jsonify(error_body(code, message) | more if ours else protocol_error(message))
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER)
     return response, status
