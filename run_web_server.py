@@ -29,6 +29,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 import settings
 import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
+from cors import add_cors
 from health import add_health_routes
 from helpers import Refusal, ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
 from image_preparation import MissingImage, TooLarge, open_image, prepare_image
@@ -72,6 +73,7 @@ add_health_routes(app, queue)
 add_protocol_routes(app, queue)
 web_metrics.add_metrics_routes(app, queue)
 add_pages(app)
+add_cors(app)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
 # more of them than there are cores are prepared at once, first come, first served.
 preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
@@ -120,7 +122,9 @@ def end(response: flask.Response) -> flask.Response:
     """Tell the client the id of its request, count it, and where it was for /predict write a line to the log."""
     response.headers["X-Request-ID"] = flask.g.request_id
     seconds = time.monotonic() - flask.g.begun
-    endpoint = flask.request.url_rule.rule if flask.request.url_rule else "none"
+    # OPTIONS, a browser's preflight, does nothing of what is counted by the address.
+    known = flask.request.url_rule if flask.request.method != "OPTIONS" else None
+    endpoint = known.rule if known else "none"
     web_metrics.count_request(endpoint, response.status_code, seconds)
     if endpoint == web_metrics.PREDICT:
         told = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
