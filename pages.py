@@ -1,7 +1,7 @@
 """The pages for people: what a browser gets at /, the interactive description at /docs, and the files of both.
 
 Each address is that of one file, named here: none leads to a folder. The files are sent from the disk, and none is kept
-in the memory of the process.
+in the memory of the process. Their links are relative, since a proxy may put the service under a prefix.
 """
 
 from collections.abc import Callable

@@ -29,10 +29,12 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 import settings
 import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
+from cors import add_cors
 from health import add_health_routes
 from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
 from image_preparation import MissingImage, TooLarge, open_image, prepare_image
 from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
+from inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from pages import WELCOME, add_pages, send, wants_page
 from redis_connection import CLOSE_SURPLUS_EVERY, UnfitRedis
 
@@ -69,8 +71,10 @@ app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 queue = WebQueue(web_metrics.count_jobs)
 check_rate = rate_check(app, queue)
 add_health_routes(app, queue)
+add_protocol_routes(app, queue)
 web_metrics.add_metrics_routes(app, queue)
 add_pages(app)
+add_cors(app)
 # Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
 # more of them than there are cores are prepared at once, first come, first served.
 preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
@@ -119,7 +123,9 @@ def end(response: flask.Response) -> flask.Response:
     """Tell the client the id of its request, count it, and where it was for /predict write a line to the log."""
     response.headers["X-Request-ID"] = flask.g.request_id
     seconds = time.monotonic() - flask.g.begun
-    endpoint = flask.request.url_rule.rule if flask.request.url_rule else "none"
+    # OPTIONS, a browser's preflight, does nothing of what is counted by the address.
+    known = flask.request.url_rule if flask.request.method != "OPTIONS" else None
+    endpoint = known.rule if known else "none"
     web_metrics.count_request(endpoint, response.status_code, seconds)
     if endpoint == web_metrics.PREDICT:
         told = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
@@ -328,14 +334,15 @@ MESSAGES = {
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:
-    """Return the one JSON shape of every error."""
+    """Return the one JSON shape of every error that is not below /v2."""
     return {"success": False, "error": {"code": code, "message": message}}
 
 
 def error_response(status: int, code: str, message: str, **more: Any) -> tuple[flask.Response, int]:
     """Return an error as an answer; `more` is for what a program may want to know besides."""
     flask.g.more = {"code": code}
-    response = flask.jsonify(error_body(code, message) | more)
+    ours = not is_protocol_path(flask.request.path)
+    response = flask.jsonify(error_body(code, message) | more if ours else protocol_error(message))
     if status == 503:
         response.headers["Retry-After"] = str(RETRY_AFTER)
     return response, status

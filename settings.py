@@ -94,6 +94,11 @@ def _is_rate_limit(text: str) -> bool:
     return all(each.amount > 0 and each.get_expiry() <= 366 * 86400 for each in parsed)
 
 
+_host = r"([a-z0-9._-]+|\[[0-9a-f:.]+\])"
+# An origin as browsers send it, who leave a scheme's own port out: any other would never match.
+_origin = (
+    rf"(http://{_host}(:(?!80\b)\d+)?|https://{_host}(:(?!443\b)\d+)?|(?!https?:)[a-z][a-z0-9+.-]*://{_host}(:\d+)?)"
+)
 _key = r"[A-Za-z0-9._~+/=-]{16,}"  # what RFC 6750 lets a bearer token be, and long enough not to be guessed
 
 
@@ -152,6 +157,15 @@ API_KEYS = _matching(
 # How many requests to /predict a client may make, in the notation of the package `limits`, as 100/minute or
 # 10/second;1000/hour. A client is a key, or without API_KEYS an address. Empty: as many as it likes.
 RATE_LIMIT = env.str("RATE_LIMIT", "")
+
+# Origins whose pages may call the service from a browser (CORS), or * for all. Empty: the service's own page only.
+CORS_ORIGINS = _matching(
+    "CORS_ORIGINS",
+    "",
+    rf"|\*|{_origin}(,{_origin})*",
+    "* or origins as browsers send them, such as https://app.example or http://localhost:3000, separated by commas: "
+    "lower case, without a path, a / at the end, or :80 and :443",
+)
 
 # A name in keras.applications, or the path of a .keras file.
 MODEL = _matching("MODEL", "ResNet50", r"\w+|.+\.keras", "a name in keras.applications or the path of a .keras file")

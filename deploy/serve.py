@@ -56,6 +56,7 @@ def main() -> None:
         "APP_ROOT": str(APP_ROOT),
         "APP_PORT": str(port),
         "APACHE_DEFINES": apache_sizes(),
+        "CORS_ORIGINS": settings.CORS_ORIGINS,
         "REDIS_PORT": str(settings.REDIS_PORT),
         "OWN_REDIS": str(not redis_answers()).lower(),
         "MODEL_SERVERS": str(settings.MODEL_SERVERS),

@@ -81,7 +81,7 @@ async function ask(card) {
   form.append("image", card.file, card.name);
   const limit = AbortSignal.any([card.signal, AbortSignal.timeout(ANSWER_LIMIT)]);
   try {
-    const response = await fetch("/predict", { method: "POST", body: form, headers: authorization(), signal: limit });
+    const response = await fetch("predict", { method: "POST", body: form, headers: authorization(), signal: limit });
     return await understand(response);
   } catch (error) {
     const late = error.name === "TimeoutError";
@@ -271,7 +271,7 @@ async function poll() {
 
 async function fetchStats() {
   try {
-    const response = await fetch("/stats", { headers: authorization(), signal: AbortSignal.timeout(POLL_LIMIT) });
+    const response = await fetch("stats", { headers: authorization(), signal: AbortSignal.timeout(POLL_LIMIT) });
     return response.ok ? await response.json() : null;
   } catch {
     return null;

@@ -1,12 +1,19 @@
 """What /predict takes and says besides the tutorial's form and the tutorial's JSON."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 from conftest import ROOT, Service, assert_error, free_port, raw_answer, run_apache, wait_until
+from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+import run_web_server
 
 THREE, SEVEN = (ROOT / "images" / name for name in ("three.png", "seven.jpg"))
 
@@ -122,27 +129,177 @@ def get(service: Service, path: str) -> requests.Response:
     return requests.get(f"{service.url}{path}", timeout=10)
 
 
-def test_the_open_inference_protocol_has_its_health_and_metadata(service: Service) -> None:
-    assert get(service, "/v2/health/live").json() == {"live": True}
-    assert get(service, "/v2/health/ready").json() == {"ready": True}
-    assert get(service, "/v2/models/digits/ready").json() == {"name": "digits", "ready": True}
-    assert get(service, "/v2").json()["name"] == "keras-rest-api"
-    assert get(service, "/v2/models/digits").json() == {
-        "name": "digits",
-        "versions": ["digits.keras"],
-        "platform": "keras",
-        "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 224, 224, 3]}],
-        "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}],
-    }
+# The Open Inference Protocol
 
 
-@pytest.mark.parametrize("path", ["/v2/models/cats", "/v2/models/cats/ready"])
-def test_of_a_model_that_is_not_served_it_says_which_are(service: Service, path: str) -> None:
-    assert "digits" in assert_error(get(service, path), 404, "not_found")
+def assert_protocol_error(answer: Any, status: int) -> str:
+    """Check the one shape that every error below /v2 has; return its text."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["Content-Type"] == "application/json"
+    assert list(answer.json()) == ["error"]
+    text: str = answer.json()["error"]
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
 
 
-@pytest.mark.parametrize("path", ["/v2/health/ready", "/v2/models/digits", "/v2/models/digits/ready"])
-def test_without_a_model_server_it_is_not_ready(path: str) -> None:
-    with run_apache(IMAGE_QUEUE=f"queue-{free_port()}") as url:
-        assert_error(get(Service(url), path), 503, "no_model_server")
-        assert get(Service(url), "/v2/health/live").status_code == 200
+PIXELS = {"name": "pixels", "datatype": "UINT8", "shape": [-1, 224, 224, 3]}
+METADATA = {
+    "name": "digits",
+    "versions": ["digits.keras"],
+    "platform": "keras",
+    "inputs": [PIXELS],
+    "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v2/health/live", {"live": True}), ("/v2/health/ready", {"live": True, "ready": True}),
+     ("/v2/models/digits", METADATA), ("/v2/models/digits/versions/digits.keras", METADATA),
+     ("/v2/models/digits/ready", {"name": "digits", "ready": True}),
+     ("/v2/models/digits/versions/digits.keras/ready", {"name": "digits", "ready": True})],
+)  # fmt: skip
+def test_the_protocol_s_health_and_metadata(service: Service, path: str, body: dict[str, Any]) -> None:
+    for address in (path, f"{path}/"):
+        answer = get(service, address)
+
+        assert (answer.status_code, answer.json()) == (200, body)
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v2/"])
+def test_the_protocol_s_server_metadata(service: Service, path: str) -> None:
+    assert get(service, path).json() == {"name": "keras-rest-api", "version": "1", "extensions": []}
+
+
+@pytest.mark.parametrize("path", ["/v2/models/cats", "/v2/models/cats/ready", "/v2/models/cats/versions/1",
+                                  "/v2/models/digits/versions/2", "/v2/models/digits/versions/2/ready"])  # fmt: skip
+def test_a_model_or_version_that_is_not_served_is_404_with_those_that_are(service: Service, path: str) -> None:
+    assert "digits" in assert_protocol_error(get(service, path), 404)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2/nothing", "/v2/models", "/v2/models/a%2Fb", "/v2/models/a%2Fb/ready", "/v2/repository/index",
+     "/v2//models/digits/nothing"],
+)  # fmt: skip
+def test_an_unknown_address_below_v2_is_404_in_the_protocol_s_shape(service: Service, path: str) -> None:
+    assert_protocol_error(get(service, path), 404)
+
+
+@pytest.mark.parametrize("path", ["/v2x", "/v3/models/digits", "/predict%2F"])
+def test_an_unknown_address_elsewhere_keeps_the_service_s_shape(service: Service, path: str) -> None:
+    assert_error(get(service, path), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v2/health/live", "/v2/models/digits/versions/digits.keras"])
+def test_a_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
+    answer = requests.delete(service.url + path, timeout=10)
+
+    assert_protocol_error(answer, 405)
+    assert "GET" in answer.headers["Allow"]
+
+
+@pytest.mark.parametrize("path", ["/v2/models/digits/infer", "/v2/models/digits/versions/digits.keras/infer"])
+def test_infer_says_what_to_use_instead(service: Service, path: str) -> None:
+    answer = requests.post(service.url + path, json={"inputs": [PIXELS | {"data": []}]}, timeout=10)
+
+    assert "POST /predict" in assert_protocol_error(answer, 501)
+
+
+def test_apaches_own_errors_below_v2_have_the_protocol_s_shape(service: Service) -> None:
+    too_large = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"
+
+    assert_protocol_error(raw_answer(service, too_large), 413)
+
+
+def test_a_real_client_of_the_protocol_reads_answers_and_errors(service: Service) -> None:
+    with triton(service.url) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.get_server_metadata()["name"] == "keras-rest-api"
+        assert client.get_model_metadata("digits") == METADATA
+        [version] = METADATA["versions"]
+        assert client.get_model_metadata("digits", version) == METADATA
+        assert client.is_model_ready("digits")
+        assert client.is_model_ready("digits", version)
+        assert not client.is_model_ready("digits", "2")
+        assert not client.is_model_ready("cats")
+
+        pixels = InferInput("pixels", [1, 224, 224, 3], "UINT8")
+        pixels.set_data_from_numpy(np.zeros((1, 224, 224, 3), np.uint8))
+        assert "[404] The models served here are: digits." in refusal(client.get_model_metadata, "cats")
+        assert "[404] The versions of digits served here are: digits.keras." in refusal(
+            client.get_model_metadata, "digits", "2"
+        )
+        assert "[404] There is nothing at this address" in refusal(client.get_model_repository_index)
+        assert "POST /predict" in refusal(client.infer, "digits", [pixels])
+        assert "POST /predict" in refusal(client.infer, "digits", [pixels], model_version=version)
+
+
+def test_a_real_client_of_the_protocol_learns_why_the_service_is_not_ready(redis_port: int) -> None:
+    with run_apache(IMAGE_QUEUE=f"queue-{free_port()}", API_KEYS="the-key-of-2026-is-this") as url:
+        with triton(url) as client:
+            assert client.is_server_live()
+            assert not client.is_server_ready()
+            assert not client.is_model_ready("digits")
+            assert "[503] No model server is alive" in refusal(client.get_model_metadata, "digits")
+            assert "[401] Send a key" in refusal(client.infer, "digits", [])
+        for path in ("/v2/health/ready", "/v2/models/digits", "/v2/models/digits/versions/1/ready"):
+            answer = get(Service(url), path)
+            assert_protocol_error(answer, 503)
+            assert answer.headers["Retry-After"] == "5"
+
+
+@contextmanager
+def triton(url: str) -> Iterator[InferenceServerClient]:
+    client = InferenceServerClient(url.removeprefix("http://"))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def refusal(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
+    """What the client prints of the error that a call raises."""
+    with pytest.raises(InferenceServerException) as raised:
+        call(*arguments, **more)
+    return str(raised.value)
+
+
+def test_a_fault_of_ours_below_v2_has_the_protocol_s_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: 1 / 0)
+
+    answer = run_web_server.app.test_client().get("/v2/health/ready")
+
+    assert (answer.status_code, list(answer.get_json())) == (500, ["error"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "version"),
+    [("digits.keras", "digits.keras"), ("my model (2).keras", "my-model-2-.keras"), ("vögel.keras", "v-gel.keras"),
+     ("a/b?c#d%20", "a-b-c-d-20"), ("imagenet", "imagenet")],
+)  # fmt: skip
+def test_a_version_can_stand_in_an_address_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, weights: str, version: str
+) -> None:
+    server = {"model": "birds", "weights": weights, "shape": [224, 224, 3], "classes": 2}
+    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: {"a": server, "b": server})
+    monkeypatch.setattr(run_web_server.queue, "waiting", lambda: 0)
+    client = run_web_server.app.test_client()
+
+    assert client.get("/v2/models/birds").get_json()["versions"] == [version]
+    assert client.get(f"/v2/models/birds/versions/{version}/ready").status_code == 200
+
+
+def test_while_a_model_is_replaced_both_of_its_versions_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = {name: {"model": "birds", "weights": f"{name}.keras", "shape": [64, 64, 3], "classes": classes}
+               for name, classes in (("new", 3), ("old", 2))}  # fmt: skip
+    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: servers)
+    monkeypatch.setattr(run_web_server.queue, "waiting", lambda: 0)
+    client = run_web_server.app.test_client()
+
+    for version, classes in (("new.keras", 3), ("old.keras", 2)):
+        body = client.get(f"/v2/models/birds/versions/{version}").get_json()
+        assert body["versions"] == ["new.keras", "old.keras"]
+        assert body["outputs"][0]["shape"] == [-1, classes]

@@ -6,13 +6,15 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import requests
 from axe_core_python.selenium import Axe
-from conftest import ROOT, Service, assert_error, free_port, need, run_apache, wait_until
+from conftest import ROOT, Service, assert_error, free_port, need, responds, run_apache, running, wait_until
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -338,7 +340,7 @@ STAND_IN = """
 const real = window.fetch;
 window.polls = 0;
 window.answer = %s;
-window.fetch = (address, ...rest) => address !== "/stats" ? real(address, ...rest)
+window.fetch = (address, ...rest) => address !== "stats" ? real(address, ...rest)
   : (window.polls++, Promise.resolve(new Response(JSON.stringify(window.answer))));
 """
 
@@ -494,6 +496,121 @@ def execute(browser: Browser) -> str:
     """Do the opened operation; return what the page shows of the answer."""
     browser.all(".execute")[0].click()
     return str(wait_until(lambda: browser.text(".live-responses-table .response"), "an answer is there"))
+
+
+# Behind a proxy, and called by pages elsewhere
+
+
+PROXY = """
+ServerName localhost
+ServerRoot {folder}
+DefaultRuntimeDir {folder}
+PidFile {folder}/pid
+ErrorLog {folder}/log
+User www-data
+Group www-data
+Listen 127.0.0.1:{port}
+Include /etc/apache2/mods-available/mpm_event.load
+Include /etc/apache2/mods-available/authz_core.load
+Include /etc/apache2/mods-available/proxy.load
+Include /etc/apache2/mods-available/proxy_http.load
+{proxy_pass}
+"""
+
+
+@contextmanager
+def run_proxy(folder: Path, service: Service) -> Iterator[str]:
+    """Serve the service as https://host/ai/ would be, by the line of docs/operations.md; give the address."""
+    [line] = re.findall(r"^ +ProxyPass .*$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    proxy_pass = line.strip().replace("http://127.0.0.1:8080", service.url)
+    assert "/ai/" in proxy_pass
+    config, port = folder / "proxy.conf", free_port()
+    config.write_text(PROXY.format(folder=folder, port=port, proxy_pass=proxy_pass))
+    url = f"http://127.0.0.1:{port}/ai"
+    with running([need("apache2"), "-f", str(config), "-D", "FOREGROUND"], folder / "output") as process:
+        wait_until(lambda: responds(url) or not process.alive, "the proxy answers")
+        assert process.alive, process.log
+        yield f"{url}/"
+
+
+def test_under_a_proxys_prefix_page_and_docs_work(service: Service, browser: Browser, tmp_path: Path) -> None:
+    with run_proxy(tmp_path, service) as url, browser.at(url):
+        browser.choose(SEVEN)
+        assert browser.bars() == [shares(service, SEVEN)]
+        wait_until(lambda: browser.text("#live-state") == "ready", "the figures are there")
+        assert browser.script("return document.querySelector('.brand img').naturalWidth") > 0
+        assert browser.script("return document.querySelector('#form').action") == f"{url}predict"  # without JavaScript
+
+        browser.all("nav a")[0].click()
+        open_operation(browser, "health", "readyz")
+        assert '"ready": true' in execute(browser)
+        assert f"{url}readyz" in browser.text(".request-url")
+
+        browser.all(".back a")[0].click()
+        wait_until(lambda: browser.all("#files, .zone"), "the page is back")
+
+
+@contextmanager
+def page_elsewhere() -> Iterator[str]:
+    """Serve an empty page; give its origin."""
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>Elsewhere</title><link rel=icon href=data:,>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", free_port()), Empty) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+# What a page elsewhere finds out by a request: status, JSON and headers, or that the browser keeps the answer from it.
+POST_FROM_ELSEWHERE = """
+const [url, content, size, key, done] = arguments;
+const form = new FormData();
+const bytes = content ? Uint8Array.from(atob(content), (c) => c.charCodeAt(0)) : new Uint8Array(size);
+form.append("image", new Blob([bytes]), "photo");
+fetch(url + "/predict", { method: "POST", body: form, headers: key ? { Authorization: `Bearer ${key}` } : {} })
+  .then(async (answer) => done([answer.status, await answer.json(),
+    ["X-Request-ID", "Server-Timing", "Retry-After"].map((name) => answer.headers.get(name))]))
+  .catch((error) => done([error.name]));
+"""
+
+
+def test_a_page_of_an_allowed_origin_reads_predictions_and_errors(service: Service, chrome: Chrome) -> None:
+    three, no_image = (base64.b64encode(data).decode() for data in (THREE.read_bytes(), b"No image."))
+
+    def post(url: str, content: str = "", size: int = 0, key: str = KEY) -> Any:
+        return chrome.execute_async_script(POST_FROM_ELSEWHERE, url, content, size, key)
+
+    with page_elsewhere() as origin, run_apache(
+        IMAGE_QUEUE=service.queue, CORS_ORIGINS=f"https://app.example,{origin}", API_KEYS=KEY, RATE_LIMIT="3/minute"
+    ) as url:  # fmt: skip
+        chrome.get(origin)
+        status, body, headers = post(url, three)
+        assert (status, body["predictions"][0]["label"]) == (200, "3")
+        assert headers[0]
+        assert "total;dur=" in headers[1]
+        assert post(url, no_image)[:2] == [400, assert_body("bad_image", service.post(b"No image."))]
+        assert [post(url, three, key=wrong)[0] for wrong in ("", "another-key-than-that")] == [401, 401]
+        assert post(url, size=17_000_000)[0] == 413  # by Apache itself
+        assert post(url, three)[0] == 200
+        status, body, headers = post(url, three)
+        assert (status, body["error"]["code"]) == (429, "rate_limited")
+        assert int(headers[2]) > 0
+        assert post(service.url, three, key="") == ["TypeError"]  # where the setting is empty
+        chrome.get("about:blank")
+
+
+def assert_body(code: str, answer: requests.Response) -> Any:
+    assert_error(answer, 400, code)
+    return answer.json()
 
 
 # What is sent
