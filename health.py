@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 import settings
 from helpers import ServiceError
 from image_queue import NoModelServer, RedisDown, WebQueue
+from storage import check_room
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # IMAGE_DTYPE, by the protocol's names
 
@@ -35,8 +36,9 @@ def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
 
     @app.get("/readyz")
     def readyz() -> Body:
-        """Say whether requests would be answered: Redis is there, and a warmed-up model server is alive."""
+        """Say whether requests would be answered: Redis, a warmed-up model server and room for uploads are there."""
         servers, waiting = look(queue)
+        check_room()
         return {"ready": True, "model_servers": servers, "queue_length": waiting}
 
     @app.get("/v2")
@@ -50,6 +52,7 @@ def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
     @app.get("/v2/health/ready")
     def server_ready() -> Body:
         look(queue)
+        check_room()
         return {"ready": True}
 
     @app.get("/v2/models/<name>")

@@ -1,0 +1,245 @@
+"""How an image may be sent to /predict, and what a client is told that sends it otherwise."""
+
+import base64
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from conftest import ROOT, Service, assert_error, free_port, resident_bytes, run_apache, web_processes
+
+SEVEN = (ROOT / "images/seven.jpg").read_bytes()
+FORM = "multipart/form-data; boundary=X"
+LIMIT = 16 * 2**20
+MB = b"\0" * 2**20
+
+
+def part(data: bytes, disposition: str = 'form-data; name="image"; filename="photo.jpg"', more: str = "") -> bytes:
+    return f"--X\r\nContent-Disposition: {disposition}\r\n{more}\r\n".encode("latin-1") + data + b"\r\n"
+
+
+def form(data: bytes = SEVEN, disposition: str = 'form-data; name="image"; filename="photo.jpg"') -> bytes:
+    return part(data, disposition) + b"--X--\r\n"
+
+
+def post(service: Service, body: Any, content_type: str | None, **headers: str) -> requests.Response:
+    named = {} if content_type is None else {"Content-Type": content_type}
+    return requests.post(f"{service.url}/predict", body, headers=named | headers, timeout=60)
+
+
+def label(answer: requests.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["predictions"][0]["label"])
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def chunks(data: bytes) -> Iterator[bytes]:
+    return iter([data[:1000], data[1000:]])
+
+
+# What is taken
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/octet-stream", "binary/octet-stream", "Application/Octet-Stream; x=y", "", None]
+)
+def test_a_body_of_unknown_kind_is_taken_as_an_image(service: Service, content_type: str | None) -> None:
+    assert label(post(service, SEVEN, content_type)) == "7"
+
+
+PACKED = {
+    "gzip": ("gzip", gzip.compress(SEVEN)),
+    "x-gzip": ("x-gzip", gzip.compress(SEVEN)),
+    "in capitals": ("GZIP", gzip.compress(SEVEN)),
+    "gzip of several members": ("gzip", gzip.compress(SEVEN[:500]) + gzip.compress(b"") + gzip.compress(SEVEN[500:])),
+    "gzip filled up with zeros": ("gzip", gzip.compress(SEVEN) + bytes(70_000)),
+    "deflate": ("deflate", zlib.compress(SEVEN)),
+    "raw deflate": ("deflate", raw_deflate(SEVEN)),
+    "identity": ("identity", SEVEN),
+    "identity and gzip": ("identity, gzip", gzip.compress(SEVEN)),
+    "empty": ("", SEVEN),
+}
+
+
+@pytest.mark.parametrize(("encoding", "body"), PACKED.values(), ids=PACKED.keys())
+def test_a_packed_body_is_unpacked(service: Service, encoding: str, body: bytes) -> None:
+    assert label(post(service, body, "image/jpeg", **{"Content-Encoding": encoding})) == "7"
+    assert label(post(service, chunks(body), None, **{"Content-Encoding": encoding})) == "7"
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_packed_form_is_unpacked(service: Service, encoding: str, pack: Any) -> None:
+    two = part(SEVEN) + form((ROOT / "images/three.png").read_bytes())
+
+    answer = post(service, pack(two), FORM, **{"Content-Encoding": encoding})
+
+    assert [each["predictions"][0]["label"] for each in answer.json()["results"]] == ["7", "3"]
+
+
+FORMS = {
+    "a file name in another charset": form(disposition='form-data; name="image"; filename="\xe9t\xe9.jpg"'),
+    "an empty file name": form(disposition='form-data; name="image"; filename=""'),
+    "only a file name for other languages": form(disposition="form-data; name=image; filename*=UTF-8''%C3%A9.jpg"),
+    "text beside it": part(b"a holiday", 'form-data; name="comment"') + form(),
+    "a large text beside it": part(b"x" * 700_000, 'form-data; name="comment"') + form(),
+    "another file beside it": part(SEVEN, 'form-data; name="thumbnail"; filename="x"') + form(),
+    "something before and after": b"before\r\n" + form() + b"x" * 300_000,
+    "line feeds alone": form().replace(b"\r\n", b"\n"),
+}
+
+
+@pytest.mark.parametrize("body", FORMS.values(), ids=FORMS.keys())
+def test_an_odd_form_with_an_image_is_taken(service: Service, body: bytes) -> None:
+    assert label(post(service, body, FORM)) == "7"
+
+
+@pytest.mark.parametrize(("size", "status"), [(LIMIT, 200), (LIMIT + 1, 413)])
+@pytest.mark.parametrize("way", ["plain", "chunked", "gzip"])
+def test_an_upload_may_be_as_large_as_the_setting_says_and_no_larger(
+    service: Service, size: int, status: int, way: str
+) -> None:
+    body = SEVEN + bytes(size - len(SEVEN))
+    sent = {"plain": body, "chunked": chunks(body), "gzip": gzip.compress(body, 1)}[way]
+
+    answer = post(service, sent, "image/jpeg", **({"Content-Encoding": "gzip"} if way == "gzip" else {}))
+
+    assert answer.status_code == status, answer.text
+    assert status == 200 or "16 MB" in assert_error(answer, 413, "too_large")
+
+
+# What is refused, and why
+
+TEXT = 'form-data; name="image"'
+BASE64 = base64.b64encode(SEVEN)
+REFUSED_FORMS = {
+    "a part without a filename": (form(disposition=TEXT), "missing_image", ("`image`", "no filename", "curl -F")),
+    "the same with 700 kB": (form(bytes(700_000), TEXT), "missing_image", ("no filename",)),
+    "base64 text": (form(BASE64, TEXT), "missing_image", ("base64", "curl -F")),
+    "base64 text of 700 kB": (form(base64.b64encode(bytes(525_000)), TEXT), "missing_image", ("base64",)),
+    "base64 text in lines": (form(base64.encodebytes(SEVEN), TEXT), "missing_image", ("base64",)),
+    "a data: URL": (form(b"data:image/jpeg;base64," + BASE64, TEXT), "missing_image", ("data: URL", "decode")),
+    "an address": (form(b"https://example.org/cat.jpg", TEXT), "missing_image", ("address", "curl -F")),
+    "another field": (form(disposition='form-data; name="file"; filename="x"'), "missing_image", ("`file`", "`image`")),
+    "an array": (form(disposition='form-data; name="image[]"; filename="x"'), "missing_image", ("`image[]`",)),
+    "in capitals": (form(disposition='form-data; name="Image"; filename="x"'), "missing_image", ("`Image`",)),
+    "no name": (form(disposition='form-data; filename="x"'), "missing_image", ("name its field `image`",)),
+    "no file": (form(b"1", 'form-data; name="top"'), "missing_image", ("has no file", "curl -F")),
+    "no part": (b"--X--\r\n", "missing_image", ("has no file", "curl -F")),
+    "another boundary": (form().replace(b"--X", b"--Y"), "bad_request", ("boundary", "not in the body")),
+    "no boundary in a large body": (bytes(700_000), "bad_request", ("boundary", "not in the body")),
+    "nothing": (b"", "bad_request", ("body is empty",)),
+    "cut off in the image": (form()[:1000], "bad_request", ("ends before its closing boundary",)),
+    "cut off in a header": (form()[:30], "bad_request", ("ends before its closing boundary",)),
+    "cut off before the end": (part(SEVEN), "bad_request", ("ends before its closing boundary",)),
+    "a part without a name": (b"--X\r\nA: b\r\n\r\nc\r\n--X--\r\n", "bad_request", ("Content-Disposition",)),
+    "endless headers": (b"--X\r\nA: " + bytes(700_000), "bad_request", ("headers that are too long",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "code", "told"), REFUSED_FORMS.values(), ids=REFUSED_FORMS.keys())
+def test_a_form_without_an_image_is_told_what_is_wrong(
+    service: Service, body: bytes, code: str, told: tuple[str, ...]
+) -> None:
+    message = assert_error(post(service, body, FORM), 400, code)
+
+    assert all(each in message for each in told), message
+
+
+def test_a_form_of_very_many_parts_is_413_and_says_so(service: Service) -> None:
+    assert "parts" in assert_error(post(service, part(b"", TEXT) * 2000, FORM), 413, "too_large")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "told"),
+    [
+        ("multipart/form-data", "has no boundary"),
+        ("multipart/form-data; boundary=", "has no valid boundary"),
+        ('multipart/form-data; boundary=""', "has no valid boundary"),
+        ("multipart/form-data; boundary=\u00fcber", "has no valid boundary"),
+    ],
+)
+def test_a_form_without_a_good_boundary_says_so(service: Service, content_type: str, told: str) -> None:
+    message = assert_error(post(service, form(), content_type.encode("latin-1")), 400, "bad_request")  # type: ignore[arg-type]
+
+    assert told in message
+    assert "header" in message
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "told"),
+    [
+        ("application/x-www-form-urlencoded", SEVEN, "application/x-www-form-urlencoded"),
+        ("application/x-www-form-urlencoded", b"image=" + BASE64, "curl -F"),
+        ("application/json", json.dumps({"image": BASE64.decode()}).encode(), "JSON"),
+        ("application/vnd.api+json", b"{}", "JSON"),
+        ("text/plain", SEVEN, "text/plain"),
+        ("multipart/mixed; boundary=X", form(), "multipart/mixed"),
+        ("image", SEVEN, "image/jpeg"),
+    ],
+)
+def test_a_body_of_another_kind_is_told_which_are_taken(
+    service: Service, content_type: str, body: bytes, told: str
+) -> None:
+    message = assert_error(post(service, body, content_type), 400, "missing_image")
+
+    assert told in message
+    assert "curl -F image=@photo.jpg" in message
+
+
+DAMAGED = {
+    "cut off": (gzip.compress(SEVEN)[:-20], "ends before"),
+    "without its checksum": (gzip.compress(SEVEN)[:-8], "ends before"),
+    "a wrong checksum": (gzip.compress(SEVEN)[:-8] + bytes(8), "damaged"),
+    "a wrong byte": (gzip.compress(SEVEN)[:40] + b"\xff" * 9 + gzip.compress(SEVEN)[49:], "damaged"),
+    "not packed at all": (SEVEN, "damaged"),
+    "something behind it": (gzip.compress(SEVEN) + b"more", "damaged"),
+    "very many members": (gzip.compress(b"") * 100_000, "goes on"),
+}
+
+
+@pytest.mark.parametrize(("body", "told"), DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize("content_type", ["image/jpeg", FORM])
+def test_a_damaged_packed_body_is_400(service: Service, body: bytes, told: str, content_type: str) -> None:
+    answer = post(service, body, content_type, **{"Content-Encoding": "gzip"})
+
+    assert told in assert_error(answer, 400, "bad_request")
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "br, gzip", "x" * 5000])
+def test_a_body_packed_in_another_way_is_415_and_says_which_are_taken(service: Service, encoding: str) -> None:
+    answer = post(service, SEVEN, "image/jpeg", **{"Content-Encoding": encoding})
+
+    message = assert_error(answer, 415, "unsupported_media_type")
+    assert "gzip" in message
+    assert len(message) < 200
+    assert answer.headers["Accept-Encoding"] == "gzip, deflate"
+
+
+def test_a_gzip_bomb_ends_at_the_limit_and_costs_no_memory() -> None:
+    """A body of 0.3 MB that unpacks to 300 MB: as an image, as a form's file, as a form's text."""
+    zeros = gzip.compress(MB, 9) * 300
+    bombs = [
+        ("image/png", zeros),
+        (FORM, gzip.compress(part(b"")[:-2]) + zeros),
+        (FORM, gzip.compress(part(b"", TEXT)[:-2]) + zeros),
+    ]
+    with run_apache(IMAGE_QUEUE=f"queue-{free_port()}") as url:
+        before = max(map(resident_bytes, web_processes(url)))
+        for content_type, bomb in bombs * 3:
+            answer = post(Service(url), bomb, content_type, **{"Content-Encoding": "gzip"})
+            assert "16 MB" in assert_error(answer, 413, "too_large")
+        grown = max(map(resident_bytes, web_processes(url))) - before
+
+    assert grown < 12e6
+
+
+@pytest.mark.parametrize("size", [LIMIT + 2**20, 5 * LIMIT])
+def test_apache_leaves_it_to_the_web_to_say_how_large_a_request_may_be(service: Service, size: int) -> None:
+    assert "16 MB" in assert_error(post(service, bytes(size), "image/png"), 413, "too_large")
