@@ -31,6 +31,7 @@ from helpers import Refusal, ServiceError, Shape, base64_encode_image, log_to_st
 from image_preparation import TooLarge, open_image, prepare_image
 from image_queue import QueueFull, WebQueue
 from pages import WELCOME, add_pages, send, wants_page
+from storage import choose_folder
 from uploads import UnsupportedMediaType, uploads
 
 log = logging.getLogger(__name__)
@@ -335,6 +336,7 @@ def start() -> flask.Flask:
     keep_memory_small()
     allow_many_files()
     log_to_stderr(settings.LOG_FORMAT)
+    choose_folder()
     threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
     return app
 

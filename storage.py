@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import IO
 
@@ -21,7 +22,7 @@ LOG_EVERY = 10.0  # seconds
 PROBE = b"\0" * 2**16
 
 _lock = Lock()
-_next_line = 0.0  # time.monotonic() from which the log gets another line
+_next_line: dict[int | None, float] = {}  # by errno, time.monotonic() from which the log gets another line of it
 
 
 class StorageFull(ServiceError):
@@ -33,6 +34,22 @@ class StorageFull(ServiceError):
 def new_file() -> IO[bytes]:
     """Return an empty file that waits on the disk, not in memory. Raises OSError."""
     return tempfile.TemporaryFile()
+
+
+def choose_folder() -> None:
+    """Choose the folder, once for the process, and say so in the log where it is not the one that TMPDIR names.
+
+    Python takes the first of several that it can write to. Left to the first upload, that would be another folder in
+    each web process when one begins on a full disk.
+    """
+    wanted = os.environ.get("TMPDIR", "")
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:
+        log_full(error)
+        return
+    if wanted and Path(wanted).absolute() != Path(folder):
+        log.warning("TMPDIR=%s can't be written to, so uploads wait in %s", wanted, folder)
 
 
 @contextmanager
@@ -64,10 +81,9 @@ def check_room() -> None:
 
 def log_full(error: OSError) -> None:
     """Log what is wrong with the temporary folder: one line every LOG_EVERY seconds, however many uploads fail."""
-    global _next_line  # noqa: PLW0603 - one for the whole process
     with _lock:
-        if time.monotonic() < _next_line:
+        if time.monotonic() < _next_line.get(error.errno, 0.0):
             return
-        _next_line = time.monotonic() + LOG_EVERY
-    folder = tempfile.tempdir or os.environ.get("TMPDIR", "the temporary folder")
+        _next_line[error.errno] = time.monotonic() + LOG_EVERY
+    folder = tempfile.tempdir or "any temporary folder"
     log.error("Uploads can't be stored in %s (%s): make room there, or set TMPDIR to another folder", folder, error)

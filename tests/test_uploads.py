@@ -3,13 +3,18 @@
 import base64
 import gzip
 import json
+import os
+import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Service, assert_error, free_port, resident_bytes, run_apache, web_processes
+from conftest import ROOT, Service, assert_error, free_port, missing, resident_bytes, run_apache, web_processes
 
 SEVEN = (ROOT / "images/seven.jpg").read_bytes()
 FORM = "multipart/form-data; boundary=X"
@@ -243,3 +248,87 @@ def test_a_gzip_bomb_ends_at_the_limit_and_costs_no_memory() -> None:
 @pytest.mark.parametrize("size", [LIMIT + 2**20, 5 * LIMIT])
 def test_apache_leaves_it_to_the_web_to_say_how_large_a_request_may_be(service: Service, size: int) -> None:
     assert "16 MB" in assert_error(post(service, bytes(size), "image/png"), 413, "too_large")
+
+
+# No room for uploads
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A folder on a file system of its own that has room for one upload of the largest size."""
+    if os.geteuid() != 0:
+        missing("it takes root to mount a file system")
+    with tempfile.TemporaryDirectory(prefix="test-uploads-") as name:
+        mount("-t", "tmpfs", "-o", "size=20m,mode=1777", "tmpfs", name)
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", name], capture_output=True, check=False)
+
+
+def mount(*arguments: str) -> None:
+    if subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode:
+        missing("no file system can be mounted here")
+
+
+def fill(disk: Path) -> None:
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(MB):
+            pass
+
+
+def empty(disk: Path) -> None:
+    (disk / "filler").unlink()
+
+
+def make_read_only(disk: Path) -> None:
+    mount("-o", "remount,ro", str(disk))
+
+
+def make_writable(disk: Path) -> None:
+    mount("-o", "remount,rw", str(disk))
+
+
+def remove(disk: Path) -> None:
+    subprocess.run(["umount", str(disk)], check=True)
+    disk.rmdir()
+
+
+def make_again(disk: Path) -> None:
+    disk.mkdir()
+    disk.chmod(0o1777)
+
+
+TROUBLES = [(fill, empty), (make_read_only, make_writable), (remove, make_again)]
+
+
+def test_without_room_for_uploads_they_are_503_until_there_is(
+    service: Service, small_disk: Path, tmp_path: Path
+) -> None:
+    log, large = tmp_path / "log", SEVEN + bytes(500_000)
+    with run_apache(IMAGE_QUEUE=service.queue, TMPDIR=str(small_disk), log=log) as url:
+        web = Service(url)
+        assert label(post(web, large, "image/jpeg")) == label(web.post(large)) == "7"
+        (small_disk / "filler").write_bytes(MB * 10)
+        assert_error(requests.get(f"{url}/readyz", timeout=10), 503, "storage_full")  # for want of 16 MB
+
+        for begin, end in TROUBLES:
+            begin(small_disk)
+            for refused in [post(web, large, "image/jpeg"), post(web, chunks(large), None), web.post(large)] * 3:
+                assert refused.headers["Retry-After"] == "5"
+                assert "try again" in assert_error(refused, 503, "storage_full")
+            unready = requests.get(f"{url}/readyz", timeout=10)
+            assert unready.json()["ready"] is False
+            assert_error(unready, 503, "storage_full")
+            assert label(post(web, SEVEN, "image/jpeg")) == "7"  # small ones stay in memory
+            assert requests.get(f"{url}/livez", timeout=10).ok
+
+            end(small_disk)
+            assert label(post(web, large, "image/jpeg")) == label(web.post(large)) == "7"
+            assert requests.get(f"{url}/readyz", timeout=10).ok
+
+    told = [line for line in log.read_text().splitlines() if "can't be stored" in line]
+    assert len(told) <= 2 * len(["of 16 MB", *TROUBLES])  # of each process at most one line for each
+    for reason in ("9.94 MB are free", "No space left", "Read-only", "No such file"):
+        assert any(reason in line and str(small_disk) in line for line in told), reason
+    assert "Traceback" not in log.read_text()
