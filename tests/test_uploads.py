@@ -4,8 +4,13 @@ import base64
 import gzip
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
+import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +19,18 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Service, assert_error, free_port, missing, resident_bytes, run_apache, web_processes
+from conftest import (
+    ROOT,
+    Service,
+    assert_error,
+    free_port,
+    make_certificates,
+    missing,
+    need,
+    resident_bytes,
+    run_apache,
+    web_processes,
+)
 
 SEVEN = (ROOT / "images/seven.jpg").read_bytes()
 FORM = "multipart/form-data; boundary=X"
@@ -332,3 +348,68 @@ def test_without_room_for_uploads_they_are_503_until_there_is(
     for reason in ("9.94 MB are free", "No space left", "Read-only", "No such file"):
         assert any(reason in line and str(small_disk) in line for line in told), reason
     assert "Traceback" not in log.read_text()
+
+
+# Slow networks
+
+
+def impatient_site(folder: Path) -> list[str]:
+    """Copy the project, with an Apache that waits 1, 2 or 4 seconds where ours waits 10, 20 or more; how to run it."""
+    for name in ("deploy/apache", "static"):
+        shutil.copytree(ROOT / name, folder / name)
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*.wsgi")):
+        shutil.copy(file, folder)
+    for site in (folder / "deploy/apache").glob("*.conf"):
+        text = site.read_text()
+        site.write_text(re.sub(r"(?m)^(RequestReadTimeout|Timeout|.* socket-timeout=).*$", in_less_time, text))
+    folder.chmod(0o755)
+    run, environment = folder / "deploy/apache/run-private", Path(sys.prefix).resolve()
+    if os.geteuid() != 0:
+        (folder / ".venv").symlink_to(environment)
+        return [str(run)]
+    (folder / ".venv").mkdir()  # not a link, which the web could not follow into /root
+    return [need("unshare"), "--mount", "sh", "-ec", f"mount --bind {environment} {folder}/.venv; exec {run}"]
+
+
+def in_less_time(line: re.Match[str]) -> str:
+    def less(seconds: re.Match[str]) -> str:
+        return str(next(short for short, most in ((1, 10), (2, 20), (4, 10_000)) if int(seconds[0]) <= most))
+
+    return re.sub(r"(?<!MinRate=)\b\d+", less, line[0])
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that Apache's user may read, as pytest's own are not when root runs it."""
+    with tempfile.TemporaryDirectory(prefix="test-uploads-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_an_upload_may_take_longer_than_any_limit_as_long_as_it_flows(service: Service, public: Path) -> None:
+    """Twice as fast as the slowest allowed, twice as long as the longest limit; half a TLS handshake is cut."""
+    files, tls_port = make_certificates(public), free_port()
+    defines = f"WEB_PROCESSES=2 WEB_THREADS=320 TLS_PORT={tls_port}"
+    defines += f" TLS_CERTIFICATE={files['certificate']} TLS_KEY={files['key']}"
+    body = SEVEN + bytes(max(0, 8000 - len(SEVEN)))
+    (public / "app").mkdir()
+    with run_apache(command=impatient_site(public / "app"), IMAGE_QUEUE=service.queue, APACHE_DEFINES=defines) as url:
+        half_a_handshake = socket.create_connection(("127.0.0.1", tls_port), timeout=8)
+        half_a_handshake.send(b"\x16\x03\x01\x02\x00\x01\x00")
+        started = time.monotonic()
+
+        answer = post(Service(url), slowly(body, 1000), "image/jpeg")
+
+        assert label(answer) == "7"
+        assert time.monotonic() - started > 7
+        with half_a_handshake:
+            half_a_handshake.settimeout(0.1)
+            with suppress(ConnectionResetError):
+                assert half_a_handshake.recv(1) == b""
+
+
+def slowly(body: bytes, rate: int) -> Iterator[bytes]:
+    """Yield a body at so many bytes a second."""
+    for begin in range(0, len(body), rate // 10):
+        time.sleep(0.1)
+        yield body[begin : begin + rate // 10]
