@@ -7,6 +7,7 @@ from redis.exceptions import RedisError
 
 from image_queue import NoModelServer, RedisDown, WebQueue
 from redis_connection import UnfitRedis, fault_of
+from storage import check_room
 
 Body = dict[str, Any]
 Servers = dict[str, dict[str, Any]]
@@ -22,8 +23,9 @@ def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
 
     @app.get("/readyz")
     def readyz() -> Body:
-        """Say whether requests would be answered: Redis is there, and a warmed-up model server is alive."""
+        """Say whether requests would be answered: Redis, a warmed-up model server and room for uploads are there."""
         servers, waiting = look(queue)
+        check_room()
         warnings = {"warnings": [f"Redis {risk}." for risk in queue.risks]} if queue.risks else {}
         return {"ready": True, "model_servers": servers, "queue_length": waiting, **warnings}
 

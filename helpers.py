@@ -48,6 +48,16 @@ def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
+def megabytes(count: int) -> str:
+    """Return a number of bytes as a message says it: 16 MB for 2**24."""
+    return f"{count / 2**20:.3g} MB" if count >= 2**20 else f"{count / 2**10:.3g} kB"
+
+
+def megapixels(count: int) -> str:
+    """Return a number of pixels as a message says it: 50 megapixels for 50,000,000."""
+    return f"{count / 1e6:.3g} megapixels" if count >= 1e5 else f"{count} pixels"
+
+
 def log_to_stderr(form: str) -> None:
     """One line an event, with its time, on standard error: whoever started the program decides where that goes.
 

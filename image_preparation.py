@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 import settings
-from helpers import Pixels, ServiceError
+from helpers import Pixels, ServiceError, megapixels
 from image_checks import FORMATS, MAX_EXIF_BYTES, open_frugally
 
 log = logging.getLogger(__name__)
@@ -137,4 +137,4 @@ def extremes(values: Pixels, real: npt.NDArray[np.bool]) -> tuple[float, float]:
 
 def too_many_pixels() -> TooLarge:
     """Return the error for an image beyond MAX_IMAGE_PIXELS."""
-    return TooLarge(f"The image has more than {settings.MAX_IMAGE_PIXELS} pixels, so send it smaller.")
+    return TooLarge(f"The image has more than {megapixels(settings.MAX_IMAGE_PIXELS)}, so send it smaller.")

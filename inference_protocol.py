@@ -15,6 +15,7 @@ from access import check_key
 from health import Body, Servers, look
 from helpers import ServiceError
 from image_queue import WebQueue
+from storage import check_room
 
 PREFIX = "/v2"
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # IMAGE_DTYPE, by the protocol's names
@@ -52,6 +53,7 @@ def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
     @get("/health/ready")
     def server_ready() -> Body:
         look(queue)
+        check_room()
         # The protocol's text calls the field "live" here too.
         return {"live": True, "ready": True}
 

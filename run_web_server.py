@@ -7,13 +7,10 @@ Apache loads `app` through keras_rest_api_app.wsgi. For debugging, Flask's own s
 
 import argparse
 import ctypes
-import io
 import logging
 import os
 import re
 import resource
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -24,49 +21,33 @@ from typing import IO, Any, NamedTuple
 
 import flask
 from redis.exceptions import RedisError
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 import settings
 import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
 from cors import add_cors
 from health import add_health_routes
-from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, pauses
-from image_preparation import MissingImage, TooLarge, open_image, prepare_image
+from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, megabytes, pauses
+from image_preparation import TooLarge, open_image, prepare_image
 from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
 from inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from pages import WELCOME, add_pages, send, wants_page
 from redis_connection import CLOSE_SURPLUS_EVERY, UnfitRedis
+from storage import choose_folder
+from uploads import UnsupportedMediaType, uploads
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 2**21  # bytes
-SMALL_UPLOAD = 64 * 2**10  # bytes
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MOST_TOP = 1000
 STATIC = Path(__file__).parent / "static"
 
 
-class Request(flask.Request):
-    """A request whose upload waits for its turn in a file that has no name, and not in the memory of the process."""
-
-    def _get_file_stream(
-        self,
-        total_content_length: int | None,
-        content_type: str | None,
-        filename: str | None = None,
-        content_length: int | None = None,
-    ) -> IO[bytes]:
-        # Werkzeug's hook. Its own limit is 500 kB, of which hundreds of waiting requests make a gigabyte.
-        small = total_content_length is not None and total_content_length <= SMALL_UPLOAD
-        return io.BytesIO() if small else tempfile.TemporaryFile()
-
-
 app = flask.Flask(__name__, static_folder=None)  # no address leads to a folder
-app.request_class = Request
-app.config["MAX_CONTENT_LENGTH"] = settings.MAX_UPLOAD_BYTES
 
 queue = WebQueue(web_metrics.count_jobs)
 check_rate = rate_check(app, queue)
@@ -83,7 +64,7 @@ asking = ThreadPoolExecutor(128, thread_name_prefix="ask")
 
 
 class BadRequest(ServiceError):
-    """The form is not one that the service takes."""
+    """A parameter of the address is not one that the service takes."""
 
     status, code = 400, "bad_request"
 
@@ -142,7 +123,7 @@ def predict() -> flask.Response:
     check_key()
     check_rate()
     top = wanted_top()
-    images = uploads()  # a slow network is not the service's time
+    images = uploads(flask.request)  # a slow network is not the service's time
     deadline = time.time() + settings.REQUEST_TIMEOUT
     if len(images) == 1:
         found = classify(images[0], deadline, flask.g.request_id, top)
@@ -262,32 +243,6 @@ def prepare_upload(upload: IO[bytes], shape: Shape) -> str:
         return base64_encode_image(image)
 
 
-def uploads() -> list[IO[bytes]]:
-    """Return the request's images as they came: its body, or the files `image` of its form.
-
-    Raises MissingImage, TooLarge.
-    """
-    if flask.request.mimetype.startswith("image/"):
-        return [received_body()]
-    files = flask.request.files.getlist("image")
-    if not files:
-        raise MissingImage(
-            "Send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg, or as the "
-            "body, with its content type."
-        )
-    if len(files) > settings.MAX_IMAGES:
-        raise TooLarge(f"A request may have {settings.MAX_IMAGES} images, so send them in several.")
-    return [file.stream for file in files]
-
-
-def received_body() -> IO[bytes]:
-    """Return the request's body, in a file as Request has it of forms."""
-    body = tempfile.TemporaryFile()  # noqa: SIM115 - prepare_upload() closes it
-    shutil.copyfileobj(flask.request.stream, body, SMALL_UPLOAD)
-    body.seek(0)
-    return body
-
-
 @app.errorhandler(ServiceError)
 def service_error(error: ServiceError) -> tuple[flask.Response, int]:
     """Answer what the service itself found wrong."""
@@ -296,13 +251,15 @@ def service_error(error: ServiceError) -> tuple[flask.Response, int]:
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RateLimited):
         response.headers["Retry-After"] = str(error.wait)
+    if isinstance(error, UnsupportedMediaType):
+        response.headers["Accept-Encoding"] = "gzip, deflate"
     return response, status
 
 
 @app.errorhandler(RequestEntityTooLarge)
 def too_large(_error: RequestEntityTooLarge) -> tuple[flask.Response, int]:
-    """Answer an upload beyond MAX_UPLOAD_BYTES, or a form of very many fields."""
-    limit = f"A request may have {settings.MAX_UPLOAD_BYTES} bytes, so send a smaller image."
+    """Answer an upload beyond MAX_UPLOAD_BYTES."""
+    limit = f"A request may have {megabytes(settings.MAX_UPLOAD_BYTES)}, so send a smaller image."
     return error_response(TooLarge.status, TooLarge.code, limit)
 
 
@@ -311,9 +268,8 @@ def http_error(error: HTTPException) -> tuple[flask.Response, int]:
     """Answer what Flask found wrong, such as a path that is not there."""
     status = error.code or 500
     code = error.name.lower().replace(" ", "_")
-    response, status = error_response(
-        status, code, MESSAGES.get(status, f"{error.name}: check how the request is made.")
-    )
+    message = MESSAGES.get(status, f"{error.name}: check how the request is made.")
+    response, status = error_response(status, code, CUT_OFF if isinstance(error, ClientDisconnected) else message)
     response.headers.extend((name, value) for name, value in error.get_headers() if name == "Allow")
     return response, status
 
@@ -326,6 +282,7 @@ def unexpected_error(error: Exception) -> tuple[flask.Response, int]:
 
 
 OUR_FAULT = "Something went wrong on the server, so try again or tell its operator."
+CUT_OFF = "The upload broke off before its end, so send it again."
 MESSAGES = {
     400: "The request is not valid HTTP for this service, so check how it is made.",
     404: "There is nothing at this address, so post the image to /predict.",
@@ -391,6 +348,7 @@ def start() -> flask.Flask:
     keep_memory_small()
     allow_many_files()
     log_to_stderr(settings.LOG_FORMAT)
+    choose_folder()
     threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
     return app
 

@@ -166,8 +166,10 @@ def run_model_server(log: Path, **environment: str) -> Iterator[Process]:
 
 
 @contextmanager
-def run_apache(*, wait: bool = True, log: Path | None = None, **environment: str) -> Iterator[str]:
-    """Run the production site in a private Apache; give its URL, with `wait` when the web answers."""
+def run_apache(
+    *, wait: bool = True, log: Path | None = None, command: Sequence[str] = (), **environment: str
+) -> Iterator[str]:
+    """Run the production site in a private Apache, or `command`; give its URL, with `wait` when the web answers."""
     need("apache2")
     directory = Path(tempfile.mkdtemp(prefix="keras-rest-api-test-"))
     port = free_port()
@@ -175,7 +177,8 @@ def run_apache(*, wait: bool = True, log: Path | None = None, **environment: str
     options = {"RUN_DIR": str(directory), "APP_PORT": str(port)} | environment
     url = f"http://127.0.0.1:{port}"
     try:
-        with running([str(ROOT / "deploy/apache/run-private")], log or directory / "log", **options) as process:
+        command = list(command) or [str(ROOT / "deploy/apache/run-private")]
+        with running(command, log or directory / "log", **options) as process:
             if wait:
                 wait_until(lambda: responds(url) or not process.alive, f"Apache answers: {process.log}")
                 assert process.alive, process.log

@@ -6,6 +6,7 @@ The figures of the README's table are printed at the end of the run, as in: bin/
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -817,6 +818,24 @@ def test_200_slow_connections_are_cut_and_others_served_meanwhile(service: Servi
     assert cut == 200
     assert load.failures == {}
     record_property("figures", f"200 cut within {took:.0f} s; the others: {load.figures}")
+
+
+def test_2500_silent_connections_keep_nobody_waiting(service: Service, record_property: Record) -> None:
+    """They say nothing; then they send half a header, which Apache's workers have to wait for."""
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    took = []
+    for beginning in (b"", b"POST /predict HTTP/1.1\r\nHost: x"):
+        with ExitStack() as stack:
+            for _ in range(2500):
+                stack.enter_context(connect(service.url)).sendall(beginning)
+            started = time.monotonic()
+            assert requests.get(f"{service.url}/livez", timeout=60).ok
+            took.append(time.monotonic() - started)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+
+    assert max(took) < 5  # on a busy machine; a worker that waits for one of them does so for 10 seconds
+    record_property("figures", f"GET /livez within {max(took):.2f} s")
 
 
 def connect(url: str) -> socket.socket:

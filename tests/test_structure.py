@@ -19,7 +19,9 @@ LAYERS: dict[str, set[str]] = {
     "pages": set(),
     "cors": {"settings"},
     "access": {"image_queue"},
-    "health": {"image_queue"},
+    "storage": {"settings", "helpers"},
+    "uploads": {"image_preparation", "storage"},
+    "health": {"image_queue", "storage"},
     "inference_protocol": {"health", "access"},
     "web_metrics": {"image_queue"},
     # the model server
