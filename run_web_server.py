@@ -379,6 +379,8 @@ def start() -> flask.Flask:
     keep_memory_small()
     allow_many_files()
     log_to_stderr(settings.LOG_FORMAT)
+    for line in settings.warnings():
+        log.warning(line)
     threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
     return app
 

@@ -192,6 +192,7 @@ def supervised(environment: dict[str, str], directory: Path) -> Iterator[subproc
 
 def stop(supervisor: subprocess.Popen[bytes], directory: Path) -> None:
     """End supervisor, which ends its programs one after the other."""
+    (directory / serve_redis.ENDING).touch()
     # It asks Apache by SIGWINCH, which an Apache that is only starting would not hear.
     starting = [
         program["pid"]

@@ -17,10 +17,13 @@ from helpers import Refusal
 from image_queue import ImageQueue
 
 CONFIGURATION = "bin-serve-redis.conf"  # in the run directory; not a name that others give theirs
+ENDING = "ending"  # the file in a run directory that says so
 ENDING_LIMIT = 10  # seconds that another bin/serve gets to end
+TOLD_LIMIT = 100  # seconds that one gets which says that it is ending: a little more than serve.STOP_LIMIT
 CLOSING_LIMIT = 1  # seconds that one may take from its last connection to its end
 START_LIMIT = 30  # seconds that a Redis may take to start
 PROBE_LIMIT = 2  # seconds
+PROTECTED = "is in protected mode, which keeps other machines out: give it a password, and set it in REDIS_URL"
 # By the error, and a part of what Redis or OpenSSL says: what it means, and what to do.
 REFUSALS: list[tuple[type[RedisError], str, str]] = [
     (NoPermissionError, "", "gives its user too few rights ({reason}): docs/operations.md lists what it needs"),
@@ -35,6 +38,7 @@ REFUSALS: list[tuple[type[RedisError], str, str]] = [
         "CERTIFICATE_VERIFY_FAILED",
         "shows a certificate that is not trusted ({reason}): add ?ssl_ca_certs=FILE of its authority to REDIS_URL",
     ),
+    (RedisError, "protected mode", PROTECTED),
     (ResponseError, "", "refuses us ({reason}): check REDIS_*"),
     (InvalidResponse, "", "is no Redis ({reason}): check REDIS_*"),
 ]
@@ -75,21 +79,21 @@ def run_directory_of(queue: ImageQueue) -> Path | None:
 def wait_for_another_to_end(queue: ImageQueue) -> None:
     """Return when the Redis at hand is not another bin/serve's. Raises RedisError where none answers, or Refusal."""
     begun = time.monotonic()
-    seen = False
+    limit = 0
     while True:
         waited = time.monotonic() - begun
         try:
-            if run_directory_of(queue) is None:
+            directory = run_directory_of(queue)
+            if directory is None:
                 return
-            if not seen:
-                print(f"* Another bin/serve has the Redis at {queue.address}: waiting up to {ENDING_LIMIT} seconds for "
-                      "it to end", flush=True)  # fmt: skip
-                seen = True
-            if waited > ENDING_LIMIT:
+            if not limit:
+                print(f"* Another bin/serve has the Redis at {queue.address}: waiting for it to end", flush=True)
+            limit = TOLD_LIMIT if (directory / ENDING).exists() else ENDING_LIMIT
+            if waited > limit:
                 raise another_has_it(queue)
         except RedisError:
             # One that ends closes its connections a moment before its port.
-            if waited > (ENDING_LIMIT if seen else CLOSING_LIMIT) or not (is_local() and port_answers()):
+            if waited > (limit or CLOSING_LIMIT) or not (is_local() and port_answers()):
                 raise
         time.sleep(0.1)
 
@@ -98,9 +102,7 @@ def another_has_it(queue: ImageQueue) -> Refusal:
     """Return what to say of the Redis of another bin/serve."""
     if not is_local():
         return Refusal(f"the Redis at {queue.address} is another bin/serve's and ends with it: name one of your own.")
-    return Refusal(
-        f"port {settings.REDIS_PORT} has the Redis of another bin/serve: stop that one, or {another_port()}."
-    )
+    return Refusal(f"port {settings.REDIS_PORT} has another bin/serve's Redis: stop that one, or {another_port()}.")
 
 
 def another_port() -> str:
@@ -167,7 +169,7 @@ def _mismatch(queue: ImageQueue) -> str:
     place = (str(at["host"]), int(at["port"]))
     greeting, with_tls = _plain_greeting(place), settings.REDIS_URL.startswith("rediss:")
     if greeting.startswith(b"-DENIED"):
-        return "is in protected mode, which keeps other machines out: give it a password, and set it in REDIS_URL"
+        return PROTECTED
     if with_tls and greeting[:1] in (b"+", b"-"):
         return "speaks no TLS: write redis:// for rediss:// in REDIS_URL"
     if not with_tls and not greeting and _speaks_tls(place):

@@ -222,7 +222,7 @@ def test_what_waits_on_a_frozen_redis_is_not_left_behind(impatient: dict[str, st
 
 def waiting_requests(port: str) -> int:
     """How many connections to the port are open."""
-    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
     return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
 
 
@@ -363,11 +363,13 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     port, tls_port = free_port(), free_port()
     tls = {"tls-port": str(tls_port), "tls-cert-file": files["certificate"], "tls-key-file": files["key"],
            "tls-ca-cert-file": files["ca"], "tls-auth-clients": "no"}  # fmt: skip
-    users = ["--user", "default on >secret ~* +@all", "--user", "weak on >secret ~* +ping"]
     options = [word for name, text in tls.items() for word in (f"--{name}", text)]
-    with run_redis(folder / "log", port, *options, *users) as process:
+    with run_redis(folder / "log", port, *options) as process:
         wait_until(lambda: "Ready to accept" in process.log or not process.alive, "Redis is up")
         assert process.alive, process.log
+        client = Redis(port=port)
+        client.acl_setuser("weak", enabled=True, passwords=["+secret"], commands=["+ping"])
+        client.config_set("requirepass", "secret")
         yield {"plain": f"127.0.0.1:{port}", "tls": f"127.0.0.1:{tls_port}", "ca": files["ca"],
                "other": make_certificates(folder, "other")["ca"]}  # fmt: skip
 
