@@ -160,8 +160,9 @@ def test_a_value_of_several_lines_and_signs_for_the_terminal_is_shown_in_one() -
 def warnings(folder: Path, content: str, **environment: str) -> list[str]:
     shutil.copy(ROOT / "settings.py", folder)
     (folder / ".env").write_text(content)
-    printed = run("-c", "import settings; print(*settings.warnings(), sep='\\n')", cwd=folder, env=environment).stdout
-    return printed.splitlines()
+    command = [sys.executable, "-c", "import settings; print(*settings.warnings(), sep=chr(10))"]
+    bare = {"PATH": PATH, **environment}
+    return subprocess.check_output(command, cwd=folder, env=bare, text=True, timeout=60).strip().splitlines()
 
 
 @pytest.mark.parametrize(
