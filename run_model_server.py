@@ -380,6 +380,8 @@ def main() -> int:
     parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=told)
     arguments = parser.parse_args()
     log_to_stderr(settings.LOG_FORMAT)
+    for line in settings.warnings():
+        log.warning(line)
     if arguments.model:
         settings.MODEL = arguments.model
     if arguments.gpu is not None:

@@ -349,6 +349,8 @@ def start() -> flask.Flask:
     allow_many_files()
     log_to_stderr(settings.LOG_FORMAT)
     choose_folder()
+    for line in settings.warnings():
+        log.warning(line)
     threading.Thread(target=watch_for_redis, name="watch-for-redis", daemon=True).start()
     return app
 

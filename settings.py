@@ -3,8 +3,11 @@
 A variable of the same name in the environment wins over a line `NAME=value` in the file `.env` beside this module, and
 that over the default. A value that makes no sense stops the program with exit code 2 and one line that names the
 variable, the value and what is allowed: a service that starts with a guess is worse than one that does not start.
+`warnings` tells what is not wrong enough for that, such as a name that is almost one of ours.
 """
 
+import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +24,8 @@ EXIT_BAD_SETTING = 2  # restarting with the same settings is of no use; supervis
 _secrets = {"REDIS_URL": r"(?<=//).*(?=@)|(?<=\?).*", "API_KEYS": r"(?s).+"}
 
 _file = Path(__file__).with_name(".env")
-_line = re.compile(r"\s*(#.*|(export\s+)?\w+\s*=.*)?")
+_line = re.compile(r"\s*(#.*|(export\s+)?(?P<name>\w+)\s*=.*)?")
+_lines_of: dict[str, list[int]] = {}  # where `.env` has each name
 
 
 def _stop(line: str) -> NoReturn:
@@ -45,6 +49,9 @@ def _read_file() -> None:
     wrong = next((number for number, line in enumerate(lines, 1) if not _line.fullmatch(line)), None)
     if wrong:  # which may hold a secret, so it is not shown
         _stop(f"{_file}, line {wrong}, makes no sense: it must be NAME=value, or begin with #.")
+    for number, line in enumerate(lines, 1):
+        if (found := _line.fullmatch(line)) and found["name"]:
+            _lines_of.setdefault(found["name"], []).append(number)
     env.read_env(str(_file), recurse=False)
 
 
@@ -216,3 +223,63 @@ def image_shape(own: tuple[int, int, int]) -> tuple[int, int, int]:
 def image_is_set() -> bool:
     """Whether IMAGE_* say all of that, so that the model need not be asked."""
     return bool(IMAGE_HEIGHT and IMAGE_WIDTH and IMAGE_CHANS)
+
+
+# Names that are none of ours
+
+# What others call what we have, where the letters alone would not tell.
+_synonyms = {
+    **dict.fromkeys(["API_TOKEN", "API_TOKENS", "AUTH_TOKEN", "AUTH_TOKENS", "BEARER_TOKEN"], "API_KEYS"),
+    **dict.fromkeys(["REDIS_PASSWORD", "REDIS_PASS", "REDIS_AUTH", "REDIS_USER", "REDIS_USERNAME"], "REDIS_URL"),
+    **dict.fromkeys(["REDIS_TLS", "REDIS_SSL", "REDIS_URI"], "REDIS_URL"),
+    **dict.fromkeys(["MAX_UPLOAD_SIZE", "MAX_FILE_SIZE", "MAX_CONTENT_LENGTH", "MAX_BODY_SIZE"], "MAX_UPLOAD_BYTES"),
+    **dict.fromkeys(["MAX_PIXELS", "MAX_IMAGE_SIZE"], "MAX_IMAGE_PIXELS"),
+    **dict.fromkeys(["MODEL_PATH", "MODEL_FILE", "MODEL_NAME"], "MODEL"),
+    **dict.fromkeys(["RATE_LIMITING", "THROTTLE"], "RATE_LIMIT"),
+    "TIMEOUT": "REQUEST_TIMEOUT",
+    "WEIGHTS": "MODEL_WEIGHTS",
+}
+# What Keras, its backends, Python and compose.yaml read themselves, however much it looks like ours.
+_of_others = re.compile(
+    r"(KERAS|TF|TENSORFLOW|TORCH|PYTORCH|JAX|XLA|CUDA|NVIDIA|NCCL|OMP|MKL|PYTHON\w*|PIP|COMPOSE|DOCKER|APACHE)_\w+"
+    r"|OWN_MODELS|WEB_PROCESSES|WEB_THREADS"
+)
+_ours = [name for name in globals() if name.isupper() and not name.startswith("_") and name != "EXIT_BAD_SETTING"]
+
+
+def _letters(name: str) -> str:
+    return name.upper().replace("_", "")
+
+
+def _meant(name: str) -> str | None:
+    """Return the setting that a name in `.env` is probably meant to be; None for one of ours, and for any other."""
+    if name in _ours or _of_others.fullmatch(name):
+        return None
+    by_letters = {_letters(each): each for each in _ours}
+    # One letter more or less makes another word of a short one, such as MODE.
+    close = difflib.get_close_matches(_letters(name), by_letters, 1, cutoff=0.8 if len(name) > 5 else 0.9)
+    return _synonyms.get(name.upper()) or (by_letters[close[0]] if close else None)
+
+
+def _misspelt(name: str) -> str | None:
+    """Return the setting that a variable of the environment is, but for case and underscores: others' names live there.
+
+    API_KEY is the one that simple_request.py reads, and `port`, say, may be anybody's.
+    """
+    same = next((each for each in _ours if _letters(each) == _letters(name)), None)
+    return same if same != name and "_" in (same or "") else None
+
+
+def warnings() -> list[str]:
+    """Return what is odd about the names in `.env` and in the environment, a line each and without their values."""
+    found = [
+        f"{_file} has {name} in lines {' and '.join(map(str, lines))}: the last one counts."
+        for name, lines in _lines_of.items()
+        if len(lines) > 1
+    ]
+    places = [(str(_file), _meant, _lines_of), ("the environment", _misspelt, os.environ.keys() - _lines_of.keys())]
+    for place, guess, names in places:
+        for name in names:
+            if (meant := guess(name)) and not env.str(meant, ""):
+                found.append(f"{place} has {name}, which is no setting and changes nothing: did you mean {meant}?")
+    return found

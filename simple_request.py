@@ -9,12 +9,13 @@ Exit code: 0 all answered, 1 some were not, 2 bad arguments.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import requests
@@ -27,6 +28,36 @@ IMAGE_PATH = Path(__file__).parent / "images" / "three.png"
 STDIN = Path("-")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}  # of the images in a folder
 LONGEST_WAIT = 60  # seconds that the service may ask to wait before another try
+
+
+class Output(io.FileIO):
+    """Standard output or error, where it does no harm that its reader has left, as `head -1` does after a line."""
+
+    reader_left = False
+
+    def write(self, data: Any) -> int:
+        """Write, or pass over what nobody would read."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self.reader_left = True
+            return len(data)
+
+
+def bear_a_reader_that_leaves() -> None:
+    """Let standard output and error be such an Output."""
+    for name in ("stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name)
+        if stream:  # none where the shell has closed it
+            raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.isatty())
+            setattr(sys, name, text)
+
+
+def somebody_reads() -> bool:
+    """Whether what was printed so far has gone to somebody."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return not (isinstance(raw, Output) and raw.reader_left)
 
 
 class ClientError(Exception):
@@ -149,7 +180,7 @@ def complain(error: ClientError) -> None:
 
 
 def ask_all(options: argparse.Namespace) -> bool:
-    """Ask about each image, print what can be printed, and return whether all of them were answered."""
+    """Ask about each image while somebody reads, print what can be printed; return whether all asked were answered."""
     named = len(options.image) > 1 or options.image[0].is_dir()
     answered = True
     with patient_session(options.retries, options.api_key) as session:
@@ -162,6 +193,8 @@ def ask_all(options: argparse.Namespace) -> bool:
             except ClientError as error:
                 complain(ClientError(f"{image}: {error}") if named else error)
                 answered = False
+            if not somebody_reads():
+                break
     return answered
 
 
@@ -191,4 +224,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    bear_a_reader_that_leaves()
     sys.exit(main())

@@ -17,6 +17,7 @@ Exit code: 0 all answered, 1 some were not, 2 bad arguments, 130 stopped by Ctrl
 import argparse
 import errno
 import importlib.util
+import io
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 from urllib.parse import urlsplit
 
 import requests
@@ -388,6 +389,27 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard < 0 else min(count, hard), hard))
 
 
+class Output(io.FileIO):
+    """Standard output or error, where it does no harm that its reader has left, as `head -1` does after a line."""
+
+    def write(self, data: Any) -> int:
+        """Write, or pass over what nobody would read."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def bear_a_reader_that_leaves() -> None:
+    """Let standard output and error be such an Output."""
+    for name in ("stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name)
+        if stream:  # none where the shell has closed it
+            raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.isatty())
+            setattr(sys, name, text)
+
+
 # --- command line -------------------------------------------------------------------------------------------
 
 
@@ -510,9 +532,11 @@ def main() -> int:
     if options.plot:
         plot(test.results, options.plot)
     if options.json:
-        options.json.write_text(as_json(figures, test.results))
+        with suppress(BrokenPipeError):  # as of /dev/stdout
+            options.json.write_text(as_json(figures, test.results))
     return exit_code(figures, test.stopped)
 
 
 if __name__ == "__main__":
+    bear_a_reader_that_leaves()
     sys.exit(main())

@@ -333,6 +333,64 @@ def test_simple_request_goes_on_after_an_image_that_is_refused(serve: Serve, ima
     assert done.returncode == 1
 
 
+def run_for_nobody(*command: object, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """Run a client whose reader has left, as `head -1` has after a line: of its output, or what `streams` name."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | (streams or {"stdout": None})
+    try:
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            **{name: writing if stream is None else stream for name, stream in kept.items()},
+            text=True, env=environment(), timeout=LIMIT, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_simple_request_is_quiet_when_its_reader_leaves_and_asks_no_more(
+    serve: Serve, image: Path, options: list[str]
+) -> None:
+    service = serve(always(OK))
+
+    done = run_for_nobody(ROOT / "simple_request.py", image, image, image, "--url", service.url, *options)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(service.bodies) == 1
+
+
+def test_simple_request_keeps_its_exit_code_when_nobody_reads_its_errors(deserted_url: str, image: Path) -> None:
+    done = run_for_nobody(ROOT / "simple_request.py", image, "--url", deserted_url, stdout=None, stderr=None)
+
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+def test_a_client_s_help_is_quiet_when_its_reader_leaves(script: str) -> None:
+    done = run_for_nobody(ROOT / script, "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("reply", "code"), [(OK, 0), (refusal(503, "queue_full"), 1)])
+def test_the_stress_test_goes_on_and_keeps_its_exit_code_when_its_reader_leaves(
+    serve: Serve, image: Path, reply: Reply, code: int
+) -> None:
+    service, report = serve(always(reply)), image.with_name("figures.json")
+    command = (ROOT / "stress_test.py", "--url", service.url, "--image", image, "--requests", 400, "--concurrency", 8)
+
+    done = run_for_nobody(*command, "--json", report)
+
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+    assert len(json.loads(report.read_text())["results"]) == len(service.bodies) == 400
+
+    # and where nobody reads its progress either, or the figures
+    assert run_for_nobody(*command, "--json", "/dev/stdout", stdout=None, stderr=None).returncode == code
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_simple_request_tries_again_when_the_service_says_when_to(serve: Serve, image: Path, status: int) -> None:
     # given

@@ -27,7 +27,8 @@ from redis import Redis
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
-OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_URL", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
+OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
+OF_BIN_SERVE = {"PORT", "MODEL_SERVERS"}
 ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 THREE = (ROOT / "images/three.png").read_bytes()
 
@@ -97,10 +98,16 @@ class Image:
         return done.stderr.strip() or "unhealthy" if done.returncode else ""
 
 
-def defaults(service: dict[str, Any]) -> dict[str, str]:
-    """The variables of a service in compose.yaml, where nobody sets any."""
-    found = {name: str(text) for name, text in service["environment"].items()}
-    return {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text) for name, text in found.items()}
+def interpolated(text: str, **given: str) -> str:
+    """A value of compose.yaml, as compose has it where somebody has set what is given."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda each: given.get(each[1]) or each[2], text)
+
+
+def defaults(service: dict[str, Any], **given: str) -> dict[str, str]:
+    """The variables of a service in compose.yaml, where nobody sets any but those given."""
+    found = {name: given.get(name) if text is None else interpolated(str(text), **given)
+             for name, text in service["environment"].items()}  # fmt: skip
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def inner(process: Process) -> int:
@@ -173,7 +180,7 @@ def test_the_images_answer_hardened_as_compose_runs_them_and_stop_when_all_is_an
     storage: list[str], redis_port: int, redis: Redis, tmp_path: Path
 ) -> None:
     port, name = free_port(), f"queue-{free_port()}"
-    settings = {"REDIS_URL": f"redis://127.0.0.1:{redis_port}/0", "IMAGE_QUEUE": name}
+    settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port), "IMAGE_QUEUE": name}
     more = settings | {"APP_PORT": str(port)}
     image, service = Image(storage, "web"), SERVICES["web"]
     assert "Connection refused" in image.complaint(service, **more)
@@ -212,18 +219,22 @@ def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s
     assert not {name for name in packages if re.match("tensorflow|keras", name)}
     assert {"settings.py", "run_web_server.py", "keras_rest_api_app.wsgi", "deploy", "models"} <= files
     assert not files & {".git", ".env", "tests", "bin", "images", "README.md", "bench"}
+    models = {path.name for path in Path(image.root, "opt/keras-rest-api/models").iterdir()}
+    assert models == {path.name for path in (ROOT / "models").iterdir() if path.suffix in (".keras", ".json", ".txt")}
+    assert "digits.json" in models
+    assert not list(Path(image.root, "opt/keras-rest-api/deploy").glob("serve*"))
 
 
 def test_compose_s_redis_takes_its_options_and_is_healthy_by_its_check(tmp_path: Path) -> None:
     port = free_port()
-    program, *options = SERVICES["redis"]["command"]
-    kind, *check = SERVICES["redis"]["healthcheck"]["test"]
-    assert (program, kind) == ("redis-server", "CMD")
-    with run_redis(tmp_path / "log", port, *options) as process:
+    told = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["command"]]
+    kind, *check = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["healthcheck"]["test"]]
+    assert (told[0], kind) == ("redis-server", "CMD")
+    with run_redis(tmp_path / "log", port, *told[1:]) as process:
         client = Redis(port=port)
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
-        assert subprocess.check_output([*check[:1], "-p", str(port), *check[1:]]) == b"PONG\n"
+        assert subprocess.check_output(check) == b"PONG\n"
 
 
 def test_what_compose_names_is_there_and_only_the_web_is_published() -> None:
@@ -254,6 +265,63 @@ def test_every_variable_of_compose_is_a_setting_with_its_default(name: str) -> N
 
     assert ours.keys() <= plain.keys()
     assert composed == plain
+
+
+READ_BY = {
+    "web": ["run_web_server", "access", "health", "image_checks", "image_preparation", "image_queue", "pages",
+            "web_metrics"],
+    "model": ["run_model_server", "classifier", "image_queue", "model_file", "server_metrics"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_BY)
+def test_every_setting_reaches_the_container_of_the_program_that_reads_it(name: str) -> None:
+    sources = [(ROOT / f"{module}.py").read_text() for module in READ_BY[name]]
+    read = {each for source in sources for each in re.findall(r"\bsettings\.([A-Z_]+)\b", source)}
+    read -= {"EXIT_BAD_SETTING", "METRICS_HOST", *OF_BIN_SERVE}  # in a container it listens on all addresses
+
+    composed = defaults(SERVICES[name], **dict.fromkeys(read, "given"))
+
+    assert {each for each in read if composed.get(each) != "given"} == set()
+
+
+def test_together_both_programs_read_every_setting_but_those_of_bin_serve() -> None:
+    """So that the lists of modules above are whole."""
+    passed = {each for name in READ_BY for each in SERVICES[name]["environment"]} - {"APACHE_DEFINES"}
+    code = "import settings; print(*(name for name in vars(settings) if name.isupper()))"
+    ours = set(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
+
+    assert passed == ours - {"EXIT_BAD_SETTING"} - OF_BIN_SERVE
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ({}, "redis:6379"),
+        ({"REDIS_HOST": "redis.example"}, "redis.example:6379"),
+        ({"REDIS_HOST": "redis.example", "REDIS_PORT": "6380"}, "redis.example:6380"),
+        ({"REDIS_PORT": "6380"}, "redis:6380"),
+        ({"REDIS_HOST": "redis.example", "REDIS_URL": "redis://other.example:7000/1"}, "other.example:7000"),
+    ],
+)
+def test_the_redis_that_is_set_is_the_one_that_both_programs_use(given: dict[str, str], address: str) -> None:
+    composed, others = (
+        {key: text for key, text in defaults(SERVICES[name], **given).items() if key.startswith("REDIS_")}
+        for name in ("web", "model")
+    )
+    assert composed == others
+    code = "from image_queue import ImageQueue; print(ImageQueue().address)"
+
+    bare = {"PATH": os.environ["PATH"], **composed}
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, text=True).strip() == address
+
+
+def test_a_shorter_request_timeout_alone_is_taken() -> None:
+    """The defaults of REDIS_TIMEOUT and CLIENT_SLEEP follow from it, so compose must not set them."""
+    code = "import settings; print(settings.REDIS_TIMEOUT, settings.CLIENT_SLEEP)"
+    bare = {"PATH": os.environ["PATH"], **defaults(SERVICES["web"], REQUEST_TIMEOUT="2")}
+
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, text=True) == "1.0 1.0\n"
 
 
 def test_stopping_takes_longer_than_a_request_may() -> None:

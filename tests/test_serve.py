@@ -8,14 +8,45 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import requests
-from conftest import PATH, ROOT, free_port, model_servers, need, processes_with, running, variables, wait_until
+from conftest import (
+    PATH,
+    ROOT,
+    Service,
+    free_port,
+    make_certificates,
+    model_servers,
+    need,
+    processes_with,
+    run_redis,
+    running,
+    variables,
+    wait_until,
+    web_processes,
+)
+from redis import Redis
+
+import settings
+
+sys.path.insert(0, str(ROOT / "deploy"))
+
+import serve
+import serve_redis
+
+from helpers import Refusal
 
 SERVE = str(ROOT / "bin/serve")
+# What bin/serve runs, which gives requests in flight less time than the usual 30 seconds.
+SERVE_IMPATIENTLY = [sys.executable, "-c", "import serve; serve.DRAIN_LIMIT = 2; serve.main()"]
+DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
+THREE = (ROOT / "images/three.png").read_bytes()
 NO_INTERNET = {"https_proxy": "http://127.0.0.1:1"}  # a proxy that nobody runs
 
 
@@ -57,9 +88,17 @@ def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
         process.wait_for_log("* Joined the queue", times=2)
         assert requests.get(f"http://localhost:{nothing_cached['PORT']}/readyz", timeout=10).ok
 
-        assert process.stop(signal.SIGINT) == 0
+        everything = descendants(process.popen.pid)
+        with ThreadPoolExecutor(4) as pool:
+            asked = in_flight(nothing_cached, pool)
+            process.send(signal.SIGINT)
+            wait_until(lambda: not connects(nothing_cached["PORT"]), "it takes no more")
+            thaw(*model_servers(mark))
+            assert [each() for each in asked] == 4 * ["3"]
+        assert process.popen.wait(60) == 0
 
     assert processes_with(mark) == set()
+    assert not still_there(everything)
     assert not Path(run_directory).exists()
     assert files_of_ours() == files
 
@@ -75,6 +114,29 @@ def descendants(pid: int) -> dict[int, dict[str, str]]:
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 found[int(folder.name)] = {**status, "command": command}
     return found
+
+
+def still_there(processes: dict[int, dict[str, str]]) -> dict[int, str]:
+    """Those of the processes that have not ended."""
+    return {pid: each["command"] for pid, each in processes.items() if descendants(pid)}
+
+
+def in_flight(environment: dict[str, str], pool: ThreadPoolExecutor) -> list[Callable[[], str]]:
+    """Freeze the model server and send 4 images; what gives their labels, once all of them wait."""
+    for pid in model_servers(environment["REDIS_PORT"]):
+        os.kill(pid, signal.SIGSTOP)
+    service = Service(f"http://127.0.0.1:{environment['PORT']}")
+    redis = Redis(port=int(environment["REDIS_PORT"]), socket_timeout=5)
+    asked = [pool.submit(service.label, THREE) for _ in range(4)]
+    wait_until(lambda: sum(redis.llen(key) for key in redis.keys("image_queue*") if redis.type(key) == b"list") == 4,
+               "all of them wait")  # fmt: skip
+    return [each.result for each in asked]
+
+
+def thaw(*processes: int) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def listeners(pid: int) -> set[str]:
@@ -127,10 +189,126 @@ def test_however_it_ends_no_process_is_left(nothing_cached: dict[str, str], tmp_
     with running(["env", "-C", str(tmp_path), SERVE], tmp_path / "log", **nothing_cached) as process:
         process.wait_for_log("* Ready on port")
         assert model_servers(mark)
+        everything = descendants(process.popen.pid)
 
         process.stop(number)
 
         wait_until(lambda: not processes_with(mark), "all processes have ended")
+        wait_until(lambda: not still_there(everything), "Redis has ended too")
+
+
+@pytest.fixture
+def impatient(nothing_cached: dict[str, str]) -> dict[str, str]:
+    return nothing_cached | DIGITS | {"PYTHONPATH": str(ROOT / "deploy")}
+
+
+def test_what_waits_on_a_frozen_redis_is_not_left_behind(impatient: dict[str, str], tmp_path: Path) -> None:
+    mark, port = impatient["REDIS_PORT"], impatient["PORT"]
+    with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
+        process.wait_for_log("* Ready on port")
+        everything = descendants(process.popen.pid)
+        [redis] = [pid for pid, each in everything.items() if each["command"].startswith("redis-server")]
+        os.kill(redis, signal.SIGSTOP)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(Service(f"http://127.0.0.1:{port}").post, THREE) for _ in range(4)]
+            wait_until(lambda: waiting_requests(port) == 4, "all of them wait")
+
+            assert process.stop(signal.SIGTERM) == 0
+
+            assert not still_there(everything)
+            assert processes_with(mark) == set()
+            assert all(isinstance(each.exception(10), requests.RequestException) for each in asked)
+
+
+def waiting_requests(port: str) -> int:
+    """How many connections to the port are open."""
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
+
+
+def test_killed_while_a_web_process_is_frozen_it_leaves_none(impatient: dict[str, str], tmp_path: Path) -> None:
+    """Before, its Apache is killed, and what that leaves behind does not keep the port from the next one."""
+    url = f"http://127.0.0.1:{impatient['PORT']}"
+    with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
+        process.wait_for_log("* Ready on port")
+        old = web_processes(url)
+        os.kill(parent(old[0]), signal.SIGKILL)
+        wait_until(
+            lambda: set(web_processes(url)) - set(old) and not set(web_processes(url)) & set(old), "a new Apache"
+        )
+        wait_until(lambda: answers_livez(url), "it answers")
+        everything = descendants(process.popen.pid)
+        os.kill(web_processes(url)[0], signal.SIGSTOP)
+
+        process.stop(signal.SIGKILL)
+
+        wait_until(lambda: not still_there(everything), "all processes have ended")
+
+
+def parent(pid: int) -> int:
+    return int(re.findall(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
+
+
+def answers_livez(url: str) -> bool:
+    with suppress(requests.RequestException):
+        return requests.get(f"{url}/livez", timeout=5).ok
+    return False
+
+
+def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str], tmp_path: Path) -> None:
+    """Of two that start at once, one serves; one that starts while that one ends gets a Redis of its own."""
+    environment = nothing_cached | DIGITS
+    port = environment["REDIS_PORT"]
+    with (
+        running([SERVE], tmp_path / "first", **environment) as first,
+        running([SERVE], tmp_path / "second", **environment | {"PORT": str(free_port())}) as second,
+    ):
+        wait_until(lambda: not (first.alive and second.alive), "one of them gives up", 60)
+        winner, loser = (first, second) if first.alive else (second, first)
+        winner.wait_for_log("* Ready on port")
+        assert f"port {port} has another bin/serve's Redis: stop that one, or choose another port" in loser.log
+        assert f"REDIS_PORT={int(port) + 1} bin/serve" in loser.log
+        assert "* Ready" not in loser.log
+        assert "Traceback" not in loser.log
+
+        environment["PORT"] = str(free_port())
+        with running([SERVE], tmp_path / "third", **environment) as third:
+            third.wait_for_log("* Another bin/serve has the Redis")
+            assert winner.stop() == 0
+            third.wait_for_log("* Ready on port")
+            assert Service(f"http://127.0.0.1:{environment['PORT']}").label(THREE) == "3"
+            assert_refused(port)
+
+
+def assert_refused(port: str) -> None:
+    """A bin/serve that starts now stops with a line, since the other one stays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve_redis, "ENDING_LIMIT", 0.3)
+        patch.setattr(settings, "REDIS_PORT", int(port))
+        with pytest.raises(Refusal, match=f"port {port} has another bin/serve's Redis"):
+            serve_redis.redis_answers()
+        with pytest.raises(Refusal, match=f"port {port} has another bin/serve's Redis"):
+            serve_redis.started(Path("/tmp/keras-rest-api-ours"))
+        patch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{port}/0")
+        with pytest.raises(Refusal, match="ends with it: name one of your own"):
+            serve_redis.redis_answers()
+
+
+def test_somebody_s_own_redis_is_used_and_neither_replaced_nor_ended(impatient: dict[str, str], tmp_path: Path) -> None:
+    port = impatient["REDIS_PORT"]
+    url = f"http://127.0.0.1:{impatient['PORT']}"
+    with run_redis(tmp_path / "redis", int(port)) as own:
+        wait_until(lambda: connects(port), "Redis is up")
+        with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
+            process.wait_for_log("* Ready on port")
+            assert f"* Using the Redis at localhost:{port}" in process.log
+            own.stop(signal.SIGKILL)
+            wait_until(lambda: requests.get(f"{url}/readyz", timeout=20).status_code == 503, "it is missed")
+            assert not [each for each in descendants(process.popen.pid).values() if "redis-server" in each["command"]]
+            with run_redis(tmp_path / "redis", int(port)) as again:
+                wait_until(lambda: requests.get(f"{url}/readyz", timeout=20).ok, "it is used again")
+                assert process.stop() == 0
+                assert again.alive
 
 
 def one_line(environment: dict[str, str]) -> str:
@@ -155,6 +333,14 @@ def test_a_port_that_is_taken_is_named_in_one_line(nothing_cached: dict[str, str
         assert f"port {port} is taken: choose another" in one_line(nothing_cached | {"MODEL": "ResNet50"})
 
 
+def test_a_port_that_is_given_free_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setattr(settings, "PORT", listener.getsockname()[1])
+        threading.Timer(0.3, listener.close).start()
+
+        assert serve.free_port() == settings.PORT
+
+
 def test_a_redis_port_that_something_else_has_is_named(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     port = nothing_cached["REDIS_PORT"]
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", port]
@@ -167,6 +353,74 @@ def test_a_redis_port_that_something_else_has_is_named(nothing_cached: dict[str,
 def connects(port: str) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", int(port))) == 0
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Redis with a user of few rights, plain and with TLS; what its faults are shown with."""
+    folder = tmp_path_factory.mktemp("guarded")
+    files = make_certificates(folder)
+    port, tls_port = free_port(), free_port()
+    tls = {"tls-port": str(tls_port), "tls-cert-file": files["certificate"], "tls-key-file": files["key"],
+           "tls-ca-cert-file": files["ca"], "tls-auth-clients": "no"}  # fmt: skip
+    options = [word for name, text in tls.items() for word in (f"--{name}", text)]
+    with run_redis(folder / "log", port, *options) as process:
+        wait_until(lambda: "Ready to accept" in process.log or not process.alive, "Redis is up")
+        assert process.alive, process.log
+        client = Redis(port=port)
+        client.acl_setuser("weak", enabled=True, passwords=["+secret"], commands=["+ping"])
+        client.config_set("requirepass", "secret")
+        yield {"plain": f"127.0.0.1:{port}", "tls": f"127.0.0.1:{tls_port}", "ca": files["ca"],
+               "other": make_certificates(folder, "other")["ca"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://:secret-wrong@{plain}", "refuses the user or the password"),
+        ("redis://nobody:secret@{plain}", "refuses the user or the password"),
+        ("redis://{plain}", "wants a password: set REDIS_URL="),
+        ("redis://weak:secret@{plain}", "gives its user too few rights"),
+        ("redis://:secret@{plain}/99", "refuses us (DB index is out of range)"),
+        ("rediss://:secret@{plain}", "speaks no TLS: write redis://"),
+        ("redis://:secret@{tls}", "wants TLS"),
+        ("rediss://:secret@{tls}?ssl_ca_certs={other}", "shows a certificate that is not trusted"),
+        ("rediss://:secret@{tls}?ssl_ca_certs={ca}.away", "REDIS_URL names a file that is not there"),
+        ("unix:///no/such.sock", "REDIS_URL names a file that is not there"),
+        ("redis://127.0.0.1:1", "does not answer"),
+    ],
+)
+def test_a_redis_that_answers_but_not_us_is_told_with_its_reason(
+    guarded: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str, said: str
+) -> None:
+    monkeypatch.setattr(settings, "REDIS_URL", url.format(**guarded))
+    monkeypatch.setattr("image_queue.SOCKET_GRACE", 0.5)
+
+    with pytest.raises(Refusal) as refused:
+        serve_redis.redis_answers()
+
+    assert said in str(refused.value)
+    assert ("start it" in str(refused.value)) is (said == "does not answer")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_redis_in_protected_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in says what Redis says to other machines, since this one may have no address but loopback."""
+    said = b"-DENIED Redis is running in protected mode because protected mode is enabled.\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=deny, args=(server, said), daemon=True).start()
+        monkeypatch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{server.getsockname()[1]}")
+
+        with pytest.raises(Refusal, match="is in protected mode, which keeps other machines out: give it a password"):
+            serve_redis.redis_answers()
+
+
+def deny(server: socket.socket, said: bytes) -> None:
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(said)
 
 
 def test_a_remote_redis_that_does_not_answer_is_named_in_one_line(nothing_cached: dict[str, str]) -> None:

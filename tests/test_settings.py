@@ -1,5 +1,6 @@
 """A setting that makes no sense stops each program with one line; one that does is taken from where it should be."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -165,3 +166,77 @@ def test_a_value_of_several_lines_and_signs_for_the_terminal_is_shown_in_one() -
     assert ended.stderr.startswith("BATCH_SIZE=8??[31mERRORxxx")
     assert ended.stderr.count("\n") == 1
     assert len(ended.stderr) < 500
+
+
+def warnings(folder: Path, content: str, **environment: str) -> list[str]:
+    shutil.copy(ROOT / "settings.py", folder)
+    (folder / ".env").write_text(content)
+    command = [sys.executable, "-c", "import settings; print(*settings.warnings(), sep=chr(10))"]
+    bare = {"PATH": PATH, **environment}
+    return subprocess.check_output(command, cwd=folder, env=bare, text=True, timeout=60).strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("API_KEY", "API_KEYS"), ("api_keys", "API_KEYS"), ("APIKEYS", "API_KEYS"), ("API_TOKEN", "API_KEYS"),
+        ("RATELIMIT", "RATE_LIMIT"), ("RATE_LIMITS", "RATE_LIMIT"), ("REDIS_PASSWORD", "REDIS_URL"),
+        ("REDIS_HOSTNAME", "REDIS_HOST"), ("MAX_UPLOAD_SIZE", "MAX_UPLOAD_BYTES"), ("MAXQUEUE", "MAX_QUEUE"),
+        ("BATCHSIZE", "BATCH_SIZE"), ("REQUEST_TIMOUT", "REQUEST_TIMEOUT"), ("MODELS", "MODEL"), ("LABEL", "LABELS"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_almost_a_setting_is_warned_about_without_its_value(
+    tmp_path: Path, name: str, meant: str
+) -> None:
+    [line] = warnings(tmp_path, f"TOP=3\n{name}=a-secret-value\n")
+
+    assert line == f"{tmp_path}/.env has {name}, which is no setting and changes nothing: did you mean {meant}?"
+
+
+def test_names_of_others_are_not_warned_about(tmp_path: Path) -> None:
+    others = [
+        "KERAS_BACKEND", "KERAS_HOME", "TF_CPP_MIN_LOG_LEVEL", "TF_XLA_FLAGS", "XLA_FLAGS", "JAX_PLATFORMS",
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED", "OMP_NUM_THREADS", "OWN_MODELS",
+        "COMPOSE_PROJECT_NAME", "WEB_PROCESSES", "WEB_THREADS", "HOME", "PATH", "LANG", "TZ", "DEBUG", "HOST", "MODE",
+        "http_proxy", "SECRET_KEY", "AWS_ACCESS_KEY_ID", "DATABASE_URL", "FLASK_APP", "LOG_LEVEL", "IMAGE_TAG",
+        "REGISTRY", "SERVER_NAME", "HOSTNAME", "OPENAI_API_KEY",
+    ]  # fmt: skip
+    ours = (ROOT / "README.md").read_text().split("## Settings")[1].split("\n## ")[0]
+    names = [*others, *(line.split("`")[1] for line in ours.splitlines() if line.startswith("| `"))]
+
+    assert warnings(tmp_path, "".join(f"# {name}=\n" for name in names)) == []
+    assert warnings(tmp_path, "".join(f"export {name}=\n" for name in others)) == []
+
+
+def test_in_the_environment_only_what_can_be_nobody_else_s_is_warned_about(tmp_path: Path) -> None:
+    found = warnings(tmp_path, "", RATELIMIT="1/minute", api_keys="a", API_KEY="b", port="80", MODELS="c")
+
+    assert sorted(line.removeprefix("the environment has ") for line in found) == [
+        "RATELIMIT, which is no setting and changes nothing: did you mean RATE_LIMIT?",
+        "api_keys, which is no setting and changes nothing: did you mean API_KEYS?",
+    ]
+
+
+def test_a_name_beside_the_one_that_it_is_like_is_not_warned_about(tmp_path: Path) -> None:
+    """As where a client's API_KEY is kept in the same file."""
+    assert warnings(tmp_path, "API_KEY=the-key-of-the-client\nAPI_KEYS=the-key-of-the-client\n") == []
+    assert len(warnings(tmp_path, "API_KEY=the-key-of-the-client\nAPI_KEYS=\n")) == 1
+
+
+def test_a_name_that_is_there_twice_is_warned_about(tmp_path: Path) -> None:
+    [line] = warnings(tmp_path, "TOP=3\n# TOP=4\nMODEL=ResNet50\nexport TOP = 5\n")
+
+    assert line == f"{tmp_path}/.env has TOP in lines 1 and 4: the last one counts."
+
+
+@pytest.mark.parametrize(
+    "start",
+    [("-c", "import run_web_server; run_web_server.start()"), ("run_model_server.py", "--model", "no/such.keras")],
+    ids=["web", "model server"],
+)
+def test_both_programs_warn_when_they_start(start: tuple[str, ...]) -> None:
+    ended = run(*start, env={"RATELIMIT": "1/minute", "LOG_FORMAT": "json"})
+
+    [line] = [line for line in ended.stderr.splitlines() if "RATELIMIT" in line]
+    assert json.loads(line)["level"] == "WARNING"
+    assert "did you mean RATE_LIMIT?" in line
