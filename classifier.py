@@ -141,8 +141,7 @@ class Classifier:
         """
         noise = np.random.default_rng(SEED).integers(0, 256, (settings.BATCH_SIZE, *self.shape))
         images = noise.astype(settings.IMAGE_DTYPE)
-        height, width, _ = self.shape
-        with model_at_fault(f"can't be computed with images of {width}x{height}"):
+        with model_at_fault(f"can't be computed with images of {_size(self.shape)}"):
             self._check_output(images[:1])
             self._measure_sizes(images)
 
@@ -342,7 +341,16 @@ def _from_file(path: Path) -> Classifier:
         shape, labels, labels_from, file.preprocessing, file.top or USUAL_TOP, file.description,
         model_loading.ending(model),
     )  # fmt: skip
-    return Classifier(_compiled(model, _preprocess(file, shape), shape), facts)
+    return _made(model, _preprocess(file, shape), facts)
+
+
+def _made(model: Any, preprocess: Callable[[Any], Any], facts: Facts) -> Classifier:
+    with model_at_fault(f"can't take images of {_size(facts.shape)}"):
+        return Classifier(_compiled(model, preprocess, facts.shape), facts)
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape[1]}x{shape[0]}"
 
 
 def _loaded(path: Path, setting: str) -> Any:
@@ -370,7 +378,7 @@ def _from_applications(name: str) -> Classifier:
         shape, labels or _imagenet_labels(module), f"LABELS={settings.LABELS}", f"{name}'s own",
         ending=model_loading.ending(model),
     )  # fmt: skip
-    return Classifier(_compiled(model, module.preprocess_input, shape), facts)
+    return _made(model, module.preprocess_input, facts)
 
 
 def _application_labels(weights: str) -> list[str] | None:

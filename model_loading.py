@@ -59,7 +59,8 @@ def why_not(path: Path, error: Exception) -> str:
             f"model in Keras 3, fill it with model.load_weights('{shown(path.name)}'), and {SAVE}"
         )
     if version[:2] > _version(keras.__version__)[:2]:
-        return f"was saved by Keras {_text(version)}, newer than {keras.__version__} here ({gist(error)}): install that"
+        newer = f"was saved by Keras {_text(version)}, newer than {keras.__version__} here ({gist(error)})"
+        return f"{newer}: .venv/bin/pip install keras=={_text(version)}"
     return f"can't be loaded as a Keras model ({gist(error)}): load it where it was made, and {SAVE}"
 
 
@@ -96,11 +97,12 @@ def _told(name: str, config: dict[str, Any], layer: str) -> str:
     if name == "Lambda":
         return f"a Lambda layer{where}"
     if name == "function":
-        return f"the function {shown(config.get('config'))} in the layer{where}"
+        return f"the function {shown(config.get('config'))} in the layer{where}" if layer else "a function of its own"
     if name.endswith("Lambda"):
         return f"a TensorFlow operation{where} ({shown(name)})"
     package = _package(config)
-    return f"the layer{where} of the class {shown(name)}" + (f" from {package}" if package in KERAS_PACKAGES else "")
+    of = f"the layer{where} of " if layer else ""
+    return f"{of}the class {shown(name)}" + (f" from {package}" if package in KERAS_PACKAGES else "")
 
 
 def _known(name: str, config: dict[str, Any]) -> bool:

@@ -47,7 +47,7 @@ from image_preparation import TooLarge, open_image, prepare_image
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
 
 if TYPE_CHECKING:
-    from classifier import Classifier, Facts, Probabilities
+    from classifier import Classifier, Probabilities
 
 log = logging.getLogger(__name__)
 

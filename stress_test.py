@@ -17,6 +17,7 @@ Exit code: 0 all answered, 1 some were not, 2 bad arguments, 130 stopped by Ctrl
 import argparse
 import errno
 import importlib.util
+import io
 import json
 import os
 import re
@@ -498,6 +499,8 @@ def exit_code(figures: Figures, stopped: bool) -> int:
 def main() -> int:
     """Run the test and return the exit code."""
     options = command_line()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have letters that the terminal lacks
     threading.stack_size(STACK_BYTES)
     allow_open_files(min(options.requests, options.concurrency or options.requests) + SPARE_FILES)
     target = Target.prepare(options.url, options.image, options.timeout, options.api_key)
