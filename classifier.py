@@ -3,6 +3,7 @@
 Only the model server imports this, since importing Keras takes seconds and hundreds of megabytes.
 """
 
+import errno
 import inspect
 import itertools
 import logging
@@ -11,7 +12,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +29,12 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+import model_checks
 import model_file
+import model_loading
 import settings
-from helpers import MOST_SIDE, USUAL_SHAPE, Refusal, Shape, as_shape
-from model_file import ModelFile, first_line, read_labels
+from helpers import MOST_SIDE, USUAL_SHAPE, Refusal, Shape, as_shape, keras_downloads
+from model_file import ModelFile, first_line, read_labels, shown
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,6 @@ Probabilities = npt.NDArray[np.floating[Any]]  # of one image, one a class
 Prediction = tuple[str, float]
 
 SEED = 0  # of MODEL_WEIGHTS=random, so that two model servers give the same answers
-KERAS_MODELS = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"  # where Keras caches downloads
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for ever
 # Seconds that a batch costs besides its computing, for the take and the answer. Where images compute in a millisecond,
 # a small batch would pay it too often.
@@ -49,6 +52,12 @@ NEAR = 1.03
 LONG = 0.1  # seconds of a batch, beside which what it costs besides does not count any more
 MOST_CONSTANTS = 1_900_000_000  # bytes: TensorFlow can't hold a function of 2 GiB
 USUAL_TOP = 5  # predictions in an answer
+ROUNDING = 1e-3  # that a probability may be above 1 by, as softmax in float16 makes it
+HALF = 2  # bytes of float16 and bfloat16, the latter of which NumPy can't sort
+NEARLY_ONE = 0.01  # that the probabilities of an image may miss 1 by, added up in half precision
+# Errors that another start may not meet, so that a supervisor is to try again: the machine is at fault, not the model.
+PASSING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR)
+DEVICE_ERRORS = ("InternalError", "UnavailableError", "AbortedError", "XlaRuntimeError", "JaxRuntimeError")
 
 
 def applications() -> dict[str, ModuleType]:
@@ -65,7 +74,8 @@ class Facts:
     """What the service needs to know of a model besides its network.
 
     `shape` is (height, width, channels) of an image, `labels` the names of the classes, `labels_from` where they stand,
-    `preprocessing` what is done to pixels before the model, `top` how many predictions an answer has.
+    `preprocessing` what is done to pixels before the model, `top` how many predictions an answer has, `ending` the
+    activation that makes the model's output, as "softmax", or empty where it can't be told.
     """
 
     shape: Shape
@@ -74,6 +84,7 @@ class Facts:
     preprocessing: str = "none"
     top: int = USUAL_TOP
     description: str = ""
+    ending: str = ""
 
 
 class Classifier:
@@ -81,7 +92,8 @@ class Classifier:
 
     `shape` is (height, width, channels) of an image. warm_up() measures each batch shape: `batch_size` is how many
     images are worth computing together, and other numbers are covered with the shapes that take the least time
-    together, padded where that is cheaper.
+    together, padded where that is cheaper. `of_second` says whether the network's one output is the probability of the
+    second of two labels, as Keras' binary classifiers have it; the first then has the rest.
     """
 
     def __init__(self, network: Any, facts: Facts) -> None:
@@ -90,12 +102,13 @@ class Classifier:
         self.shape = facts.shape
         self._network = network
         self._labels = facts.labels
+        self.of_second = False
         self._seconds: dict[int, float] = {}
 
     @property
     def about(self) -> dict[str, Any]:
         """What the service says of its model."""
-        own = settings.MODEL.endswith(".keras")
+        own = model_checks.is_path(settings.MODEL)
         said = {"description": self.facts.description} if self.facts.description else {}
         return {
             "model": Path(settings.MODEL).stem if own else settings.MODEL,
@@ -124,11 +137,15 @@ class Classifier:
     def warm_up(self) -> None:
         """Compile and measure the model at every batch shape that it will run, up to where larger ones gain nothing.
 
-        Raises Refusal when what comes out is not one probability a label.
+        Raises Refusal when the model can't be computed, or what comes out is not one probability a label.
         """
         noise = np.random.default_rng(SEED).integers(0, 256, (settings.BATCH_SIZE, *self.shape))
         images = noise.astype(settings.IMAGE_DTYPE)
-        self._check_output(np.asarray(self._network.predict_on_batch(images[:1])))
+        with model_at_fault(f"can't be computed with images of {_size(self.shape)}"):
+            self._check_output(images[:1])
+            self._measure_sizes(images)
+
+    def _measure_sizes(self, images: Images) -> None:
         for size in _sizes(settings.BATCH_SIZE):
             try:
                 self._seconds[size] = self._measure(images[:size])
@@ -191,7 +208,7 @@ class Classifier:
 
     def _compute(self, images: Images) -> npt.NDArray[np.floating[Any]]:
         try:
-            return np.asarray(self._network.predict_on_batch(images))
+            return self._outputs(images)
         except Exception as error:
             if out_of_memory(error) and len(images) > 1:
                 self._seconds = {size: took for size, took in self._seconds.items() if size < len(images)}
@@ -210,22 +227,89 @@ class Classifier:
             best.append(min((rest[0] + took, [size, *rest[1]]) for rest, size, took in options))
         return best[count][1]
 
-    def _check_output(self, probabilities: npt.NDArray[np.floating[Any]]) -> None:
-        classes = len(self._labels)
-        if probabilities.shape != (1, classes):
+    def _outputs(self, images: Images) -> npt.NDArray[np.floating[Any]]:
+        """Return what the model makes of `images` (n, *shape): probabilities (n, classes)."""
+        values = np.asarray(self._network.predict_on_batch(images))
+        if values.dtype.itemsize == HALF:
+            values = values.astype(np.float32)
+        return np.concatenate([1 - values, values], axis=1) if self.of_second else values
+
+    def _check_output(self, noise: Images) -> None:
+        """Raise Refusal unless the model gives probabilities, one a label, of `noise` (1, *shape) and other images."""
+        self._check_shape(self._outputs(noise).shape)
+        first, *others = [self._outputs(image) for image in (noise, *_flat_images(noise))]
+        # A model that standardizes each image gives NaN for a flat one, and is right for photos.
+        finite = [each for each in others if np.isfinite(each.astype(np.float64)).all()]
+        self._check_probabilities(np.concatenate([first, *finite]))
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise Refusal unless values of `shape`, for one image, are one a label; note where they are of the second."""
+        classes, values = len(self._labels), shape[1:]
+        if len(shape) != 2:
             raise Refusal(
-                f"MODEL={settings.MODEL} gives {probabilities.shape[1:]} values an image, but there are {classes} "
+                f"MODEL={settings.MODEL} gives {values} values an image, but one a class is needed: let it end in "
+                "GlobalAveragePooling2D or Flatten, and a Dense layer with softmax or sigmoid."
+            )
+        self.of_second = shape == (1, 1) and classes == 2
+        if shape != (1, classes) and not self.of_second:
+            raise Refusal(
+                f"MODEL={settings.MODEL} gives {values} values an image, but there are {classes} "
                 f"labels: {self.facts.labels_from} must have one a class."
             )
-        if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):
-            raise Refusal(f"MODEL={settings.MODEL} does not give probabilities: end it with a softmax or a sigmoid.")
+
+    def _check_probabilities(self, values: npt.NDArray[Any]) -> None:
+        """Raise Refusal where these values (images, classes) are no probabilities, or only happen to look like some."""
+        ending = self.facts.ending
+        known = ending in ("", *model_loading.PROBABLE)
+        because = "" if known else f", for its last activation is {ending}"
+        real = values.astype(np.float64)
+        inside = np.isfinite(real).all() and real.min() >= 0 and real.max() <= 1 + ROUNDING
+        one_value = self.of_second or real.shape[1] == 1
+        add_up = not one_value and np.abs(real.sum(axis=1) - 1).max() < NEARLY_ONE
+        if values.dtype.kind in "iub" or not inside or not (known or add_up):
+            raise Refusal(
+                f"MODEL={settings.MODEL} does not give probabilities: end it with a softmax, or a sigmoid where "
+                f"several classes may be true{because}."
+            )
+        if ending == "softmax" and one_value:
+            raise Refusal(f"MODEL={settings.MODEL} ends in a softmax of one value, which is always 1: use a sigmoid.")
+
+
+def _flat_images(like: Images) -> list[Images]:
+    """Return images of one shape and type with `like` (1, height, width, channels): flat ones, and one with a slope."""
+    slope = np.broadcast_to(np.linspace(0, 255, like.shape[2])[:, np.newaxis], like.shape)
+    return [np.full_like(like, 0), np.full_like(like, 128), np.full_like(like, 255), slope.astype(like.dtype)]
+
+
+@contextmanager
+def model_at_fault(what: str) -> Iterator[None]:
+    """Turn what goes wrong within into a Refusal that says `what` of MODEL, but for what may pass by itself."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        if may_pass(error):
+            raise
+        log.debug(what, exc_info=True)
+        raise Refusal(f"MODEL={settings.MODEL} {what} ({model_loading.gist(error)}).") from error
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether another start may not meet this error: memory, disk or a GPU is at fault, not the model."""
+    disk = isinstance(error, OSError) and error.errno in PASSING
+    return out_of_memory(error) or disk or type(error).__name__ in DEVICE_ERRORS or "CUDA" in str(error)
 
 
 def load() -> Classifier:
     """Return the classifier that the settings ask for, not yet warmed up. Raises Refusal."""
-    if settings.MODEL.endswith(".keras"):
-        return _from_file(Path(settings.MODEL))
-    return _from_applications(settings.MODEL)
+    model_checks.check()
+    with model_at_fault("can't be loaded"):
+        return (
+            _from_file(Path(settings.MODEL))
+            if model_checks.is_path(settings.MODEL)
+            else _from_applications(settings.MODEL)
+        )
 
 
 def fetch() -> None:
@@ -249,27 +333,38 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def _from_file(path: Path) -> Classifier:
-    if not path.is_file():
-        raise Refusal(f"MODEL={path} is not there: set MODEL to the path of a .keras file.")
     file = model_file.read(path.with_suffix(".json"))
     labels, labels_from = model_file.labels_of(file, settings.LABELS)
-    try:
-        model = keras.saving.load_model(path, compile=False)
-    except Exception as error:
-        log.debug("load_model", exc_info=True)
-        raise Refusal(f"MODEL={path} can't be loaded as a Keras 3 model ({first_line(error)}).") from error
+    model = model_loading.one_to_one(_loaded(path, "MODEL"), f"MODEL={settings.MODEL}")
     shape = _input_shape(model, file)
-    facts = Facts(shape, labels, labels_from, file.preprocessing, file.top or USUAL_TOP, file.description)
-    return Classifier(_compiled(model, _preprocess(file, shape), shape), facts)
+    facts = Facts(
+        shape, labels, labels_from, file.preprocessing, file.top or USUAL_TOP, file.description,
+        model_loading.ending(model),
+    )  # fmt: skip
+    return _made(model, _preprocess(file, shape), facts)
+
+
+def _made(model: Any, preprocess: Callable[[Any], Any], facts: Facts) -> Classifier:
+    with model_at_fault(f"can't take images of {_size(facts.shape)}"):
+        return Classifier(_compiled(model, preprocess, facts.shape), facts)
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _loaded(path: Path, setting: str) -> Any:
+    try:
+        return model_loading.load_file(path)
+    except Exception as error:
+        if isinstance(error, Refusal) or may_pass(error):
+            raise
+        log.debug("load_model", exc_info=True)
+        raise Refusal(f"{setting}={shown(path)} {model_loading.why_not(path, error)}.") from error
 
 
 def _from_applications(name: str) -> Classifier:
-    known = applications()
-    if name not in known:
-        raise Refusal(
-            f"MODEL={name} makes no sense: it must be the path of a .keras file or one of {', '.join(sorted(known))}."
-        )
-    module: Any = known[name]
+    module: Any = applications()[name]
     weights = settings.MODEL_WEIGHTS
     labels = _application_labels(weights)
     builder = getattr(keras.applications, name)
@@ -279,8 +374,11 @@ def _from_applications(name: str) -> Classifier:
     else:
         model = _with_weights(builder(weights=None, classes=1000 if labels is None else len(labels)), Path(weights))
     shape = _input_shape(model, ModelFile(Path(name)))
-    facts = Facts(shape, labels or _imagenet_labels(module), f"LABELS={settings.LABELS}", f"{name}'s own")
-    return Classifier(_compiled(model, module.preprocess_input, shape), facts)
+    facts = Facts(
+        shape, labels or _imagenet_labels(module), f"LABELS={settings.LABELS}", f"{name}'s own",
+        ending=model_loading.ending(model),
+    )  # fmt: skip
+    return _made(model, module.preprocess_input, facts)
 
 
 def _application_labels(weights: str) -> list[str] | None:
@@ -296,14 +394,18 @@ def _imagenet_labels(module: Any) -> list[str]:
 
 
 def _with_weights(model: Any, path: Path) -> Any:
-    if not path.is_file():
-        raise Refusal(f"MODEL_WEIGHTS={path} is not there: it must be imagenet, random, or the path of a weights file.")
+    """Return `model` with the weights at `path`, or the whole model that is there instead. Raises Refusal."""
+    if path.suffix == ".keras":
+        return model_loading.one_to_one(_loaded(path, "MODEL_WEIGHTS"), f"MODEL_WEIGHTS={path}")
     try:
-        if path.suffix == ".keras":
-            return keras.saving.load_model(path, compile=False)
         model.load_weights(path)
     except Exception as error:
-        raise Refusal(f"MODEL_WEIGHTS={path} does not fit MODEL={settings.MODEL} ({first_line(error)}).") from error
+        if may_pass(error):
+            raise
+        raise Refusal(
+            f"MODEL_WEIGHTS={path} does not fit MODEL={settings.MODEL} ({model_loading.gist(error)}): set MODEL to the "
+            "model that it was saved from."
+        ) from error
     return model
 
 
@@ -319,7 +421,7 @@ def _download(fetch: Callable[[], Any]) -> Any:
             raise
         raise Refusal(
             f"{url} can't be fetched ({first_line(error).rpartition(' -- ')[2]}): get it where there is internet and "
-            f"put it in {KERAS_MODELS}/, or set MODEL=models/digits.keras, which needs nothing."
+            f"put it in {keras_downloads()}/, or set MODEL=models/digits.keras, which needs nothing."
         ) from error
     finally:
         socket.setdefaulttimeout(patience)

@@ -1,13 +1,16 @@
 """What the web and the model server share: pixels to text and back, the log's form, waiting, what systemd is told."""
 
 import binascii
+import io
 import logging
 import math
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -69,12 +72,27 @@ def log_to_stderr(form: str) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
+def print_anything() -> None:
+    """Let print() show letters that the terminal's encoding lacks as escapes, rather than fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def json_lines() -> logging.Formatter:
     """Return what writes an event as a JSON object: time (ISO 8601, UTC), level, message, and what it has besides."""
     from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415 - for those who asked for it
 
     names = {"levelname": "level", "exc_info": "traceback"}
     return JsonFormatter("{levelname}{message}", style="{", rename_fields=names, timestamp="time")
+
+
+def keras_downloads() -> Path:
+    """Return the folder where Keras keeps what it downloads, which it finds in this way; to ask it takes seconds."""
+    home = os.path.expanduser("~")  # which is left as it is where there is none
+    usual = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")  # noqa: S108 - Keras' choice
+    base = Path(os.path.expanduser(os.environ.get("KERAS_HOME", usual)))
+    there = next(each for each in (base, *base.parents) if each.exists())
+    return (base if os.access(there, os.W_OK) else Path("/tmp/.keras")) / "models"  # noqa: S108
 
 
 def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:

@@ -16,7 +16,7 @@ from marshmallow.validate import Length, OneOf, Range
 
 from helpers import MOST_SIDE, Refusal
 
-LONGEST = 10_000_000  # characters: a path like /dev/zero has no end
+LONGEST = 10_000_000  # bytes: a path like /dev/zero has no end
 NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # such as what changes the colours of a terminal
 SHOWN = 100  # characters of a wrong value
 # What is done to pixels from 0 to 255 before the model: nothing, to 0 to 1, and the modes of Keras' preprocess_input.
@@ -82,7 +82,7 @@ class ModelFile:
 
     def refusal(self, key: str, value: object, allowed: str) -> Refusal:
         """Return the one line that says which key is wrong and what it may be."""
-        return Refusal(f"{self.path}: {key}={_shown(value)} makes no sense: it must be {allowed}.")
+        return Refusal(f"{self.path}: {key}={shown(value)} makes no sense: it must be {allowed}.")
 
 
 def read(path: Path) -> ModelFile:
@@ -96,14 +96,14 @@ def read(path: Path) -> ModelFile:
             f'{path} can\'t be read as JSON ({first_line(error)}): it needs an object such as {{"top": 3}}.'
         ) from error
     if not isinstance(said, dict):
-        raise Refusal(f'{path} holds {_shown(said)}, but it needs an object such as {{"top": 3}}.')
+        raise Refusal(f'{path} holds {shown(said)}, but it needs an object such as {{"top": 3}}.')
     try:
         return ModelFile(path, **SCHEMA().load(said))
     except ValidationError as error:
         key = next(iter(error.messages_dict))
     if key in ALLOWED:
         raise ModelFile(path).refusal(key, said[key], ALLOWED[key])
-    raise Refusal(f"{path}: {_shown(key)}={_shown(said[key])} makes no sense: the keys are {', '.join(ALLOWED)}.")
+    raise Refusal(f"{path}: {shown(key)}={shown(said[key])} makes no sense: the keys are {', '.join(ALLOWED)}.")
 
 
 def read_labels(path: Path) -> list[str]:
@@ -112,10 +112,10 @@ def read_labels(path: Path) -> list[str]:
         text = _text(path)
     except (OSError, ValueError) as error:
         raise Refusal(
-            f"The labels file {path} can't be read ({first_line(error)}): it needs one class a line."
+            f"The labels file {path} can't be read ({first_line(error)}): it needs one class a line, in UTF-8."
         ) from error
     labels = [label.strip() for label in text.splitlines()]
-    if len(text) > LONGEST or any(map(NO_TEXT.search, labels)):
+    if any(map(NO_TEXT.search, labels)):
         raise Refusal(f"The labels file {path} is not one of plain text: it needs one class a line.")
     if not all(labels) or not labels:
         raise Refusal(f"The labels file {path} has an empty line or none at all: it needs one class a line.")
@@ -146,10 +146,23 @@ def first_line(error: Exception) -> str:
 
 
 def _text(path: Path) -> str:
-    with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark of it
-        return file.read(LONGEST + 1)
+    """Return the text at `path`. Raises OSError; ValueError where it is too long or a line is not UTF-8."""
+    with path.open("rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST // 10**6} MB")
+    try:
+        return data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not UTF-8") from error
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:SHOWN])
+def shown(value: Any) -> str:
+    """Return `value`, which somebody wrote, for a line of ours: without what changes a terminal, and short.
+
+    A path is not cut, since its end is what tells it from others.
+    """
+    text = str(value) if isinstance(value, str | Path) else json.dumps(value, ensure_ascii=False)
+    text = text if isinstance(value, Path) else text[:SHOWN]
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -10,6 +10,7 @@ sense, and one line says why.
 
 import argparse
 import ctypes
+import io
 import logging
 import os
 import pwd
@@ -17,8 +18,9 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,13 +29,25 @@ import numpy as np
 from PIL import Image
 from redis.exceptions import RedisError
 
+import model_checks
 import server_metrics
 import settings
-from helpers import Pixels, Refusal, Shape, base64_decode_image, log_to_stderr, pauses, tell_systemd
+from helpers import (
+    Pixels,
+    Refusal,
+    ServiceError,
+    Shape,
+    base64_decode_image,
+    log_to_stderr,
+    pauses,
+    print_anything,
+    tell_systemd,
+)  # fmt: skip
+from image_preparation import TooLarge, open_image, prepare_image
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
 
 if TYPE_CHECKING:
-    from classifier import Classifier, Facts, Probabilities
+    from classifier import Classifier, Probabilities
 
 log = logging.getLogger(__name__)
 
@@ -289,47 +303,63 @@ def classify_process() -> None:
 
 
 def check(path: Path) -> None:
-    """Load the model, classify the image at `path`, and say how fast it is. Raises Refusal."""
+    """Load the model, say what POST /predict says of the image at `path`, and how fast it is. Raises Refusal."""
+    with said_of(path):
+        image = opened(path)
     model = loaded_model()
-    try:
-        pixels = read_image(path, model.shape)
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path} can't be read as an image ({error}).") from None
+    height, width, channels = model.shape
+    with said_of(path):
+        pixels = prepare_image(image, (width, height), channels)
     [result] = model.classify(pixels[np.newaxis])
     if isinstance(result, Exception):
         raise Refusal(f"The model can't classify {path} ({result}).")
-    print(f"{settings.MODEL}: {described(model.facts)}")
+    print(f"{settings.MODEL}: {described(model)}")
     print(f"{path}: " + ", ".join(f"{label} {probability:.4f}" for label, probability in model.decode(result)))
     speed = images_per_second(model, np.stack([pixels] * model.batch_size))
     print(f"{settings.MODEL}: {speed:.1f} images/s in batches of {model.batch_size}, {BATCHES_AT_ONCE} at once")
 
 
-def described(facts: "Facts") -> str:
+@contextmanager
+def said_of(path: Path) -> Iterator[None]:
+    """Turn what the service would answer to the image at `path`, or that it can't be read, into a Refusal."""
+    try:
+        yield
+    except ServiceError as error:
+        raise Refusal(f"{path} can't be read as an image: {error}") from None
+    except OSError as error:
+        raise Refusal(f"{path} can't be read as an image ({error.strerror or error}).") from None
+
+
+def opened(path: Path) -> Image.Image:
+    """Return the image at `path`, not yet decoded. Raises ServiceError, as POST /predict would, and OSError."""
+    with path.open("rb") as file:
+        data = file.read(settings.MAX_UPLOAD_BYTES + 1)
+    if len(data) > settings.MAX_UPLOAD_BYTES:
+        raise TooLarge(f"The file has more than {settings.MAX_UPLOAD_BYTES} bytes, so send it smaller.")
+    return open_image(io.BytesIO(data))
+
+
+def described(model: "Classifier") -> str:
     """Return what was found of a model, in a line."""
+    facts = model.facts
     height, width, channels = facts.shape
     colours = "RGB" if channels == 3 else "grey"
     found = f"input {width}x{height} {colours}, preprocessing {facts.preprocessing}, {len(facts.labels)} labels"
+    if model.of_second:
+        found += f", its one output taken as the probability of {facts.labels[1]}"
     return f"{found}, {facts.description}" if facts.description else found
-
-
-def read_image(path: Path, shape: Shape) -> Pixels:
-    """Return the image at `path` as pixels of `shape`, in the plainest way: the web's is for strangers' images."""
-    with Image.open(path) as image:
-        return resized(image, shape)
 
 
 def fitted(pixels: Pixels, shape: Shape) -> Pixels:
     """Return `pixels`, 0..255 in any shape, in this one: they were queued for another model, or before the web knew."""
     if pixels.shape == shape:
         return pixels
-    levels = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
-    return resized(Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0]), shape)
-
-
-def resized(image: Image.Image, shape: Shape) -> Pixels:
-    """Return `image` as pixels of `shape` and IMAGE_DTYPE."""
     height, width, channels = shape
-    small = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BICUBIC)
+    levels = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0]).convert(
+        "RGB" if channels == 3 else "L"
+    )
+    small = image.resize((width, height), Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
     return np.asarray(small, dtype=settings.IMAGE_DTYPE).reshape(shape)
 
 
@@ -374,7 +404,9 @@ def look_for_redis() -> None:
 def main() -> int:
     """Run one model server; return its exit code."""
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
-    parser.add_argument("--model", help="a name in keras.applications or the path of a .keras file (default: MODEL)")
+    parser.add_argument(
+        "--model", help="a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
+    )
     parser.add_argument("--gpu", type=int, metavar="N", help="compute on this GPU alone, the first being 0")
     told = "load the model, classify this image (default: a digit), say how fast it is, and leave"
     parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=told)
@@ -382,6 +414,7 @@ def main() -> int:
     log_to_stderr(settings.LOG_FORMAT)
     for line in settings.warnings():
         log.warning(line)
+    print_anything()
     if arguments.model:
         settings.MODEL = arguments.model
     if arguments.gpu is not None:
@@ -390,6 +423,7 @@ def main() -> int:
         # Not sys.exit: raised within a C library that is being imported, it becomes another exception.
         signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     try:
+        model_checks.check()
         if arguments.check:
             check(arguments.check)
             return EXIT_STOPPED

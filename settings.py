@@ -174,13 +174,15 @@ CORS_ORIGINS = _matching(
     "lower case, without a path, a / at the end, or :80 and :443",
 )
 
-# A name in keras.applications, or the path of a .keras file.
-MODEL = _matching("MODEL", "ResNet50", r"\w+|.+\.keras", "a name in keras.applications or the path of a .keras file")
+# A name in keras.applications, or the path of a .keras or .h5 file. model_checks.py looks whether it is there.
+MODEL = _matching(
+    "MODEL", "ResNet50", r"[\w-]+|.*[./].*", "a name in keras.applications or the path of a .keras or .h5 file"
+)
 # imagenet, random (seeded; for load tests), or the path of a weights file.
 MODEL_WEIGHTS = _matching(
     "MODEL_WEIGHTS",
     "imagenet",
-    r"imagenet|random|.+\.(h5|keras)",
+    r"imagenet|random|.+\.(h5|hdf5|keras)",
     "imagenet, random, or the path of a .h5 or .keras file",
 )
 # A file with one class a line. Empty: ImageNet's for keras.applications, else what <model>.json says or

@@ -212,6 +212,8 @@ def main() -> int:
     key = os.environ.get("API_KEY", "")
     parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment's API_KEY")
     options = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label may have letters that the terminal lacks
     if not 0 < options.timeout <= 86400:
         parser.error("--timeout takes seconds, more than 0 and at most 86400")
     if not 0 <= options.retries <= 1000:

@@ -520,6 +520,8 @@ def exit_code(figures: Figures, stopped: bool) -> int:
 def main() -> int:
     """Run the test and return the exit code."""
     options = command_line()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have letters that the terminal lacks
     threading.stack_size(STACK_BYTES)
     allow_open_files(min(options.requests, options.concurrency or options.requests) + SPARE_FILES)
     target = Target.prepare(options.url, options.image, options.timeout, options.api_key)

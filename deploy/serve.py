@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 from xmlrpc.client import Error as RpcError
@@ -36,8 +36,9 @@ sys.path.insert(0, str(APP_ROOT))
 
 import serve_redis  # noqa: E402
 
+import model_checks  # noqa: E402
 import settings  # noqa: E402
-from helpers import Refusal  # noqa: E402
+from helpers import Refusal, keras_downloads  # noqa: E402
 
 WORKERS = 640  # requests in flight: MaxRequestWorkers of deploy/apache/000-default.conf
 RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_class_index.json")
@@ -64,6 +65,7 @@ def main() -> None:
     socket.setdefaulttimeout(ASK_LIMIT)
     become_subreaper()
     port = free_port()
+    check_model()
     own_redis = not serve_redis.redis_answers()
     environment = {
         **os.environ,
@@ -124,9 +126,17 @@ def whole_paths() -> dict[str, str]:
     return {name: str(path.resolve()) for name, path in named.items() if path.is_file()}
 
 
+def check_model() -> None:
+    """Raise Refusal where MODEL, or a file that goes with it, can't be right, before anything is started."""
+    for name, path in whole_paths().items():
+        setattr(settings, name, path)
+    with chdir(APP_ROOT):  # where the model server looks for what is not in this folder
+        model_checks.check()
+
+
 def choose_model() -> str:
     """Return ResNet50 if its ImageNet weights can be had, else the bundled model: for when MODEL is not set."""
-    cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
+    cache = keras_downloads()
     if all((cache / name).is_file() for name in RESNET50_FILES):
         return settings.MODEL
     try:

@@ -322,12 +322,12 @@ def damaged(path: Path) -> None:
         (break_labels, "gives (3,) values an image, but there are 2 labels"),
         (empty_line, "has an empty line"),
         (no_text, "can't be read"),
-        (no_end, "is not one of plain text"),
+        (no_end, "it has more than 10 MB"),
         (terminal_codes, "is not one of plain text"),
         (folder, "can't be read"),
         (no_labels, "can't be read"),
         (no_model, "is not there"),
-        (damaged, "can't be loaded as a Keras 3 model"),
+        (damaged, "is cut off or damaged: copy it here again, whole."),
     ],
 )
 def test_what_can_not_be_served_is_refused_with_a_line(
@@ -367,7 +367,7 @@ def test_every_classifier_of_keras_is_known_by_name() -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_names_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refusal, match=r"MODEL=ResNet51 makes no sense: .* ResNet50,"):
+    with pytest.raises(Refusal, match=r"MODEL=ResNet51 makes no sense: did you mean ResNet50\?.* VGG16,"):
         load(monkeypatch, MODEL="ResNet51")
 
 
@@ -405,12 +405,18 @@ def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPa
         load(monkeypatch, MODEL="MobileNetV2", MODEL_WEIGHTS=tmp_path / "other.weights.h5")
 
 
+WITHOUT_A_HOME = (
+    "import pwd, sys; pwd.getpwuid = lambda _: {}[0]; import run_model_server; sys.exit(run_model_server.main())"
+)
+
+
 def test_without_internet_the_line_says_which_file_to_put_where(tmp_path: Path) -> None:
-    """The proxy that nobody runs stands for an internet that is not there."""
+    """The proxy that nobody runs stands for an internet that is not there. The user has no home, as in a container."""
     environment = {**os.environ, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50", "https_proxy": "http://127.0.0.1:1"}
+    environment.pop("HOME", None)
 
     ended = subprocess.run(
-        [sys.executable, "run_model_server.py"],
+        [sys.executable, "-c", WITHOUT_A_HOME],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

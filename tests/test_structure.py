@@ -26,8 +26,11 @@ LAYERS: dict[str, set[str]] = {
     "web_metrics": {"image_queue"},
     # the model server
     "model_file": {"helpers"},
+    "model_checks": {"settings", "model_file"},
+    "keras2_files": set(),
+    "model_loading": {"model_checks", "keras2_files"},
     "server_metrics": {"settings", "helpers"},
-    "run_model_server": {"image_queue", "server_metrics"},
+    "run_model_server": {"image_queue", "image_preparation", "server_metrics", "model_checks"},
 }
 OURS = {*LAYERS, "classifier", "run_web_server"}
 KERAS = {"keras", "tensorflow", "torch", "jax", "classifier"}

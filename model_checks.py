@@ -1,0 +1,193 @@
+"""Can MODEL, MODEL_WEIGHTS and LABELS be served? Judged by names and files alone, without Keras.
+
+To import Keras takes seconds, and a misspelt name should not cost them: both run_model_server.py and bin/serve call
+check() first.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import re
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import model_file
+import settings
+from helpers import Refusal
+from model_file import shown
+
+NAME = re.compile(r"[\w-]+")  # of a classifier; whatever else MODEL may be is a path
+BEGINNING = 1024  # bytes of a file that tell its format
+
+ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
+SAVE_AGAIN = "save the Keras model that it was made from with model.save('name.keras')"
+COPY_AGAIN = "copy it here again, whole"
+NOT_KERAS = "the service needs a Keras model, saved with model.save('name.keras')"
+UNPACK = "unpack it, and set MODEL to the model's file"
+CONVERT_FOLDER = SAVE_AGAIN + ", or after `pip install tf_keras` tf_keras.models.load_model('{path}').save('name.h5')"
+
+# What else people have by the name of a model: where its bytes begin, what it is, what to do.
+FOREIGN = (
+    (0, rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with `git lfs pull`"),
+    (0, rb"(?i)\s*(<!doctype|<html|<\?xml)", "a web page, as a failed download leaves", "download the file itself"),
+    (4, rb"TFL3", "a TensorFlow Lite model", SAVE_AGAIN),
+    (0, rb"\x80[\x02-\x05]", "a Python pickle, such as PyTorch's", NOT_KERAS),
+    (8, rb"\{\"", "a safetensors file", NOT_KERAS),
+    (0, rb"\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!|.{257}ustar", "a packed file", UNPACK),
+    (0, rb"\s*\{", "a JSON file, at most a model's architecture", "save the whole model with model.save('name.keras')"),
+)
+SUFFIXES = {
+    ".pb": ("a part of a TensorFlow SavedModel, which is a folder", SAVE_AGAIN),
+    ".tflite": ("a TensorFlow Lite model", SAVE_AGAIN),
+    ".onnx": ("an ONNX model", NOT_KERAS),
+    ".pt": ("a PyTorch model", NOT_KERAS),
+    ".pth": ("a PyTorch model", NOT_KERAS),
+    ".ckpt": ("a checkpoint, which holds weights alone", SAVE_AGAIN),
+}
+
+
+def check() -> None:
+    """Raise Refusal where MODEL, MODEL_WEIGHTS, LABELS or a file beside the model can't be right."""
+    if is_path(settings.MODEL):
+        path = Path(settings.MODEL)
+        whole_model(path)
+        model_file.labels_of(model_file.read(path.with_suffix(".json")), settings.LABELS)
+        return
+    if settings.MODEL not in application_names():
+        raise _unknown(settings.MODEL)
+    if settings.LABELS:
+        model_file.read_labels(Path(settings.LABELS))
+    if settings.MODEL_WEIGHTS not in ("imagenet", "random"):
+        file_format("MODEL_WEIGHTS", Path(settings.MODEL_WEIGHTS))
+
+
+def is_path(model: str) -> bool:
+    """Whether `model` is the path of a file rather than a name in keras.applications."""
+    return not NAME.fullmatch(model) or (model not in application_names() and Path(model).exists())
+
+
+def application_names() -> list[str]:
+    """Return the names of the classifiers in keras.applications, read from its source: to import it takes seconds."""
+    keras = importlib.util.find_spec("keras")  # which only looks for it
+    if keras is None or not keras.submodule_search_locations:
+        raise Refusal("Keras is not installed: .venv/bin/pip install -r requirements.txt")
+    source = Path(keras.submodule_search_locations[0], "applications/__init__.py").read_text(encoding="utf-8")
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    return sorted(name.name for node in imports for name in node.names if name.name[0].isupper())
+
+
+def _unknown(name: str) -> Refusal:
+    near = _nearest(name, application_names())
+    allowed = f"the path of a .keras or .h5 file or one of {', '.join(application_names())}"
+    asked = f"did you mean {near}? It" if near else "it"
+    return Refusal(f"MODEL={shown(name)} makes no sense: {asked} must be {allowed}.")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    plain = {re.sub(r"[_-]", "", each).lower(): each for each in names}
+    found = difflib.get_close_matches(re.sub(r"[_-]", "", name).lower(), plain, n=1)
+    return plain[found[0]] if found else ""
+
+
+def whole_model(path: Path) -> str:
+    """Return the format of the model in the file at `path`: "keras" or "h5". Raises Refusal."""
+    form = file_format("MODEL", path)
+    if form == "h5" and "model_config" not in _attributes(path):
+        raise Refusal(
+            f"MODEL={shown(path)} holds no model, but at most weights: save the whole model with "
+            "model.save('name.keras'), or set MODEL to a name in keras.applications and MODEL_WEIGHTS to this file."
+        )
+    return form
+
+
+def file_format(setting: str, path: Path) -> str:
+    """Return the format of the file that `setting` names, by its content: "keras" or "h5". Raises Refusal."""
+    data = _beginning(setting, path)
+    if data.startswith(HDF5):
+        return "h5"
+    what, todo = _in_zip(path) if data.startswith(ZIP) else _foreign(path, data)
+    if what:
+        raise Refusal(f"{setting}={shown(path)} is {what}: {todo}.")
+    return "keras"
+
+
+def _beginning(setting: str, path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            what, todo = _folder(path)
+            raise Refusal(f"{setting}={shown(path)} is {what}: {todo}.")
+        if path.exists() and not path.is_file():
+            raise Refusal(f"{setting}={shown(path)} is not a file: set {setting} to the path of one.")
+        with path.open("rb") as file:
+            data = file.read(BEGINNING)
+    except (FileNotFoundError, NotADirectoryError):
+        allowed = "the path of a .keras or .h5 file" if setting == "MODEL" else "imagenet, random, or a weights file"
+        raise Refusal(f"{setting}={shown(path)} is not there: it must be {allowed}.") from None
+    except OSError as error:
+        raise Refusal(f"{setting}={shown(path)} can't be read ({error.strerror}): let this user read it.") from error
+    if not data:
+        raise Refusal(f"{setting}={shown(path)} is empty: {COPY_AGAIN}.")
+    return data
+
+
+def _folder(path: Path) -> tuple[str, str]:
+    if (path / "saved_model.pb").exists():
+        return "a TensorFlow SavedModel folder, which Keras 3 does not load", CONVERT_FOLDER.format(path=shown(path))
+    if (path / "config.json").exists():
+        return "a folder", "save the model as one file with model.save('name.keras')"
+    return "a folder", "set it to the path of a file in it"
+
+
+def _in_zip(path: Path) -> tuple[str, str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "cut off or damaged", COPY_AGAIN
+    if "config.json" in names:
+        return "", ""
+    if any(name.endswith("data.pkl") for name in names):
+        return "a PyTorch model", NOT_KERAS
+    return "a zip file without a Keras model at its top", UNPACK
+
+
+def _foreign(path: Path, data: bytes) -> tuple[str, str]:
+    for offset, pattern, what, todo in FOREIGN:
+        if re.match(pattern, data[offset:], re.DOTALL):
+            return what, todo
+    return SUFFIXES.get(path.suffix.lower(), ("no file that Keras writes, or damaged", NOT_KERAS))
+
+
+def saved_by(path: Path, form: str) -> tuple[int, ...]:
+    """Return the version of Keras that saved the model at `path`, such as (2, 15, 0); empty where it is not told."""
+    version = ""
+    with suppress(KeyError, OSError, ValueError, AttributeError):
+        version = (
+            _attributes(path)["keras_version"] if form == "h5" else _member(path, "metadata.json")["keras_version"]
+        )
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def configuration(path: Path, form: str) -> Any:
+    """Return the architecture of the model at `path`, as Keras describes it. Raises ValueError, OSError, KeyError."""
+    return json.loads(_attributes(path)["model_config"]) if form == "h5" else _member(path, "config.json")
+
+
+def _member(path: Path, name: str) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read(name))
+
+
+def _attributes(path: Path) -> dict[str, str]:
+    """Return the texts that an HDF5 file has at its top. Raises Refusal."""
+    import h5py  # noqa: PLC0415 - for the few who have such a file
+
+    try:
+        with h5py.File(path, "r") as file:
+            texts = {key: file.attrs[key] for key in ("model_config", "keras_version") if key in file.attrs}
+    except OSError as error:
+        raise Refusal(f"MODEL={shown(path)} is cut off or damaged: {COPY_AGAIN}.") from error
+    return {key: text.decode() if isinstance(text, bytes) else str(text) for key, text in texts.items()}

@@ -1,0 +1,226 @@
+"""What is wrong with MODEL, MODEL_WEIGHTS or LABELS by name or file is said at once, before Keras is imported."""
+
+import os
+import pwd
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, free_port
+
+import classifier
+import helpers
+import model_checks
+import model_file
+import settings
+from helpers import Refusal
+
+CODE = """
+import sys, run_model_server
+sys.argv = ["run_model_server.py", *sys.argv[1:]]
+code = run_model_server.main()
+print("imported", sorted({"keras", "tensorflow"} & set(sys.modules)))
+sys.exit(code)
+"""
+ZIP = b"PK\x03\x04"
+
+
+def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A model server, started where no Redis is; what it imported is the last line of its output."""
+    command = [sys.executable, "-c", CODE, *arguments]
+    variables = {**os.environ, "REDIS_PORT": str(free_port()), **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"MODEL": "resnet50"}, "MODEL=resnet50 makes no sense: did you mean ResNet50? It must be the path of"),
+        ({"MODEL": "no/such.h5"}, "MODEL=no/such.h5 is not there: it must be the path of a .keras or .h5 file."),
+        ({"MODEL": "models/"}, "MODEL=models is a folder: set it to the path of a file in it."),
+        ({"MODEL": "README.md"}, "MODEL=README.md is no file that Keras writes, or damaged: the service needs a Keras"),
+        ({"LABELS": "nowhere"}, "The labels file nowhere can't be read"),
+        ({"MODEL": "ResNet50", "LABELS": "nowhere"}, "The labels file nowhere can't be read"),
+        ({"MODEL": "ResNet50", "MODEL_WEIGHTS": "own.h5"}, "MODEL_WEIGHTS=own.h5 is not there: it must be imagenet, "),
+    ],
+)
+def test_what_is_wrong_by_name_is_said_at_once(values: dict[str, str], line: str) -> None:
+    ended = started(**values)
+
+    assert ended.returncode == 2
+    assert ended.stdout == "imported []\n"
+    [said] = ended.stderr.splitlines()
+    assert f"ERROR {line}" in said
+
+
+def test_the_option_model_is_looked_at_in_the_same_way() -> None:
+    ended = started("--model", "efficientnet-v2-b0", "--check")
+
+    assert ended.returncode == 2
+    assert "did you mean EfficientNetV2B0?" in ended.stderr
+    assert ended.stdout == "imported []\n"
+
+
+def test_a_model_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "own.keras"
+    path.touch()
+    monkeypatch.setattr(Path, "open", _denied)  # root, who may run the tests, may read everything
+    monkeypatch.setattr(settings, "MODEL", str(path))
+
+    with pytest.raises(Refusal, match=r"own\.keras can't be read \(Permission denied\): let this user read it\."):
+        model_checks.check()
+
+
+def _denied(*_: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
+    variables = {"MODEL": "resnet50", "PORT": str(free_port()), "REDIS_PORT": str(free_port())}
+
+    ended = subprocess.run(
+        [sys.executable, ROOT / "deploy/serve.py"], cwd=tmp_path, env={**os.environ, **variables},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("bin/serve: MODEL=resnet50 makes no sense: did you mean ResNet50?")
+
+
+def test_the_names_are_those_that_keras_has() -> None:
+    assert model_checks.application_names() == sorted(classifier.applications())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("resnet50", "ResNet50"), ("RESNET50V2", "ResNet50V2"), ("ResNet_50", "ResNet50"), ("vgg-16", "VGG16"),
+     ("efficientnetb0", "EfficientNetB0"), ("mobilnet", "MobileNet"), ("Inception_v3", "InceptionV3")],
+)  # fmt: skip
+def test_a_name_that_is_nearly_right_is_recognized(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    monkeypatch.setattr(settings, "MODEL", name)
+
+    with pytest.raises(Refusal, match=rf"MODEL={name} makes no sense: did you mean {meant}\? It must be .* ResNet50,"):
+        model_checks.check()
+
+
+def of_members(*names: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"{}")
+
+    return make
+
+
+def of_bytes(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+def saved_model(path: Path) -> None:
+    path.mkdir()
+    (path / "saved_model.pb").touch()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes((ROOT / "models/digits.keras").read_bytes()[:20_000])
+
+
+def weights_alone(path: Path) -> None:
+    import h5py  # noqa: PLC0415
+
+    with h5py.File(path, "w") as file:
+        file["layers/dense/vars/0"] = [1.0]
+
+
+KERAS_NEEDED = "the service needs a Keras model, saved with model.save('name.keras')."
+FILES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("a.keras", of_bytes(b""), " is empty: copy it here again, whole."),
+    ("a.keras", cut, " is cut off or damaged: copy it here again, whole."),
+    ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy it here again, whole."),
+    ("a.keras", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), " with `git lfs pull`."),
+    ("a.keras", of_bytes(b"\n<!DOCTYPE html><html>"), " is a web page, as a failed download leaves: download the file"),
+    ("a.weights.h5", weights_alone, " holds no model, but at most weights: save the whole model with"),
+    ("a.h5", weights_alone, " holds no model, but at most weights"),
+    ("folder", saved_model, "folder is a TensorFlow SavedModel folder, which Keras 3 does not load: save the Keras"),
+    ("saved_model.pb", of_bytes(b"\x08\x01"), " is a part of a TensorFlow SavedModel, which is a folder: save"),
+    ("a.tflite", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model: save the Keras model that it was made"),
+    ("a.keras", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model"),
+    ("a.onnx", of_bytes(b"\x08\x07"), f" is an ONNX model: {KERAS_NEEDED}"),
+    ("a.pt", of_members("archive/data.pkl"), f" is a PyTorch model: {KERAS_NEEDED}"),
+    ("a.pkl", of_bytes(b"\x80\x04\x95"), f" is a Python pickle, such as PyTorch's: {KERAS_NEEDED}"),
+    ("a.safetensors", of_bytes(b'\x10\0\0\0\0\0\0\0{"a":1}'), f" is a safetensors file: {KERAS_NEEDED}"),
+    ("a.keras", of_members("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
+    ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a packed file: unpack it"),
+    ("model.json", of_bytes(b'{"class_name": "Sequential"}'), " is a JSON file, at most a model's architecture: save"),
+    ("a.keras", of_bytes(b"\0" * 500), f" is no file that Keras writes, or damaged: {KERAS_NEEDED}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make", "line"), FILES, ids=[f"{name}{line[:30]}" for name, _, line in FILES])
+def test_a_file_that_is_no_keras_model_is_named_for_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, make: Callable[[Path], object], line: str
+) -> None:
+    make(tmp_path / name)
+    monkeypatch.setattr(settings, "MODEL", str(tmp_path / name))
+
+    with pytest.raises(Refusal) as refusal:
+        classifier.load()
+
+    assert line in str(refusal.value)
+    assert str(refusal.value).startswith(f"MODEL={tmp_path / name} ")
+    assert str(refusal.value).isprintable()
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [("eins\nzwei\ndr\u00fcben\n".encode("latin-1"), "line 3 is not UTF-8"),
+     ("\u4e2d\n\u6587\n".encode("gbk"), "line 1 is not UTF-8"), ("a\nb\n".encode("utf-16"), "line 1 is not UTF-8"),
+     (b"a\n" * 6_000_000, "it has more than 10 MB")],
+    ids=["latin-1", "gbk", "utf-16", "long"],
+)  # fmt: skip
+def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes, line: str
+) -> None:
+    (tmp_path / "labels.txt").write_bytes(data)
+    monkeypatch.setattr(settings, "LABELS", str(tmp_path / "labels.txt"))
+
+    with pytest.raises(Refusal) as refusal:
+        model_checks.check()
+
+    assert str(refusal.value) == (
+        f"The labels file {tmp_path}/labels.txt can't be read ({line}): it needs one class a line, in UTF-8."
+    )
+
+
+def test_a_model_s_own_file_of_another_encoding_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_bytes('{"top": 1,\n"description": "Vögel"}'.encode("latin-1"))
+
+    with pytest.raises(Refusal, match=r"own\.json can't be read as JSON \(line 2 is not UTF-8\)"):
+        model_file.read(tmp_path / "own.json")
+
+
+# Where Keras keeps its downloads
+
+
+def nobody(_: int) -> None:
+    raise KeyError
+
+
+def test_without_a_home_keras_downloads_are_where_keras_puts_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container that runs as a number
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))
+    assert helpers.keras_downloads() == tmp_path / "cache/models"
+
+    monkeypatch.delenv("KERAS_HOME")
+    assert helpers.keras_downloads() == Path("/tmp/.keras/models")
