@@ -202,7 +202,7 @@ class DeclaredDead(Exception):
     """The heartbeat lapsed, so others may have taken what this server had; it must join again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One image on its way.
 
@@ -778,9 +778,11 @@ class ServerQueue(ImageQueue):
     def _jobs(self, entries: Sequence[bytes | str]) -> list[Job | None]:
         """Return the jobs, each with what is left of its life; None for rubbish. Raises RedisError."""
         parsed = [self._parse(entry) for entry in entries]
-        marks = [self.accepted_key(job.id) for job in parsed if job]
-        lives = iter(self._lives(marks) if marks else [])
-        return [_with_life(job, next(lives)) if job else None for job in parsed]
+        jobs = [job for job in parsed if job]
+        lives = self._lives([self.accepted_key(job.id) for job in jobs]) if jobs else []
+        for job, seconds in zip(jobs, lives, strict=True):
+            job.life = seconds + ROUNDING if seconds >= 0 else None
+        return parsed
 
     def _parse(self, raw: bytes | str) -> Job | None:
         try:
@@ -848,10 +850,6 @@ def _is_count(value: object) -> bool:
 
 def _ttl(job: Job) -> int:
     return int(1000 * (max(0.0, job.remaining) + RESULT_GRACE))
-
-
-def _with_life(job: Job, seconds: int) -> Job:
-    return job if seconds < 0 else replace(job, life=seconds + ROUNDING)
 
 
 @cache

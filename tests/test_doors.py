@@ -333,8 +333,8 @@ WRONG = {
 
 def weak_user(vault: Vault) -> str:
     """The URL of a user that may ask what Redis is, and nothing else."""
-    vault.admin.execute_command(
-        "ACL", "SETUSER", "weak", "reset", "on", ">the-wrong-one", "~image_queue*", "+ping", "+info"
+    vault.admin.acl_setuser(
+        "weak", enabled=True, reset=True, passwords="+the-wrong-one", keys=["image_queue*"], commands=["+ping", "+info"]
     )
     return vault.url("the-wrong-one").replace("keras-rest-api", "weak")
 
