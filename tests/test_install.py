@@ -123,33 +123,40 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert (target / "models/own.keras").exists()
     assert (target / ".env").read_text().endswith("TOP=1\n")
 
-    # When it is removed while a program runs as its user, and breaks off half-way, then the next run goes on
-    (system.root / "etc/apache2/sites-available/other.conf").write_text("<IfModule mod_wsgi.c>\n</IfModule>\n")
-    said(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
-    still_runs = as_user.format("keras-rest-api") + " sleep 600 & "
-    broken = system.run(f"{still_runs} PATH=/tmp/broken:$PATH {INSTALL} --remove", seconds=100)
-    assert broken.returncode == 1
-    assert broken.stderr.count("\n") == 1
-    assert "'userdel keras-rest-api' failed" in broken.stderr
-    kept = said(system, f"{still_runs} {INSTALL} --remove")
-
-    # Then the settings alone are left, for root, with what somebody else put there and another site needs
-    assert "* Ending the programs that run as keras-rest-api" in kept
-    assert any("Kept: the packages" in line for line in kept)
-    assert any("Kept: Apache's module wsgi" in line for line in kept)
-    left = said(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
-    assert left == [f"{TARGET}/.env", f"{TARGET}/.kept", f"{TARGET}/models/own.keras", "root:600"]
-    assert any("removes" in line for line in kept)
-
-    # And in the end nothing but the packages and what is somebody else's, though Apache's configuration is broken
-    (system.root / "etc/apache2/sites-available/other.conf").write_text("Nonsense\n")
-    assert f"{TARGET}/models/own.keras" in said(system, f"{INSTALL} --purge")[-1]
-    said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
-    said(system, "a2dismod -q -f ssl socache_shmcb wsgi; apt-get purge -y ssl-cert; rm -f /etc/ssl/*/ssl-cert*")
-    said(system, "rm -f /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
+    # When it is removed, all of it goes away
+    check_removal(system)
     assert mentions(system) == set()
     after = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
     assert after.keys() == bare.keys()
+
+
+def check_removal(system: Chroot) -> None:
+    """While a program runs as the user of the service, another site needs wsgi, and the first run fails half-way."""
+    other = system.root / "etc/apache2/sites-available/other.conf"
+    other.write_text("<IfModule mod_wsgi.c>\n</IfModule>\n")
+    said(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
+    runs = "setpriv --reuid=keras-rest-api --regid=keras-rest-api --init-groups sleep 600 & "
+    broken = system.run(f"{runs} PATH=/tmp/broken:$PATH {INSTALL} --remove", seconds=100)
+    assert broken.returncode == 1
+    assert broken.stderr.count("\n") == 1
+    assert "'userdel keras-rest-api' failed" in broken.stderr
+    assert "* Ending the programs that run as keras-rest-api" in broken.stdout
+    assert "* Kept: Apache's module wsgi, which something else may need" in broken.stdout
+
+    # Then the next run goes on, though Apache's configuration has a fault by now, and leaves the settings, for root,
+    # and what somebody else put there
+    other.write_text("Nonsense\n")
+    kept = said(system, f"{runs} {INSTALL} --remove")
+    assert any("Kept: the packages" in line for line in kept)
+    assert any("which bin/install --purge removes" in line for line in kept)
+    left = said(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
+    assert left == [f"{TARGET}/.env", f"{TARGET}/.kept", f"{TARGET}/models/own.keras", "root:600"]
+
+    # And in the end nothing but the packages and what is somebody else's
+    assert f"{TARGET}/models/own.keras" in said(system, f"{INSTALL} --purge")[-1]
+    said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
+    said(system, "a2dismod -q -f ssl socache_shmcb wsgi headers unique_id; apt-get purge -y ssl-cert")
+    said(system, "rm -f /etc/ssl/*/ssl-cert* /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
 
 
 def check_tls(system: Chroot, folder: Path) -> None:
