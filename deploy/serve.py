@@ -33,6 +33,8 @@ from supervisor.xmlrpc import SupervisorTransport
 
 APP_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(APP_ROOT))
+if __name__ == "__main__":  # until everything is imported there is nothing to stop
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import serve_redis  # noqa: E402
 
@@ -56,12 +58,13 @@ DRAIN_LIMIT = 30  # seconds at most that requests in flight get to be answered
 STOP_LIMIT = DRAIN_LIMIT + 60 + 2 + 3  # seconds: the stopwaitsecs of supervisord.conf, one after the other
 KILL_LIMIT = 5  # seconds between SIGTERM and SIGKILL for what supervisor has left
 PR_SET_CHILD_SUBREAPER = 36
+TOLD = threading.Event()  # that we are to end
 
 
 def main() -> None:
     """Start everything, say when it is ready, and run until Ctrl-C or SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, tell)
     socket.setdefaulttimeout(ASK_LIMIT)
     become_subreaper()
     port = free_port()
@@ -89,6 +92,12 @@ def main() -> None:
         wait_until_ready(port, directory, supervisor)
         announce(port)
         watch(directory, supervisor)
+
+
+def tell(*_: object) -> None:
+    """End the program. Python drops the exception where it is raised in a destructor, so it is noted, too."""
+    TOLD.set()
+    sys.exit(0)
 
 
 def become_subreaper() -> None:
@@ -322,7 +331,9 @@ def end_orphans(supervisor: int) -> None:
 
 
 def check_supervisor(supervisor: subprocess.Popen[bytes]) -> None:
-    """Raise Refusal when supervisor has ended."""
+    """Raise Refusal when supervisor has ended, SystemExit when we are told to."""
+    if TOLD.is_set():
+        sys.exit(0)
     if (code := supervisor.poll()) is not None:
         raise Refusal(f"supervisor ended by itself, with exit code {code}.")
 

@@ -333,15 +333,13 @@ def test_simple_request_goes_on_after_an_image_that_is_refused(serve: Serve, ima
     assert done.returncode == 1
 
 
-def run_for_nobody(*command: object, **streams: Any) -> subprocess.CompletedProcess[str]:
-    """Run a client whose reader has left, as `head -1` has after a line: of its output, or what `streams` name."""
+def run_for_nobody(*command: object, nor_errors: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a client whose reader has left, as `head -1` has after a line: that of its output, or of its errors too."""
     reading, writing = os.pipe()
     os.close(reading)
-    kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | (streams or {"stdout": None})
     try:
         return subprocess.run(
-            [sys.executable, *map(str, command)],
-            **{name: writing if stream is None else stream for name, stream in kept.items()},
+            [sys.executable, *map(str, command)], stdout=writing, stderr=writing if nor_errors else subprocess.PIPE,
             text=True, env=environment(), timeout=LIMIT, check=False,
         )  # fmt: skip
     finally:
@@ -361,7 +359,7 @@ def test_simple_request_is_quiet_when_its_reader_leaves_and_asks_no_more(
 
 
 def test_simple_request_keeps_its_exit_code_when_nobody_reads_its_errors(deserted_url: str, image: Path) -> None:
-    done = run_for_nobody(ROOT / "simple_request.py", image, "--url", deserted_url, stdout=None, stderr=None)
+    done = run_for_nobody(ROOT / "simple_request.py", image, "--url", deserted_url, nor_errors=True)
 
     assert done.returncode == 1
 
@@ -388,7 +386,7 @@ def test_the_stress_test_goes_on_and_keeps_its_exit_code_when_its_reader_leaves(
     assert len(json.loads(report.read_text())["results"]) == len(service.bodies) == 400
 
     # and where nobody reads its progress either, or the figures
-    assert run_for_nobody(*command, "--json", "/dev/stdout", stdout=None, stderr=None).returncode == code
+    assert run_for_nobody(*command, "--json", "/dev/stdout", nor_errors=True).returncode == code
 
 
 @pytest.mark.parametrize("status", [429, 503])

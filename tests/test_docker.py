@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,33 @@ def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s
     assert models == {path.name for path in (ROOT / "models").iterdir() if path.suffix in (".keras", ".json", ".txt")}
     assert "digits.json" in models
     assert not list(Path(image.root, "opt/keras-rest-api/deploy").glob("serve*"))
+
+
+def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_them(tmp_path: Path) -> None:
+    """Of a context with files of each kind, by the .dockerignore of the project."""
+    need_root()
+    buildah = [need("buildah"), "--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"),
+               "--storage-driver", "overlay"]  # fmt: skip
+    taken = {"settings.py", "requirements.txt", "constraints.txt", "app.wsgi", "static/page.js", "deploy/apache/a.conf",
+             "models/own.keras", "models/own.json", "models/own.labels.txt", "models/own.h5", "models/classes.txt",
+             "models/nested/own.json"}  # fmt: skip
+    left = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "images/three.png", "models/train.py",
+            "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py", "deploy/systemd/a.service",
+            "requirements-dev.txt", "compose.yaml", "Dockerfile"}  # fmt: skip
+    context = tmp_path / "context"
+    for name in taken | left:
+        (context / name).parent.mkdir(parents=True, exist_ok=True)
+        (context / name).write_text("")
+    shutil.copy(ROOT / ".dockerignore", context)
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    try:
+        subprocess.run([*buildah, "bud", "--isolation", "chroot", "-q", "-t", "it", str(context)], check=True,
+                       capture_output=True, timeout=60)  # fmt: skip
+        root = Path(Image(buildah[1:], "it").root)
+        assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == taken
+    finally:
+        subprocess.run([*buildah, "rm", "--all"], check=False, capture_output=True)
+        subprocess.run([*buildah, "rmi", "--all", "--force"], check=False, capture_output=True)
 
 
 def test_compose_s_redis_takes_its_options_and_is_healthy_by_its_check(tmp_path: Path) -> None:

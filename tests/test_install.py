@@ -86,6 +86,10 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     [counted] = (system.root / "tmp/counted").read_text().splitlines()
     assert counted.split() == ["10", 'keras_rest_api_requests_total{endpoint="/predict",status="200"}', "1.0"]
 
+    # And the model is set in its own place, once, so that the line which somebody looks for is the one that counts
+    lines = (system.root / TARGET[1:] / ".env").read_text().splitlines()
+    assert [line for line in lines if re.match("(# )?MODEL=", line)] == ["MODEL=models/digits.keras"]
+
     # And only those who need the settings read them, and nobody of the services writes anything
     assert said(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]
     as_user = "setpriv --reuid={0} --regid={0} --init-groups"
@@ -99,8 +103,8 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert said(system, INSTALL) == ["* Nothing to do: all is as it should be"]
     assert system.files("/srv/app", "/var/log") == before
 
-    # When TLS is set up as the document says, it answers there too
-    assert '"live":true' in answer_over_tls(system, tmp_path)
+    # When TLS is set up as the document says, it answers there too, with the certificate of Debian's or one's own
+    check_tls(system, tmp_path)
 
     # When the project has moved on and somebody has put in files of his own
     app, target = system.root / "srv/app", system.root / TARGET[1:]
@@ -119,29 +123,54 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert (target / "models/own.keras").exists()
     assert (target / ".env").read_text().endswith("TOP=1\n")
 
-    # When it is removed, then the settings alone are left, for root
-    kept = said(system, f"{INSTALL} --remove")
-    assert any("Kept: the packages" in line for line in kept)
-    assert said(system, f"find {TARGET} -mindepth 1; stat -c %U:%a {TARGET}/.env") == [f"{TARGET}/.env", "root:600"]
-    assert any("removes" in line for line in kept)
-
-    # And in the end nothing but the packages
-    said(system, f"{INSTALL} --purge")
-    said(system, "a2dismod -q -f ssl socache_shmcb; rm /etc/ssl/certs/ssl-cert* /etc/ssl/private/ssl-cert*")
+    # When it is removed, all of it goes away
+    check_removal(system)
     assert mentions(system) == set()
     after = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
     assert after.keys() == bare.keys()
 
 
-def answer_over_tls(system: Chroot, folder: Path) -> str:
+def check_removal(system: Chroot) -> None:
+    """While a program runs as the user of the service, another site needs wsgi, and the first run fails half-way."""
+    other = system.root / "etc/apache2/sites-available/other.conf"
+    other.write_text("<IfModule mod_wsgi.c>\n</IfModule>\n")
+    said(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
+    runs = "setpriv --reuid=keras-rest-api --regid=keras-rest-api --init-groups sleep 600 & "
+    broken = system.run(f"{runs} PATH=/tmp/broken:$PATH {INSTALL} --remove", seconds=100)
+    assert broken.returncode == 1
+    assert broken.stderr.count("\n") == 1
+    assert "'userdel keras-rest-api' failed" in broken.stderr
+    assert "* Ending the programs that run as keras-rest-api" in broken.stdout
+    assert "* Kept: Apache's module wsgi, which something else may need" in broken.stdout
+
+    # Then the next run goes on, though Apache's configuration has a fault by now, and leaves the settings, for root,
+    # and what somebody else put there
+    other.write_text("Nonsense\n")
+    kept = said(system, f"{runs} {INSTALL} --remove")
+    assert any("Kept: the packages" in line for line in kept)
+    assert any("which bin/install --purge removes" in line for line in kept)
+    left = said(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
+    assert left == [f"{TARGET}/.env", f"{TARGET}/.kept", f"{TARGET}/models/own.keras", "root:600"]
+
+    # And in the end nothing but the packages and what is somebody else's
+    assert f"{TARGET}/models/own.keras" in said(system, f"{INSTALL} --purge")[-1]
+    said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
+    said(system, "a2dismod -q -f ssl socache_shmcb wsgi headers unique_id; apt-get purge -y ssl-cert")
+    said(system, "rm -f /etc/ssl/*/ssl-cert* /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
+
+
+def check_tls(system: Chroot, folder: Path) -> None:
     certificates = make_certificates(folder)
-    for name, place in (("certificate", "certs/ssl-cert-snakeoil.pem"), ("key", "private/ssl-cert-snakeoil.key")):
+    for name, place in (("certificate", "example.pem"), ("key", "example.key"), ("ca", "example.ca")):
         shutil.copy(certificates[name], system.root / "etc/ssl" / place)
-    told = [line for line in commands(OPERATIONS) if line.startswith(("cp ", "a2en"))]
-    assert len(told) == 3
-    said(system, " && ".join(told))
-    ask = "apache2ctl start 2>/dev/null; curl -sk --retry 20 --retry-all-errors https://localhost/livez"
-    return system.run(ask, network=False, seconds=60).stdout
+    [told] = re.findall(r"^- TLS, beside.*?(?=^- )", OPERATIONS, re.MULTILINE | re.DOTALL)
+    steps = [line.replace("systemctl restart apache2", "true") for line in commands(told)]  # no systemd runs there
+    assert [line.split()[0] for line in steps] == ["apt-get", "cp", "a2enmod", "a2ensite", "apache2ctl",
+                                                   "sed", "sed", "apache2ctl"]  # fmt: skip
+    for some, trust in ((steps[:5], "--insecure"), (steps[5:], "--cacert /etc/ssl/example.ca")):
+        said(system, " && ".join(some))
+        ask = f"apache2ctl start 2>/dev/null; curl -s {trust} --retry 20 --retry-all-errors https://localhost/livez"
+        assert '"live":true' in system.run(ask, network=False, seconds=60).stdout
 
 
 def run(script: str, app: Path = ROOT, *before: str) -> subprocess.CompletedProcess[str]:

@@ -179,24 +179,6 @@ def test_redis_listens_on_loopback_only_and_hardly_anything_runs_as_root(
         assert sum(each["Name"] == "apache2" for each in roots) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_however_it_ends_no_process_is_left(nothing_cached: dict[str, str], tmp_path: Path, number: int) -> None:
-    """Started in another folder, with a model that lies there."""
-    mark = nothing_cached["REDIS_PORT"]
-    shutil.copy(ROOT / "models/digits.keras", tmp_path / "own.keras")
-    shutil.copy(ROOT / "models/digits.labels.txt", tmp_path / "own.labels.txt")
-    nothing_cached["MODEL"] = "own.keras"
-    with running(["env", "-C", str(tmp_path), SERVE], tmp_path / "log", **nothing_cached) as process:
-        process.wait_for_log("* Ready on port")
-        assert model_servers(mark)
-        everything = descendants(process.popen.pid)
-
-        process.stop(number)
-
-        wait_until(lambda: not processes_with(mark), "all processes have ended")
-        wait_until(lambda: not still_there(everything), "Redis has ended too")
-
-
 @pytest.fixture
 def impatient(nothing_cached: dict[str, str]) -> dict[str, str]:
     return nothing_cached | DIGITS | {"PYTHONPATH": str(ROOT / "deploy")}
@@ -294,12 +276,18 @@ def assert_refused(port: str) -> None:
             serve_redis.redis_answers()
 
 
-def test_somebody_s_own_redis_is_used_and_neither_replaced_nor_ended(impatient: dict[str, str], tmp_path: Path) -> None:
-    port = impatient["REDIS_PORT"]
-    url = f"http://127.0.0.1:{impatient['PORT']}"
+def test_somebody_s_own_redis_is_used_and_neither_replaced_nor_ended(
+    nothing_cached: dict[str, str], tmp_path: Path
+) -> None:
+    """And started in another folder, it serves a model that lies there."""
+    port = nothing_cached["REDIS_PORT"]
+    url = f"http://127.0.0.1:{nothing_cached['PORT']}"
+    shutil.copy(ROOT / "models/digits.keras", tmp_path / "own.keras")
+    shutil.copy(ROOT / "models/digits.labels.txt", tmp_path / "own.labels.txt")
+    nothing_cached["MODEL"] = "own.keras"
     with run_redis(tmp_path / "redis", int(port)) as own:
         wait_until(lambda: connects(port), "Redis is up")
-        with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
+        with running(["env", "-C", str(tmp_path), SERVE], tmp_path / "log", **nothing_cached) as process:
             process.wait_for_log("* Ready on port")
             assert f"* Using the Redis at localhost:{port}" in process.log
             own.stop(signal.SIGKILL)
