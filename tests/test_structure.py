@@ -55,7 +55,6 @@ def test_the_model_side_never_imports_flask() -> None:
     [("settings", set()), ("helpers", set()), ("image_checks", set()),
      ("image_preparation", {"settings", "helpers", "image_checks"}), ("model_file", {"helpers"}), ("pages", set()),
      ("model_checks", {"settings", "helpers", "model_file"}), ("keras2_files", set()),
-     ("model_loading", {"settings", "helpers", "model_file", "model_checks", "keras2_files"}),
      ("health", {"settings", "helpers", "image_queue"}),
      ("access", {"settings", "helpers", "image_queue"}), ("image_queue", {"settings", "helpers"}),
      ("web_metrics", {"settings", "helpers", "image_queue"}), ("server_metrics", {"settings", "helpers"}),
