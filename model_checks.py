@@ -8,9 +8,11 @@ import ast
 import difflib
 import importlib.util
 import json
+import os
 import re
 import zipfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,10 @@ def check() -> None:
 
 def is_path(model: str) -> bool:
     """Whether `model` is the path of a file rather than a name in keras.applications."""
-    return not NAME.fullmatch(model) or (model not in application_names() and Path(model).exists())
+    return not NAME.fullmatch(model) or (model not in application_names() and os.path.exists(model))
 
 
+@cache
 def application_names() -> list[str]:
     """Return the names of the classifiers in keras.applications, read from its source: to import it takes seconds."""
     keras = importlib.util.find_spec("keras")  # which only looks for it

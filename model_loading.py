@@ -37,12 +37,18 @@ def load_file(path: Path) -> Any:
     Raises Refusal where it is another kind of file, and what Keras raises where Keras can't load it.
     """
     form = model_checks.whole_model(path)
+    version = model_checks.saved_by(path, form)
+    if version >= (3,) and path.suffix == f".{form}":
+        return _load(path)
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder, f"model.{form}")  # Keras goes by the end of the name
-        old = model_checks.saved_by(path, form)[:1] in ((), (2,), (1,))
-        if not (old and rewrite(path, link, model_checks.configuration(path, form))):
+        if version >= (3,) or not rewrite(path, link, model_checks.configuration(path, form)):
             link.symlink_to(path.resolve())
-        return keras.saving.load_model(link, compile=False, safe_mode=True)
+        return _load(link)
+
+
+def _load(path: Path) -> Any:
+    return keras.saving.load_model(path, compile=False, safe_mode=True)
 
 
 def why_not(path: Path, error: Exception) -> str:

@@ -255,6 +255,36 @@ def assert_one_line(stderr: str, *parts: str) -> None:
 # --- simple_request.py ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("variables", "shown"),
+    [({"PYTHONIOENCODING": "latin-1"}, "1. \\u5c0f\\u72ac caf\u00e9: 0.9000\n"),
+     ({"PYTHONIOENCODING": "ascii"}, "1. \\u5c0f\\u72ac caf\\xe9: 0.9000\n"),
+     ({"PYTHONIOENCODING": "utf-8"}, "1. \u5c0f\u72ac caf\u00e9: 0.9000\n")],
+    ids=["latin-1", "ascii", "utf-8"],
+)  # fmt: skip
+def test_simple_request_shows_letters_that_the_terminal_lacks_as_escapes(
+    serve: Serve, image: Path, variables: dict[str, str], shown: str
+) -> None:
+    labels = [{"label": "\u5c0f\u72ac caf\u00e9", "probability": 0.9}]
+    service = serve(always(as_reply(200, {"success": True, "predictions": labels})))
+    command = [sys.executable, str(ROOT / "simple_request.py"), str(image), "--url", service.url]
+
+    done = subprocess.run(command, capture_output=True, env=environment() | variables, timeout=LIMIT, check=False)
+
+    assert done.stderr == b""
+    assert done.stdout.decode(variables["PYTHONIOENCODING"]) == shown
+
+
+def test_stress_test_shows_letters_that_the_terminal_lacks_as_escapes(serve: Serve, image: Path) -> None:
+    service = serve(always(refusal(503, "\u6ee1")))
+    arguments = ("--url", service.url, "--image", image, "--requests", "1", "--interval", "0")
+
+    done = run(ROOT / "stress_test.py", *arguments, PYTHONIOENCODING="latin-1")
+
+    assert "[INFO] failed: 1 x 503 \\u6ee1" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_simple_request_prints_the_predictions_in_the_order_of_the_answer(serve: Serve, image: Path) -> None:
     # given
     service = serve(always(OK))

@@ -28,11 +28,10 @@ LAYERS: dict[str, set[str]] = {
     "model_file": {"helpers"},
     "model_checks": {"settings", "model_file"},
     "keras2_files": set(),
-    "model_loading": {"model_checks", "keras2_files"},
     "server_metrics": {"settings", "helpers"},
     "run_model_server": {"image_queue", "image_preparation", "server_metrics", "model_checks"},
 }
-OURS = {*LAYERS, "classifier", "run_web_server"}
+OURS = {*LAYERS, "model_loading", "classifier", "run_web_server"}
 KERAS = {"keras", "tensorflow", "torch", "jax", "classifier"}
 
 
