@@ -32,8 +32,8 @@ def share(response: flask.Response) -> flask.Response:
         return response
     response.headers["Access-Control-Allow-Origin"] = allowed
     response.headers["Access-Control-Expose-Headers"] = ANSWER_HEADERS
-    if is_preflight():
-        response.headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "")
+    if is_preflight() and "Allow" in response.headers:  # else nothing is at this address
+        response.headers["Access-Control-Allow-Methods"] = response.headers["Allow"]
         response.headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
         response.headers["Access-Control-Max-Age"] = KEPT
     return response
