@@ -33,7 +33,7 @@ import settings  # noqa: E402
 from helpers import Refusal  # noqa: E402
 from image_queue import ImageQueue  # noqa: E402
 
-WORKERS = 640  # requests in flight: MaxRequestWorkers of deploy/apache/000-default.conf
+WORKERS = 640  # requests in flight, in all web processes together
 RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_class_index.json")
 KERAS_DOWNLOADS = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + RESNET50_FILES[0]
 BUNDLED_MODEL = "models/digits.keras"
