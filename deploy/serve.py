@@ -42,7 +42,7 @@ import model_checks  # noqa: E402
 import settings  # noqa: E402
 from helpers import Refusal, keras_downloads  # noqa: E402
 
-WORKERS = 640  # requests in flight: MaxRequestWorkers of deploy/apache/000-default.conf
+WORKERS = 640  # requests in flight, in all web processes together
 RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_class_index.json")
 KERAS_DOWNLOADS = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + RESNET50_FILES[0]
 BUNDLED_MODEL = "models/digits.keras"
