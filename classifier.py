@@ -7,8 +7,6 @@ import errno
 import inspect
 import itertools
 import logging
-import math
-import os
 import socket
 import sys
 import time
@@ -20,11 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Before Keras loads its backend: TensorFlow else logs a page at start (without a GPU also that it found none, as an
-# error), and takes all of a GPU that others may share.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if Path("/dev/nvidiactl").exists() else "3")
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-
+import backends  # isort: skip - before Keras: it sets what the backends read when they are imported
 import keras
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +44,6 @@ BATCH_OVERHEAD = 0.002
 # Of the least time of an image: so near, two sizes count as equal, since no measurement at warm-up is better than that.
 NEAR = 1.03
 LONG = 0.1  # seconds of a batch, beside which what it costs besides does not count any more
-MOST_CONSTANTS = 1_900_000_000  # bytes: TensorFlow can't hold a function of 2 GiB
 USUAL_TOP = 5  # predictions in an answer
 ROUNDING = 1e-3  # that a probability may be above 1 by, as softmax in float16 makes it
 HALF = 2  # bytes of float16 and bfloat16, the latter of which NumPy can't sort
@@ -427,34 +420,7 @@ def _download(fetch: Callable[[], Any]) -> Any:
         socket.setdefaulttimeout(patience)
 
 
-class Frozen:
-    """A Keras model as one TensorFlow function of any number of images, in which the weights are constants.
-
-    Only then does TensorFlow work out once what depends on weights alone, merge a convolution with what follows it,
-    and keep its filters in the order that oneDNN computes with: ResNet50 on a CPU takes a quarter less for one image
-    and a tenth less in batches.
-    """
-
-    def __init__(self, model: Any) -> None:
-        import tensorflow as tf  # noqa: PLC0415 - Keras may run on another backend
-
-        trainable = [variable.numpy() for variable in model.trainable_variables]
-        others = [variable.numpy() for variable in model.non_trainable_variables]
-        pixels = tf.TensorSpec(model.input_shape, settings.IMAGE_DTYPE)
-
-        @tf.function(input_signature=[pixels], autograph=False)  # type: ignore[untyped-decorator]
-        def predict(images: Any) -> Any:
-            return model.stateless_call(trainable, others, images, training=False)[0]
-
-        self._predict = predict.get_concrete_function()
-        self._constant = tf.constant
-
-    def predict_on_batch(self, images: Images) -> Any:
-        """Return the probabilities (n, classes) of `images` (n, height, width, channels)."""
-        return self._predict(self._constant(images)).numpy()
-
-
-def _compiled(model: Any, preprocess: Callable[[Any], Any], shape: Shape) -> Any:
+def _compiled(model: Any, preprocess: Callable[[Any], Any], shape: Shape) -> backends.Network:
     """Return `model` behind its preprocessing: raw pixels of `shape` go in, and one compiled call does it all."""
 
     def prepare(pixels: Any) -> Any:
@@ -463,11 +429,7 @@ def _compiled(model: Any, preprocess: Callable[[Any], Any], shape: Shape) -> Any
     pixels = keras.Input(shape, dtype=settings.IMAGE_DTYPE)
     prepared = keras.layers.Lambda(prepare, output_shape=shape, dtype="float32")(pixels)
     _set_precision(model)
-    whole = keras.Model(pixels, model(prepared, training=False))
-    if keras.backend.backend() == "tensorflow" and not settings.XLA and _weights_bytes(whole) < MOST_CONSTANTS:
-        return Frozen(whole)
-    whole.compile(jit_compile=settings.XLA)
-    return whole
+    return backends.compiled(keras.Model(pixels, model(prepared, training=False)))
 
 
 def _set_precision(model: Any) -> None:
@@ -475,10 +437,6 @@ def _set_precision(model: Any) -> None:
         return  # a model may have policies of its own, such as a quantized one
     for layer in model.layers[:-1]:  # the last makes the probabilities
         layer.dtype_policy = settings.DTYPE_POLICY
-
-
-def _weights_bytes(model: Any) -> int:
-    return sum(math.prod(variable.shape) * 4 for variable in model.variables)
 
 
 def _preprocess(file: ModelFile, shape: Shape) -> Callable[[Any], Any]:

@@ -10,13 +10,17 @@ sense, and one line says why.
 
 import argparse
 import ctypes
+import encodings
+import importlib
 import io
 import logging
 import os
+import pkgutil
 import pwd
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 from PIL import Image
@@ -246,15 +251,18 @@ BROKEN = failed("The model could not classify this image; try another.")
 
 PR_SET_NO_NEW_PRIVS = 38  # prctl.h
 UNPRIVILEGED = ("www-data", "nobody")
+TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")  # of REDIS_URL
 
 
 def give_up_root() -> None:
     """Become an ordinary user where root started us. Raises Refusal.
 
-    Only root may be able to read the code and the model, as under /root; what strangers sent is not for root to read.
+    Root never parses what strangers sent. The code, Python itself and the model may be readable by root alone, as under
+    /root, so everything that is read later is read before.
     """
     if os.geteuid() != 0:
         return
+    _read_ahead()
     try:
         user = _unprivileged_user()
         os.setgroups([])
@@ -268,6 +276,37 @@ def give_up_root() -> None:
     if prctl:
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     log.info("Root has become %s", user.pw_name)
+
+
+def _read_ahead() -> None:
+    """Read what would be read while serving: the model is warmed up, and has what it needs.
+
+    Python imports encodings when they are first named, and Redis' client reads its TLS files at each connection.
+    """
+    try:
+        raise LookupError
+    except LookupError:
+        traceback.format_exc()  # as the log does
+    for module in pkgutil.iter_modules(encodings.__path__, "encodings."):
+        with suppress(ImportError):  # some are for Windows
+            importlib.import_module(module.name)
+    address, _, options = settings.REDIS_URL.partition("?")
+    if options:
+        pairs = parse_qsl(options, keep_blank_values=True)
+        kept = [(name, _in_memory(value) if name in TLS_FILES else value) for name, value in pairs]
+        settings.REDIS_URL = f"{address}?{urlencode(kept)}"
+
+
+def _in_memory(path: str) -> str:
+    """Return the path of a copy in memory of the file at `path`, which this process alone can open."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return path  # Redis' client says so at each attempt, until it is there
+    copy = os.memfd_create(Path(path).name)
+    with open(copy, "wb", closefd=False) as file:
+        file.write(content)
+    return f"/proc/self/fd/{copy}"
 
 
 def _unprivileged_user() -> pwd.struct_passwd:

@@ -47,14 +47,14 @@ def model(size: int, way: str) -> dict[str, float]:
     """Return images/s of ResNet50 in batches of `size`, raw pixels in, probabilities out."""
     import keras  # noqa: PLC0415 - only here
 
-    from classifier import Frozen  # noqa: PLC0415
+    from backends import TensorFlow  # noqa: PLC0415
 
     network = keras.applications.ResNet50(weights=None)
     pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.uint8)
     if way == "predict":
         return {"per_s": size / rate(lambda: network.predict(pixels, verbose=0))}
     if way.startswith("frozen"):
-        network = Frozen(network)
+        network = TensorFlow(network)
     else:
         network.compile(jit_compile=way == "xla")
     if way == "frozen-twice":
@@ -112,10 +112,10 @@ def answer(path: str) -> dict[str, float]:
     """Return ms of one image from its file to its probabilities, one after the other: a service without a service."""
     import keras  # noqa: PLC0415 - only here
 
-    from classifier import Frozen  # noqa: PLC0415
+    from backends import TensorFlow  # noqa: PLC0415
 
     data = Path(path).read_bytes()
-    network = Frozen(keras.applications.ResNet50(weights=None))
+    network = TensorFlow(keras.applications.ResNet50(weights=None))
     return {"one_ms": 1000 * rate(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
 
 

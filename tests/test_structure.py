@@ -28,11 +28,13 @@ LAYERS: dict[str, set[str]] = {
     "model_file": {"helpers"},
     "model_checks": {"settings", "model_file"},
     "keras2_files": set(),
+    "import_noise": set(),
+    "backends": {"settings", "helpers", "import_noise"},
     "server_metrics": {"settings", "helpers"},
     "run_model_server": {"image_queue", "image_preparation", "server_metrics", "model_checks"},
 }
 OURS = {*LAYERS, "model_loading", "classifier", "run_web_server"}
-KERAS = {"keras", "tensorflow", "torch", "jax", "classifier"}
+KERAS = {"keras", "tensorflow", "torch", "jax", "classifier", "backends"}
 
 
 def imported_by(statement: str) -> set[str]:
