@@ -23,7 +23,16 @@ MOST_DECODED = 2.5  # pixels of tiles and alpha for each pixel of the limit
 
 CONTAINERS = {b"meta", b"iprp", b"ipco", b"iinf", b"iref"}  # whose boxes are looked into
 FULL_BOXES = {b"meta": 4, b"iref": 4}  # bytes ahead of the boxes inside
-ONCE = (b"ftyp", b"meta", b"pitm", b"iinf", b"iloc", b"iref", b"iprp", b"ipco")  # of two, each reader could take another
+ONCE = (
+    b"ftyp",
+    b"meta",
+    b"pitm",
+    b"iinf",
+    b"iloc",
+    b"iref",
+    b"iprp",
+    b"ipco",
+)  # each reader could take another
 METADATA_ITEMS = (b"Exif", b"mime", b"uri ")
 CODECS = {b"hvc1": "HEIC", b"av01": "AVIF"}
 FILMS = {b"avis": b"avif", b"msf1": b"mif1", b"hevc": b"heic", b"hevx": b"heix", b"hevm": b"heim", b"hevs": b"heis"}
@@ -336,8 +345,8 @@ def av1_sizes(header: bytes) -> list[tuple[int, int]]:
         still = False
     width_bits, height_bits = bits.take(4) + 1, bits.take(4) + 1
     width, height = bits.take(width_bits) + 1, bits.take(height_bits) + 1
-    # Else a frame may have another size of as many bits, and the decoder does not compare them. An encoder takes no more
-    # bits than it needs, so this is at most four times as large.
+    # Else a frame may have another size of as many bits, and the decoder does not compare them. An encoder takes no
+    # more bits than it needs, so a frame is at most four times as large.
     return [(width, height)] if still else [(width, height), (2 ** (width_bits - 1), 2 ** (height_bits - 1))]
 
 

@@ -1,4 +1,4 @@
-"""What a file may ask of Pillow: only its pixels, and only where its parts are no more and no larger than an image needs.
+"""What a file may ask of Pillow: only its pixels, and only where its parts are no more and no larger than usual.
 
 Pillow and the libraries below it are made to read every file that can be read. A service must also end: there are files
 of a few bytes that take gigabytes, or minutes, before they are refused or give their pixels. Most of them hide in
@@ -23,13 +23,17 @@ MAX_TABLES = 1_000  # of a JPEG: segments that are not metadata
 MAX_TABLE_BYTES = 512 * 2**10  # of a JPEG: in those of its segments that Pillow takes apart
 MAX_SCANS = 30  # of a JPEG: each goes over all pixels. Encoders write about ten
 MAX_BLOCKS = 200_000  # of a GIF, ahead of its first frame: 50 MB of comments
+MAX_TAGS = 4096  # of a TIFF
 MAX_TAG_VALUES = 65_536  # of a TIFF: in one tag, such as the offsets of its strips
 MAX_TILE_PIXELS = 2**20  # of a TIFF: in one tile, where the whole image is smaller
 MAX_RLE_PIXELS = 2**21  # of a run-length encoded BMP, which Pillow decodes in Python: full HD
 MAX_EXIF_BYTES = 2**20  # in which the web looks for the orientation
 MAX_EXIF_SEGMENTS = 17  # of a JPEG: they hold MAX_EXIF_BYTES. Pillow joins them one by one
+MAX_SHRUNK = 4  # times as many pixels may a JPEG have that is decoded smaller: phones make 200 megapixels
 MAX_SIDE = 500_000  # pixels of a side: Pillow keeps a pointer for each row, and the resize a table for each column
 
+PNG_AHEAD = {b"acTL", b"fcTL"}  # of an animation: where its first frame is
+PNG_ONCE = {b"eXIf", *PNG_AHEAD}
 WEBP_FRAMES = (b"ANMF", b"VP8 ", b"VP8L")
 WEBP_PIXELS = (b"VP8X", b"ANIM", b"ALPH", *WEBP_FRAMES)
 WEBP_PROFILE, WEBP_EXIF, WEBP_XMP = 0x20, 0x08, 0x04  # flags in VP8X: what the file has
@@ -74,8 +78,8 @@ def without(data: bytes, cuts: list[tuple[int, int]], replaced: dict[int, bytes]
 
 
 def png_pixels(data: bytes) -> bytes:
-    """Return the PNG without its ancillary chunks but tRNS and a small eXIf. Raises Bomb at too many chunks."""
-    at, cuts, exif = 8, list[tuple[int, int]](), False
+    """Return the PNG with its pixels and a small EXIF. Raises Bomb at too many chunks."""
+    at, cuts, kept = 8, list[tuple[int, int]](), set[bytes]()
     for _ in range(MAX_CHUNKS):
         if at + 8 > len(data):
             return without(data, cuts)
@@ -83,10 +87,10 @@ def png_pixels(data: bytes) -> bytes:
         end = at + 12 + length
         if kind == b"IEND":
             return without(data, [*cuts, (min(end, len(data)), len(data))])
-        if kind == b"eXIf" and not exif and length <= MAX_EXIF_BYTES and has_right_crc(data, at, end):
-            exif = True
-        elif kind[0] & 0x20 and kind.isalpha() and kind != b"tRNS":
+        once = kind in PNG_ONCE and kind not in kept and length <= MAX_EXIF_BYTES and has_right_crc(data, at, end)
+        if kind[0] & 0x20 and kind.isalpha() and not once and kind != b"tRNS":
             cuts.append((at, min(end, len(data))))
+        kept |= PNG_AHEAD if kind == b"IDAT" else {kind}
         at = end
     raise Bomb("too many PNG chunks")
 
@@ -106,7 +110,7 @@ def webp_pixels(data: bytes) -> bytes:
         kind, length = struct.unpack_from("<4sI", data, at)
         end = at + 8 + length + length % 2
         is_exif = kind == b"EXIF" and length <= MAX_EXIF_BYTES and end <= len(data) and missing & WEBP_EXIF
-        if kind in WEBP_PIXELS and not framed or is_exif:
+        if (kind in WEBP_PIXELS and not framed) or is_exif:
             if at + 8 + length > len(data):
                 return data  # pixels are missing: libwebp says so
             flags_at = len(pieces) if kind == b"VP8X" and flags_at is None else flags_at
@@ -134,7 +138,7 @@ def gif_pixels(data: bytes) -> bytes:
             at += data[at] + 1
             blocks += 1
         at += 1
-        blocks += 1
+        blocks += 10  # it costs as much
         if blocks > MAX_BLOCKS:
             raise Bomb("too many GIF blocks")
         if label != GIF_CONTROL:
@@ -156,7 +160,10 @@ def tiff_pixels(data: bytes) -> bytes:
     entry = struct.Struct(order + "HHQ8s" if big else order + "HHI4s")
     at += 8 if big else 2
     numbers, replaced = dict.fromkeys(TIFF_NUMBERS, 0), dict[int, bytes]()
-    for tag, kind, count, value in entry.iter_unpack(data[at:][: tags * entry.size][: entry.size * 2**16]):
+    if tags > MAX_TAGS:
+        raise Bomb(f"{tags} TIFF tags")
+    entries = memoryview(data)[at : at + tags * entry.size]
+    for tag, kind, count, value in entry.iter_unpack(entries[: len(entries) // entry.size * entry.size]):
         if count > MAX_TAG_VALUES and tag not in TIFF_PIXELS:
             replaced[at] = entry.pack(tag, 1, 1, b"")
         elif count > MAX_TAG_VALUES and (kind not in PLAIN_BYTES or tag in TIFF_OFFSETS):

@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection
+from typing import cast
 
 from PIL import AvifImagePlugin, Image, TiffTags
 from PIL.JpegImagePlugin import JpegImageFile
@@ -30,19 +31,21 @@ SIGNATURES = [
         (rb"....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1|avi[fs])", HEIF),
     )
 ]  # fmt: skip
+# What may stand ahead of an XML or HTML file's first element. Nothing in it is matched twice, which could take minutes.
+BLANK = rb"(?:\xef\xbb\xbf)?(?>\s+|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>)*+"
 # What people send besides, as the error names it.
 OTHERS = [
     (re.compile(pattern, re.DOTALL | re.IGNORECASE), name)
     for pattern, name in (
         (rb"%PDF", "a PDF document"), (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file"),
-        (rb"(?:\xef\xbb\xbf)?(?>\s+|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>)*+<(?:svg:)?svg[\s/>]", "an SVG drawing"),
+        (BLANK + rb"<(?:svg:)?svg[\s/>]", "an SVG drawing"),
         (rb"\x1f\x8b", "a gzip archive"), (rb"PK[\x03\x05\x07]", "a ZIP archive"), (rb"8BPS", "a Photoshop document"),
         (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL image"), (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image"),
         (rb"\0\0[\x01\x02]\0", "an icon"), (rb"....ftypcrx|FUJIFILMCCD-RAW|IIU\0|IIRO|\0MRM", "a camera's raw file"),
         (rb"....ftyp|....(?:moov|mdat|wide)|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]", "a video"),
         (rb"#\?RADIANCE|v/1\x01|P[1-7F]\s|\xb1\x68\xde\x3a|DDS |qoif", "an image of another format"),
         (rb"data:image/", "the text of a data URL"),
-        (rb"(?:\xef\xbb\xbf)?(?>\s+|<!--.*?-->)*+<(?:!DOCTYPE html|html|head|body)[\s>]", "a web page"),
+        (BLANK + rb"<(?:!DOCTYPE html|html|head|body)[\s>]", "a web page"),
         (rb"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9]|SUkqA|TU0AK)[A-Za-z0-9+/\s]{20}", "an image as base64 text"),
         (rb"(?:\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\d]", "JSON"), (rb"\s*<", "XML"),
     )
@@ -152,7 +155,7 @@ def open_heic(data: bytes, _form: str) -> Image.Image:
 
     options.DECODE_THREADS = 1
     options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
-    return HeifImageFile(io.BytesIO(data))
+    return cast(Image.Image, HeifImageFile(io.BytesIO(data)))  # type: ignore[no-untyped-call]
 
 
 def open_avif(data: bytes, _form: str) -> Image.Image:

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 import settings
 from helpers import Pixels, ServiceError
-from image_checks import END_OF_JPEG, MAX_EXIF_BYTES, MAX_SIDE, TooManyPixels
+from image_checks import END_OF_JPEG, MAX_EXIF_BYTES, MAX_SHRUNK, MAX_SIDE, TooManyPixels
 from image_formats import IN_FULL, UNFINISHED, NotTaken, open_frugally
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,15 @@ class TooLarge(ServiceError):
     status, code = 413, "too_large"
 
 
+class Look(NamedTuple):
+    """How the values of an image are seen: `low` as black, `high` as white, those of `nodata` as none."""
+
+    low: float = 0.0
+    high: float = 65535.0
+    nodata: tuple[float, ...] = ()
+    opaque: bool = False  # whatever its alpha says
+
+
 def open_image(stream: IO[bytes]) -> Image.Image:
     """Return the image in `stream`, its header read and nothing decoded. Raises MissingImage, BadImage, TooLarge.
 
@@ -105,14 +114,12 @@ def bytes_to_decode(image: Image.Image, target: tuple[int, int]) -> int:
         raise damaged() from error
     decoded = image.width * image.height
     in_full = image.info.get(IN_FULL, 0)
-    if (whole if in_full else decoded) > settings.MAX_IMAGE_PIXELS:
+    if max(whole if in_full else decoded, whole / MAX_SHRUNK) > settings.MAX_IMAGE_PIXELS:
         raise too_many_pixels(image.format or "")
     taken = decoded * BYTES_PER_PIXEL[image.format or "PNG"] + int(whole * in_full)
     if taken > settings.MAX_DECODE_BYTES:
-        raise TooLarge(
-            f"To decode this image takes {taken / 1e6:.0f} MB of memory, and {settings.MAX_DECODE_BYTES / 1e6:g} MB are "
-            "allowed, so send it smaller, or as a baseline JPEG."
-        )
+        limit = f"{settings.MAX_DECODE_BYTES / 1e6:g} MB of memory"
+        raise TooLarge(f"Decoding this image takes more than {limit}, so send it smaller, or as a baseline JPEG.")
     return taken
 
 
@@ -129,7 +136,7 @@ def prepare_image(image: Image.Image, target: tuple[int, int], channels: int = 3
         image.load()
         orientation = orientation_of(image)
         size = target[::-1] if orientation in SIDEWAYS else target
-        image = resized(image, size, "RGB" if channels == 3 else "L")
+        image = resized(image, size, "RGB" if channels == 3 else "L", look_of(image))
         if orientation in TURNS:
             image = image.transpose(TURNS[orientation])
     except Image.DecompressionBombError as error:
@@ -162,7 +169,7 @@ def finish(image: Image.Image) -> None:
 
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 where it can't be read."""
-    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+    if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
         return 1  # it would be taken apart in Python
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -172,7 +179,7 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if orientation in TURNS else 1
 
 
-def resized(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int], mode: str, look: Look) -> Image.Image:
     """Return `image`, of any mode that Pillow knows, in `size` (width, height) and `mode`, RGB or L.
 
     As Pillow does it, the rows are resized first, and then the columns. So rows can be taken strip by strip.
@@ -180,10 +187,9 @@ def resized(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image
     width, height = size
     if width > image.width and height < image.height and width * image.height > STRIP_PIXELS:
         # A tower would become wide before it becomes low: 500,000 rows of half a gigabyte.
-        lying = resized(image.transpose(Image.Transpose.TRANSPOSE), (height, width), mode)
+        lying = resized(image.transpose(Image.Transpose.TRANSPOSE), (height, width), mode, look)
         return lying.transpose(Image.Transpose.TRANSPOSE)
     resample = Image.Resampling[settings.IMAGE_RESAMPLE.upper()]
-    look = look_of(image)
     if image.width * image.height <= STRIP_PIXELS or image.mode == mode:
         return coloured(image, look, mode).resize(size, resample).convert(mode)
     narrow = None
@@ -202,15 +208,6 @@ def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-class Look(NamedTuple):
-    """How the values of an image are seen: `low` as black, `high` as white, those of `nodata` as none."""
-
-    low: float = 0.0
-    high: float = 65535.0
-    nodata: tuple[float, ...] = ()
-    opaque: bool = False  # whatever its alpha says
-
-
 def look_of(image: Image.Image) -> Look:
     """Return how `image` is seen.
 
@@ -218,7 +215,7 @@ def look_of(image: Image.Image) -> Look:
     the darkest to the brightest value, is stretched to it.
     """
     if image.format == "BMP" and image.mode == "RGBA":  # as clipboards write it, who mean nothing by its alpha
-        return Look(opaque=image.getextrema()[3] == (0, 0))
+        return Look(opaque=image.getchannel("A").getextrema() == (0, 0))
     if not image.mode.startswith(("I", "F")):
         return Look()
     nodata = nodata_of(image)
@@ -251,7 +248,7 @@ def is_real(values: Pixels, nodata: tuple[float, ...]) -> npt.NDArray[np.bool]:
 
 
 def coloured(image: Image.Image, look: Look, mode: str) -> Image.Image:
-    """Return `image`, of any mode that Pillow knows, in `mode` (RGB or L); what is grey stays L, a third of the work."""
+    """Return `image`, of any mode that Pillow knows, in `mode` (RGB or L). Grey stays L, a third of the work."""
     if image.mode == "P" and image.palette is None:
         image = image.copy()  # which gets a palette of greys
     if image.mode.startswith(("I", "F")):

@@ -30,7 +30,7 @@ APP_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(APP_ROOT))
 
 import settings  # noqa: E402
-from helpers import Refusal  # noqa: E402
+from helpers import Refusal, available_cores  # noqa: E402
 from image_queue import ImageQueue  # noqa: E402
 
 WORKERS = 640  # requests in flight: MaxRequestWorkers of deploy/apache/000-default.conf
@@ -136,7 +136,7 @@ def choose_model() -> str:
 
 def apache_sizes() -> str:
     """Return the definitions that fit the site to this machine and these settings."""
-    processes = max(2, os.cpu_count() or 1)
+    processes = max(2, available_cores())
     threads = -(-WORKERS // processes)
     return f"WEB_PROCESSES={processes} WEB_THREADS={threads} MAX_UPLOAD_BYTES={settings.MAX_UPLOAD_BYTES}"
 

@@ -29,7 +29,7 @@ QUIET = 0.022  # seconds
 
 def main() -> None:
     web.keep_memory_small()
-    for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):  # whose decoders are imported when first used
+    for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):  # whose decoders are imported when first used
         outcome(samples.saved(hostile.SMALL, form))
     for name, make in hostile.BOMBS.items():
         data = make()

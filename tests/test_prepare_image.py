@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import hostile
 import numpy as np
@@ -171,8 +172,13 @@ def png_with(*chunks: bytes) -> bytes:
     return PLAIN_PNG[:33] + b"".join(chunks) + PLAIN_PNG[33:]
 
 
-def broken(chunk: bytes) -> bytes:
-    return chunk[:-1] + bytes([chunk[-1] ^ 1])
+def broken_png(kind: bytes) -> bytes:
+    chunk = hostile.chunk(kind, b"MM\0*rubbish")
+    return png_with(chunk[:-1] + bytes([chunk[-1] ^ 1]))
+
+
+def packed_png(kind: bytes) -> bytes:
+    return png_with(hostile.chunk(kind, b"x\0\0" + zlib.compress(MEGABYTES)))
 
 
 def jpeg_with(marker: int, start: bytes) -> bytes:
@@ -188,7 +194,7 @@ def webp_with(kind: bytes, data: bytes) -> bytes:
 
 def gif_with(label: bytes, *blocks: bytes) -> bytes:
     extension = b"!" + label + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
-    return PLAIN_GIF[:at_gif_frame()] + extension + PLAIN_GIF[at_gif_frame() :]
+    return PLAIN_GIF[: at_gif_frame()] + extension + PLAIN_GIF[at_gif_frame() :]
 
 
 def at_gif_frame() -> int:
@@ -205,8 +211,8 @@ PLAIN_PNG = saved(Image.fromarray(colours(8)), "PNG")
 PLAIN_GIF = saved(Image.fromarray(colours(8)).quantize(16), "GIF")
 # Each with the same picture without it.
 METADATA: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
-    "a PNG's profile of 2.5 MB": (lambda: png_with(hostile.chunk(b"iCCP", b"x\0\0" + zlib.compress(MEGABYTES))), lambda: PLAIN_PNG),
-    "a PNG's packed text of 2.5 MB": (lambda: png_with(hostile.chunk(b"zTXt", b"x\0\0" + zlib.compress(MEGABYTES))), lambda: PLAIN_PNG),
+    "a PNG's profile of 2.5 MB": (partial(packed_png, b"iCCP"), lambda: PLAIN_PNG),
+    "a PNG's packed text of 2.5 MB": (partial(packed_png, b"zTXt"), lambda: PLAIN_PNG),
     "a PNG's XMP of 2.5 MB": (
         lambda: png_with(hostile.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + MEGABYTES)), lambda: PLAIN_PNG
     ),
@@ -214,12 +220,12 @@ METADATA: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
         lambda: png_with(*[hostile.chunk(b"zTXt", b"x\0\0" + zlib.compress(b"x"))] * 500), lambda: PLAIN_PNG
     ),
     **{
-        f"a PNG's {kind} with a wrong checksum": (
-            lambda kind=kind: png_with(broken(hostile.chunk(kind.encode(), b"MM\0*rubbish"))), lambda: PLAIN_PNG
-        )
+        f"a PNG's {kind} with a wrong checksum": (partial(broken_png, kind.encode()), lambda: PLAIN_PNG)
         for kind in ("iCCP", "iTXt", "zTXt", "tEXt", "eXIf", "gAMA", "pHYs", "sRGB", "cHRM", "tIME", "acTL", "prVt")
     },
-    "a PNG's text that is cut off": (lambda: PLAIN_PNG[:-12] + hostile.chunk(b"tEXt", b"a\0b" * 99)[:50], lambda: PLAIN_PNG),
+    "a PNG's text that is cut off": (
+        lambda: PLAIN_PNG[:-12] + hostile.chunk(b"tEXt", b"a\0b" * 99)[:50], lambda: PLAIN_PNG
+    ),
     "a PNG's EXIF of 2.5 MB": (lambda: png_with(hostile.chunk(b"eXIf", MEGABYTES)), lambda: PLAIN_PNG),
     "a JPEG's clipping paths": (lambda: jpeg_with(0xED, b"Photoshop 3.0\0"), lambda: JPEGS["baseline"]),
     "a JPEG's profile": (lambda: jpeg_with(0xE2, b"ICC_PROFILE\0\1\1"), lambda: JPEGS["baseline"]),
@@ -227,7 +233,8 @@ METADATA: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
     "a JPEG's EXIF of 2.4 MB": (lambda: jpeg_with(0xE1, b"Exif\0\0"), lambda: JPEGS["baseline"]),
     "a JPEG's unknown segments": (lambda: jpeg_with(0xEB, b"HDR_RI"), lambda: JPEGS["baseline"]),
     "a JPEG's 3,000 comments": (
-        lambda: hostile.jpeg_with(hostile.segment(0xFE, b"x") * 3000, image=JPEGS["baseline"]), lambda: JPEGS["baseline"]
+        lambda: hostile.jpeg_with(hostile.segment(0xFE, b"x") * 3000, image=JPEGS["baseline"]),
+        lambda: JPEGS["baseline"],
     ),
     "a WebP's profile": (lambda: webp_with(b"ICCP", MEGABYTES), lambda: PLAIN_PNG),
     "a WebP's XMP": (lambda: webp_with(b"XMP ", MEGABYTES), lambda: PLAIN_PNG),
