@@ -82,7 +82,7 @@ def open_image(stream: IO[bytes]) -> Image.Image:
         raise MissingImage("The file in the form field `image` is empty, so send an image.")
     stream.seek(0)
     try:
-        image = open_frugally(stream.read(), settings.IMAGE_FORMATS, settings.MAX_IMAGE_PIXELS)
+        image = open_frugally(stream.read(), settings.IMAGE_FORMATS.split(","), settings.MAX_IMAGE_PIXELS)
     except (Image.DecompressionBombError, TooManyPixels) as error:
         raise too_many_pixels("") from error
     except NotTaken as error:
@@ -97,7 +97,7 @@ def open_image(stream: IO[bytes]) -> Image.Image:
 
 def formats() -> str:
     """Return the formats that are taken, for people."""
-    *most, last = settings.IMAGE_FORMATS
+    *most, last = settings.IMAGE_FORMATS.split(",")
     return f"{', '.join(most)} or {last}" if most else last
 
 

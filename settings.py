@@ -79,13 +79,13 @@ def _one_of(name: str, default: str, choices: list[str]) -> str:
     return value
 
 
-def _listed(name: str, choices: list[str]) -> tuple[str, ...]:
-    """Return those of `choices` that the variable lists, separated by commas; all of them where it is not there."""
-    values: list[str] = _read(env.list, name, choices, "one or more of " + ",".join(choices))
-    named = {value.strip().upper() for value in values}
-    if not named or not named <= set(choices):
-        refuse(name, env.str(name), "one or more of " + ",".join(choices))
-    return tuple(choice for choice in choices if choice in named)
+def _listed(name: str, all_of_them: str) -> str:
+    """Return those of the words that the variable lists, in capitals and separated by commas; the default is all."""
+    named = {value.strip().upper() for value in env.str(name, all_of_them).split(",")}
+    choices = all_of_them.split(",")
+    if not named <= set(choices):
+        refuse(name, env.str(name), f"one or more of {all_of_them}, separated by commas")
+    return ",".join(choice for choice in choices if choice in named)
 
 
 def _matching(name: str, default: str, pattern: str, allowed: str) -> str:
@@ -152,7 +152,7 @@ MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 65_000_000, 1, 1_000_000_000)
 # fits; one that does not fit alone is 413.
 MAX_DECODE_BYTES = _whole("MAX_DECODE_BYTES", 700_000_000, 10_000_000, 10**12)
 # The formats that are taken; others are 400.
-IMAGE_FORMATS = _listed("IMAGE_FORMATS", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "HEIC", "AVIF"])
+IMAGE_FORMATS = _listed("IMAGE_FORMATS", "JPEG,PNG,GIF,WEBP,BMP,TIFF,HEIC,AVIF")
 
 # Images in one request; beyond it 413.
 MAX_IMAGES = _whole("MAX_IMAGES", 32, 1, 1000)

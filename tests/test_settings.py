@@ -34,6 +34,10 @@ SENSELESS = [
     ("RATE_LIMIT", "5/fortnight", "such as 100/minute"),
     ("RATE_LIMIT", "5/minute;", "such as 100/minute"),
     ("RATE_LIMIT", "5/9999999999999 years", "up to a year"),
+    ("MAX_DECODE_BYTES", "1000", "from 10000000"),
+    ("IMAGE_FORMATS", "JPEG,PDF", "one or more of JPEG,PNG"),
+    ("IMAGE_FORMATS", "", "one or more of JPEG,PNG"),
+    ("IMAGE_FORMATS", "JPEG PNG", "one or more of JPEG,PNG"),
     ("MODEL", "no such model", "a name in keras.applications"),
     ("MODEL_WEIGHTS", "weights.bin", "imagenet, random"),
 ]
