@@ -85,7 +85,9 @@ def open_frugally(data: bytes, formats: Collection[str], max_pixels: int) -> Ima
     Raises NotTaken, Bomb, TooManyPixels (for HEIC and AVIF, whose size only we look for), and whatever Pillow does.
     """
     form = next((form for pattern, form in SIGNATURES if pattern.match(data)), "")
-    if form == HEIF and not {"HEIC", "AVIF"}.isdisjoint(formats):
+    if form == HEIF and {"HEIC", "AVIF"}.isdisjoint(formats):
+        form = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
+    elif form == HEIF:
         data, form = heif_pixels(data, max_pixels)
     if form not in formats:
         raise NotTaken(f"{'an' if form == 'AVIF' else 'a'} {form} image" if form else name_of(data))

@@ -27,6 +27,7 @@ from PIL import Image
 from redis.exceptions import RedisError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+import image_preparation
 import settings
 import web_metrics
 from access import RateLimited, Unauthorized, check_key, rate_check
@@ -38,7 +39,6 @@ from image_preparation import (
     TooLarge,
     bytes_to_decode,
     open_image,
-    prepare_image,
     reason,
 )
 from image_queue import QueueFull, WebQueue
@@ -267,7 +267,7 @@ def prepare_upload(upload: IO[bytes], shape: Shape, limit: float) -> str:
     try:
         with upload:  # closed, so that hundreds of waiting requests do not keep their uploads
             opened = [open_image(upload)]
-        return prepare_opened(opened.pop(), shape, limit)
+        return prepare_image(opened.pop(), shape, limit)
     except NoMemoryNow:
         raise too_many_images() from None
     except ServiceError as error:
@@ -277,11 +277,14 @@ def prepare_upload(upload: IO[bytes], shape: Shape, limit: float) -> str:
         raise
 
 
-def prepare_opened(image: Image.Image, shape: Shape, limit: float) -> str:
-    """Return what prepare_upload() does, as soon as there is the memory to decode `image`. Raises NoMemoryNow too."""
+def prepare_image(image: Image.Image, shape: Shape, limit: float) -> str:
+    """Return what prepare_upload() does, as soon as there is the memory to decode `image`.
+
+    Raises BadImage, TooLarge, and NoMemoryNow when that is not so until `limit` (of the monotonic clock).
+    """
     height, width, channels = shape
     with preparing.memory(bytes_to_decode(image, (width, height)), limit - time.monotonic()):
-        return base64_encode_image(prepare_image(image, (width, height), channels))
+        return base64_encode_image(image_preparation.prepare_image(image, (width, height), channels))
 
 
 def too_many_images() -> QueueFull:

@@ -427,6 +427,101 @@ def test_what_is_not_a_whole_image_is_a_bad_image(data: bytes) -> None:
         prepare(data)
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
+        (
+            b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- made by hand -->\n<!DOCTYPE svg PUBLIC "x">\n<svg >',
+            "an SVG drawing",
+        ),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"8BPS\0\1", "a Photoshop document"),
+        (b"\xff\x0a\xfa\x1f", "a JPEG XL image"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
+        (saved(hostile.SMALL, "JPEG2000"), "a JPEG 2000 image"),
+        (saved(hostile.SMALL, "ICO"), "an icon"),
+        (hostile.box(b"ftyp", b"isom\0\0\2\0isomiso2") + hostile.box(b"mdat"), "a video"),
+        (hostile.box(b"ftyp", b"qt  \0\0\2\0qt  "), "a video"),
+        (b"\x1aE\xdf\xa3" + b"\0" * 40, "a video"),
+        (hostile.box(b"ftyp", b"crx \0\0\0\1crx isom"), "a camera's raw file"),
+        (b"PK\3\4" + b"\0" * 40, "a ZIP archive"),
+        (b"\x1f\x8b\x08" + b"\0" * 40, "a gzip archive"),
+        (b"<!doctype html><title>x</title>", "a web page"),
+        (b"\n<html lang='en'>", "a web page"),
+        (b"data:image/png;base64,iVBORw0KGgo", "the text of a data URL"),
+        (b"iVBORw0KGgoAAAANSUhEUgAAAAUAAAAFCAYAAACNbyblAAAA", "an image as base64 text"),
+        (b'{"image": "x"}', "JSON"),
+        ("Grüße, das ist kein Bild".encode(), "text"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data: bytes, name: str) -> None:
+    with pytest.raises(preparation.BadImage, match=f"^This is {name}, so send a file of JPEG, .* or AVIF.$"):
+        prepare(data)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "HEIC", "AVIF"])
+def test_a_format_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    data = saved(hostile.SMALL, "HEIF" if form == "HEIC" else form)
+    monkeypatch.setattr(settings, "IMAGE_FORMATS", form)
+    assert prepare(data).shape == (224, 224, 3)
+
+    monkeypatch.setattr(settings, "IMAGE_FORMATS", "PNG,BMP" if form == "JPEG" else "JPEG")
+
+    with pytest.raises(preparation.BadImage, match=f"^This is an? {form} image, so send a file of "):
+        prepare(data)
+
+
+@pytest.mark.parametrize("brand", [b"mif1", b"msf1", b"avif"])
+def test_a_heif_is_known_by_what_is_in_it(brand: bytes) -> None:
+    assert prepare(hostile.heif(hostile.heic_item(), brand=brand)).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("made", [hostile.ODD["heic_of_RGBA"], hostile.ODD["avif_of_RGBA"]], ids=["HEIC", "AVIF"])
+def test_a_heif_that_is_cut_anywhere_is_refused(made: tuple[Callable[[], bytes], int]) -> None:
+    whole = made[0]()
+
+    for size in range(1, len(whole) - 1, max(1, len(whole) // 150)):
+        with pytest.raises(preparation.BadImage):
+            prepare(whole[:size])
+
+
+def test_the_reason_for_the_log_is_one_line_without_addresses() -> None:
+    for data in (WHOLE[:40], b"RIFF\xff\xff\0\0WEBPVP8 rubbish", WHOLE[:-3000], b"II*\0\x08\0\0\0\1\0" + b"\n" * 90):
+        with pytest.raises(preparation.BadImage) as raised:
+            prepare(data)
+        text = preparation.reason(raised.value)
+        assert text
+        assert text.isprintable()
+        assert " at 0x" not in text
+
+
+def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "MAX_DECODE_BYTES", 10_000_000)
+
+    with pytest.raises(preparation.TooLarge, match="more than 10 MB of memory"):
+        prepare(saved(Image.new("RGB", (2000, 1500)), "PNG"))
+    assert prepare(saved(Image.new("RGB", (2000, 1500)), "JPEG")).shape == (224, 224, 3)  # decoded at a quarter
+
+
+def test_large_images_are_resized_in_strips_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [sample.data for sample in samples.samples()]
+    whole = [prepare(data) for data in files]
+
+    monkeypatch.setattr(preparation, "STRIP_PIXELS", 20_000)
+
+    for expected, data in zip(whole, files, strict=True):
+        assert np.abs(prepare(data).astype(int) - expected).max() <= 1
+
+
+def test_a_tower_of_many_rows_takes_little_memory() -> None:
+    tower = np.repeat(np.linspace(0, 255, 400_000).astype(np.uint8)[:, None], 2, axis=1)
+
+    prepared = prepare(saved(Image.fromarray(tower), "PNG"))
+
+    assert np.abs(prepared[:, 100, 0].astype(int) - np.linspace(0.6, 254.4, 224)).max() <= 2
+
+
 def test_an_empty_file_is_a_missing_image() -> None:
     with pytest.raises(preparation.MissingImage):
         prepare(b"")

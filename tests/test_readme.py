@@ -89,8 +89,7 @@ def test_every_file_of_its_table_is_there() -> None:
 
 def test_the_names_of_the_tutorial_are_kept() -> None:
     kept = {
-        "run_web_server.py": {"homepage", "predict"},
-        "image_preparation.py": {"prepare_image"},
+        "run_web_server.py": {"homepage", "predict", "prepare_image"},
         "run_model_server.py": {"classify_process"},
         "helpers.py": {"base64_encode_image", "base64_decode_image"},
     }
