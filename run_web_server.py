@@ -271,10 +271,18 @@ def prepare_upload(upload: IO[bytes], shape: Shape, limit: float) -> str:
     except NoMemoryNow:
         raise too_many_images() from None
     except ServiceError as error:
-        for each in (error, error.__cause__):
-            if each:
-                each.with_traceback(None)  # which keeps the image, as long as the other images of the request take
+        forget_frames(error)
         raise
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Take the tracebacks from an error and its causes.
+
+    They keep the image, and an error may be kept until the other images of its request are answered.
+    """
+    while error:
+        error.with_traceback(None)
+        error = error.__cause__ or error.__context__
 
 
 def prepare_image(image: Image.Image, shape: Shape, limit: float) -> str:
