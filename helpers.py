@@ -107,6 +107,39 @@ def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
         pause = min(pause * 2, longest)
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use: by its affinity, and by the quota of its cgroups, rounded up."""
+    quota = cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota)))
+
+
+def cgroup_quota(own: Path, root: Path) -> float:
+    """Return the least quota of the cgroups in the file `own` and those above them, in cores; infinite where none is.
+
+    `root` is where they are mounted. A container sees its own cgroup there, whatever path the host knows it by.
+    """
+    quotas = [math.inf]
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            mount = root / controllers if controllers else root
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            folder = mount / path.strip("/")
+            quotas += [quota_of(each) for each in (folder, *folder.parents) if each.is_relative_to(mount)]
+            quotas.append(quota_of(root / "cpu"))
+    return min(quotas)
+
+
+def quota_of(folder: Path) -> float:
+    """Return the quota that a cgroup has, in cores; infinite where it has none. Of version 2, or of version 1."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text().strip() for name in files).split()
+            return int(quota) / int(period) if quota.isdecimal() else math.inf  # max, or -1
+    return math.inf
+
+
 def tell_systemd(state: str) -> None:
     """Say of this program what sd_notify(3) knows, as READY=1; nothing where systemd does not ask for it."""
     address = os.environ.get("NOTIFY_SOCKET", "")

@@ -6,9 +6,9 @@ Apache loads `app` through keras_rest_api_app.wsgi. For debugging, Flask's own s
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import logging
-import os
 import re
 import resource
 import threading
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import flask
+from PIL import Image
 from redis.exceptions import RedisError
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
@@ -29,12 +30,13 @@ from access import RateLimited, Unauthorized, check_key, rate_check
 from cors import add_cors
 from health import add_health_routes
 from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, megabytes, pauses
-from image_preparation import TooLarge, open_image, prepare_image
+from image_preparation import BadImage, TooLarge, bytes_to_decode, open_image, prepare_image, reason
 from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
 from inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from pages import WELCOME, add_pages, send, wants_page
 from redis_connection import CLOSE_SURPLUS_EVERY, UnfitRedis
 from storage import choose_folder
+from turns import NoMemoryNow, Turns
 from uploads import UnsupportedMediaType, uploads
 
 log = logging.getLogger(__name__)
@@ -56,9 +58,9 @@ add_protocol_routes(app, queue)
 web_metrics.add_metrics_routes(app, queue)
 add_pages(app)
 add_cors(app)
-# Decoding a photo takes a core and up to a few hundred megabytes for a moment: with hundreds of requests waiting, no
-# more of them than there are cores are prepared at once, first come, first served.
-preparing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prepare")
+# Decoding a photo takes a core and up to a few hundred megabytes for a moment. So with hundreds of requests waiting,
+# only as many are prepared at once as the machine has cores for and memory, first come, first served.
+preparing = Turns(web_metrics.common_directory)
 # Who waits for the answers to requests of several images, beside the threads of Apache, of which each has but one.
 asking = ThreadPoolExecutor(128, thread_name_prefix="ask")
 
@@ -154,6 +156,8 @@ def classify(upload: IO[bytes], deadline: float, request_id: str, top: int) -> C
         found = prepare_and_ask(upload, deadline, request_id, top)
     except ServiceError as error:
         web_metrics.count_refused(error.code)
+        if isinstance(error, BadImage):
+            log.info("request %s: bad image: %s", request_id, reason(error))
         raise
     stages = {"prepare": found.prepare, "queue": found.queue, "compute": found.compute}
     web_metrics.count_classified(found.batch, stages)
@@ -222,25 +226,58 @@ def in_turn(upload: IO[bytes], deadline: float, shape: Shape) -> str:
 
     Raises QueueFull when half of the time until `deadline` (unix seconds) is over before that.
     """
-    prepared = preparing.submit(prepare_upload, upload, shape)
+    limit = time.monotonic() + max(0.0, deadline - time.time()) / 2
+    prepared = preparing.submit(partial(prepare_upload, upload, shape, limit))
     try:
-        return prepared.result(max(0.0, deadline - time.time()) / 2)
-    except TimeoutError:
-        if prepared.cancel():  # it has not begun
+        concurrent.futures.wait([prepared], max(0.0, limit - time.monotonic()))
+        if not prepared.done() and prepared.cancel():  # it has not begun
             upload.close()
-            raise QueueFull("Too many images are being prepared, so try again in a few seconds.") from None
-    return prepared.result()
+            raise too_many_images()
+        return prepared.result()
+    finally:
+        del prepared  # its error would keep it, and it the error
 
 
-def prepare_upload(upload: IO[bytes], shape: Shape) -> str:
+def prepare_upload(upload: IO[bytes], shape: Shape, limit: float) -> str:
     """Return the image in `upload` as base64 text, prepared as pixels of `shape` (height, width, channels).
 
-    Raises MissingImage, BadImage, TooLarge.
+    Raises MissingImage, BadImage, TooLarge, and QueueFull when there is no memory for it until `limit` (of the
+    monotonic clock).
+    """
+    try:
+        with upload:  # closed, so that hundreds of waiting requests do not keep their uploads
+            opened = [open_image(upload)]
+        return encoded(opened.pop(), shape, limit)
+    except NoMemoryNow:
+        raise too_many_images() from None
+    except ServiceError as error:
+        forget_frames(error)
+        raise
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Take the tracebacks from an error and its causes.
+
+    They keep the image, and an error may be kept until the other images of its request are answered.
+    """
+    while error:
+        error.with_traceback(None)
+        error = error.__cause__ or error.__context__
+
+
+def encoded(image: Image.Image, shape: Shape, limit: float) -> str:
+    """Return `image` prepared and as base64 text, as soon as there is the memory to decode it.
+
+    Raises BadImage, TooLarge, and NoMemoryNow when that is not so until `limit` (of the monotonic clock).
     """
     height, width, channels = shape
-    with upload:  # closed, so that hundreds of waiting requests do not keep their uploads
-        image = prepare_image(open_image(upload), (width, height), channels)
-        return base64_encode_image(image)
+    with preparing.memory(bytes_to_decode(image, (width, height)), limit - time.monotonic()):
+        return base64_encode_image(prepare_image(image, (width, height), channels))
+
+
+def too_many_images() -> QueueFull:
+    """Return the error for an image whose turn does not come."""
+    return QueueFull("Too many images are being prepared, so try again in a few seconds.")
 
 
 @app.errorhandler(ServiceError)

@@ -86,6 +86,15 @@ def _one_of(name: str, default: str, choices: list[str]) -> str:
     return value
 
 
+def _listed(name: str, all_of_them: str) -> str:
+    """Return those of the words that the variable lists, in capitals and separated by commas; the default is all."""
+    named = {value.strip().upper() for value in env.str(name, all_of_them).split(",")}
+    choices = all_of_them.split(",")
+    if not named <= set(choices):
+        refuse(name, env.str(name), f"one or more of {all_of_them}, separated by commas")
+    return ",".join(choice for choice in choices if choice in named)
+
+
 def _matching(name: str, default: str, pattern: str, allowed: str) -> str:
     value: str = _read(env.str, name, default, allowed, Regexp(rf"(?:{pattern})\Z", re.ASCII))
     return value
@@ -146,9 +155,16 @@ CLIENT_SLEEP = _seconds("CLIENT_SLEEP", min(2.0, REQUEST_TIMEOUT / 2), 0.01, 5)
 REDIS_TIMEOUT = _seconds("REDIS_TIMEOUT", min(30.0, REQUEST_TIMEOUT / 2), 0.1, 240)
 # Jobs that may wait; beyond it 503.
 MAX_QUEUE = _whole("MAX_QUEUE", 1000, 1, 1_000_000)
-# Bytes of a request's body and pixels of an image; beyond either 413.
+# Bytes of a request's body; beyond it 413.
 MAX_UPLOAD_BYTES = _whole("MAX_UPLOAD_BYTES", 16 * 2**20, 1024, 2**30)
-MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 50_000_000, 1, 1_000_000_000)
+# Pixels of an image that have to be decoded; beyond it 413. Phones make 50 or 64 megapixels, and their 200 are baseline
+# JPEG, of which as little as a 64th is decoded.
+MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 65_000_000, 1, 1_000_000_000)
+# Bytes of memory that all images which are being decoded on this machine may take together. An image waits until it
+# fits; one that does not fit alone is 413.
+MAX_DECODE_BYTES = _whole("MAX_DECODE_BYTES", 700_000_000, 10_000_000, 10**12)
+# The formats that are taken; others are 400.
+IMAGE_FORMATS = _listed("IMAGE_FORMATS", "JPEG,PNG,GIF,WEBP,BMP,TIFF,HEIC,AVIF")
 
 # Images in one request; beyond it 413.
 MAX_IMAGES = _whole("MAX_IMAGES", 32, 1, 1000)

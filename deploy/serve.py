@@ -40,7 +40,7 @@ import serve_redis  # noqa: E402
 
 import model_checks  # noqa: E402
 import settings  # noqa: E402
-from helpers import Refusal, keras_downloads  # noqa: E402
+from helpers import Refusal, available_cores, keras_downloads  # noqa: E402
 
 WORKERS = 640  # requests in flight, in all web processes together
 RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_class_index.json")
@@ -169,7 +169,7 @@ def choose_model() -> str:
 
 def apache_sizes() -> str:
     """Return the definitions that fit the site to this machine and these settings."""
-    processes = max(2, os.cpu_count() or 1)
+    processes = max(2, available_cores())
     threads = -(-WORKERS // processes)
     return f"WEB_PROCESSES={processes} WEB_THREADS={threads} MAX_UPLOAD_BYTES={settings.MAX_UPLOAD_BYTES}"
 

@@ -25,16 +25,27 @@ from helpers import ServiceError  # noqa: E402
 from image_preparation import open_image, prepare_image  # noqa: E402
 
 QUIET = 0.022  # seconds
+NOTABLE = 0.05  # seconds
 
 
 def main() -> None:
     web.keep_memory_small()
-    for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):  # whose decoders are imported when first used
+    for form in (
+        "PNG",
+        "JPEG",
+        "GIF",
+        "WEBP",
+        "BMP",
+        "TIFF",
+        "HEIF",
+        "AVIF",
+    ):  # whose decoders are imported when first used
         outcome(samples.saved(hostile.SMALL, form))
     for name, make in hostile.BOMBS.items():
         data = make()
-        costs = [in_a_child(partial(cost, data)) for _ in range(3)]
-        # The least of three, since what else the machine does only adds to it.
+        costs = [in_a_child(partial(cost, data))]
+        if costs[0]["seconds"] > NOTABLE:  # the least of three, since what else the machine does only adds to it
+            costs += [in_a_child(partial(cost, data)) for _ in range(2)]
         print(json.dumps({"name": name} | min(costs, key=lambda cost: cost["seconds"])), flush=True)
 
 

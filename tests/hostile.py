@@ -153,6 +153,112 @@ def webp_canvas(width: int, height: int, flags: int = 0) -> tuple[bytes, bytes]:
     return b"VP8X", bytes([flags, 0, 0, 0]) + size
 
 
+def box(kind: bytes, *content: bytes, size: int | None = None) -> bytes:
+    """A box of a HEIC or AVIF, where asked for of a wrong size."""
+    data = b"".join(content)
+    return struct.pack(">I", len(data) + 8 if size is None else size) + kind + data
+
+
+def full_box(kind: bytes, version: int, *content: bytes, flags: int = 0) -> bytes:
+    return box(kind, bytes([version]), struct.pack(">I", flags)[1:], *content)
+
+
+Item = tuple[bytes, list[bytes], bytes]  # its type, its properties, and its data
+
+
+def heif(*items: Item, links: Iterable[tuple[bytes, int, list[int]]] = (), brand: bytes = b"heic", primary: int = 1,
+         more: bytes = b"") -> bytes:  # fmt: skip
+    """A HEIC or AVIF of these items, numbered from 1, and these references from one to others."""
+    ids = range(1, len(items) + 1)
+    entries = [full_box(b"infe", 2, struct.pack(">HH", i, 0), items[i - 1][0], b"\0") for i in ids]
+    owned, properties = [], list[bytes]()
+    for i, (_, own, _) in zip(ids, items, strict=True):
+        numbers = bytes(len(properties) + 1 + number for number in range(len(own)))
+        owned.append(struct.pack(">HB", i, len(own)) + numbers)
+        properties += own
+    ahead = box(b"ftyp", brand, b"\0\0\0\0", brand, b"mif1")
+
+    def meta(start: int) -> bytes:
+        places = []
+        for i, (_, _, data) in zip(ids, items, strict=True):
+            places.append(struct.pack(">HHHII", i, 0, 1, start, len(data)))
+            start += len(data)
+        return full_box(
+            b"meta", 0, full_box(b"hdlr", 0, b"\0\0\0\0pict", b"\0" * 13),
+            full_box(b"pitm", 0, struct.pack(">H", primary)),
+            full_box(b"iloc", 0, b"\x44\0", struct.pack(">H", len(items)), *places),
+            full_box(b"iinf", 0, struct.pack(">H", len(items)), *entries),
+            full_box(b"iref", 0, *(box(kind, struct.pack(f">HH{len(to)}H", i, len(to), *to)) for kind, i, to in links)),
+            box(b"iprp", box(b"ipco", *properties), full_box(b"ipma", 0, struct.pack(">I", len(items)), *owned)), more,
+        )  # fmt: skip
+
+    start = len(ahead) + len(meta(0)) + 8
+    return ahead + meta(start) + box(b"mdat", *(data for _, _, data in items))
+
+
+def ispe(width: int, height: int) -> bytes:
+    return full_box(b"ispe", 0, struct.pack(">II", width, height))
+
+
+def grid(rows: int, columns: int, width: int, height: int) -> bytes:
+    return bytes([0, 1, rows - 1, columns - 1]) + struct.pack(">II", width, height)
+
+
+@cache
+def coded(form: str) -> tuple[bytes, bytes]:
+    """The codec's header (hvcC or av1C) and the pixels of SMALL, in HEIC or AVIF."""
+    data = saved(SMALL, "HEIF", chroma=420) if form == "HEIC" else saved(SMALL, "AVIF", speed=10)
+    kind = b"hvcC" if form == "HEIC" else b"av1C"
+    at = data.index(kind) - 4
+    [size] = struct.unpack_from(">I", data, at)
+    pixels = data[data.index(b"mdat") + 4 :]
+    return data[at : at + size], pixels
+
+
+def heic_item(*properties: bytes, pixels: bytes | None = None, header: bytes | None = None) -> Item:
+    own, data = coded("HEIC")
+    return b"hvc1", [header or own, *(properties or [ispe(64, 64)])], pixels or data  # as libx265 pads it
+
+
+def avif_item(*properties: bytes, pixels: bytes | None = None) -> Item:
+    own, data = coded("AVIF")
+    depth = full_box(b"pixi", 0, b"\3\x08\x08\x08")
+    return b"av01", [own, depth, *(properties or [ispe(60, 40)])], pixels or data
+
+
+def golomb(number: int) -> str:
+    digits = f"{number + 1:b}"
+    return "0" * (len(digits) - 1) + digits
+
+
+def as_bytes(bits: str) -> bytes:
+    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+
+
+def hevc_of(width: int, height: int) -> bytes:
+    """The codec's header of SMALL, an hvcC, with another size in its sequence parameter set."""
+    header, _ = coded("HEIC")
+    at = header.index(b"\x42\1")
+    [size] = struct.unpack_from(">H", header, at - 2)
+    bits = "".join(f"{byte:08b}" for byte in header[at : at + size].replace(b"\0\0\3", b"\0\0"))
+    old = golomb(64) + golomb(64)
+    assert old in bits, bits
+    unit = as_bytes(bits.replace(old, golomb(width) + golomb(height), 1)).replace(b"\0\0", b"\0\0\3")
+    return box(b"hvcC", header[8 : at - 2], struct.pack(">H", len(unit)), unit, header[at + size :])
+
+
+def av1_of(width: int, height: int) -> bytes:
+    """The pixels of SMALL in AV1, with another size in their sequence header."""
+    _, pixels = coded("AVIF")
+    at = pixels.index(b"\x0a")
+    size = pixels[at + 1]
+    bits = "".join(f"{byte:08b}" for byte in pixels[at + 2 : at + 2 + size])
+    old = f"{5:04b}{5:04b}{59:06b}{39:06b}"
+    assert old in bits, bits
+    unit = as_bytes(bits.replace(old, f"{15:04b}{15:04b}{width - 1:016b}{height - 1:016b}", 1))
+    return pixels[:at] + bytes([0x0A, len(unit)]) + unit + pixels[at + 2 + size :]
+
+
 GREYS = b"".join(bytes([i, i, 255 - i, 0]) for i in range(0, 256, 16))
 
 
@@ -303,9 +409,20 @@ def change_bmp(data: bytes, random: Random) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+def change_heif(data: bytes, random: Random) -> bytes:
+    """Change the size or kind of a box, or something at its beginning."""
+    at = random.choice([each.start() for each in re.finditer(HEIF_BOXES, data)])
+    at += random.choice((-4, 0, 4, 8, 12, random.randrange(-4, 40)))
+    value = random.choice((number(random), random.choice(HEIF_BOXES.split(b"|"))))
+    return data[:at] + value + data[at + len(value) :]
+
+
+HEIF_BOXES = b"ftyp|meta|hdlr|pitm|iloc|iinf|infe|iref|iprp|ipco|ipma|ispe|hvcC|av1C|colr|pixi|irot|auxC|dimg|auxl|mdat"
+
+
 PARTS: dict[bytes, Mutation] = {
     b"\x89PNG": change_png, b"\xff\xd8": change_jpeg, b"II*\0": change_tiff, b"MM\0*": change_tiff,
-    b"RIFF": change_webp, b"GIF8": change_gif, b"BM": change_bmp,
+    b"RIFF": change_webp, b"GIF8": change_gif, b"BM": change_bmp, b"\0\0\0": change_heif,
 }  # fmt: skip
 # A change of a part is as likely as all the others together.
 MUTATIONS: tuple[Mutation, ...] = (
@@ -393,6 +510,7 @@ add(
     png_with_an_orientation_of_9=lambda: rgb_png(chunk(b"eXIf", tiff([(0x0112, SHORT, 1, 9)]))),
     png_with_an_exif_of_nothing=lambda: rgb_png(chunk(b"eXIf")),
     png_with_a_profile_that_is_broken=lambda: rgb_png(chunk(b"iCCP", b"x\0\0rubbish")),
+    png_with_a_wrong_crc_of_a_text=lambda: rgb_png(chunk(b"tEXt", b"a\0b")[:-1] + b"!"),
     png_with_texts=lambda: rgb_png(chunk(b"tEXt", b"a\0b"), chunk(b"zTXt", b"a\0\0" + zeros(9)), chunk(b"iTXt", b"a")),
 )  # fmt: skip
 add(
@@ -404,7 +522,8 @@ add(
     png_with_a_short_header=lambda: png(chunk(b"IHDR", b"\0\0\0\1")),
     png_of_an_unknown_depth=lambda: png(header(2, 2, 3, 2), rows=b"\0" * 99),
     png_of_a_filter_that_is_not=lambda: png(header(2, 1), rows=b"\x09abcdef"),
-    png_with_a_wrong_crc=lambda: rgb_png(chunk(b"tEXt", b"a\0b")[:-1] + b"!"),
+    png_with_a_wrong_crc=lambda: replaced(rgb_png(), b"IHDR", 17, b"!!!!"),
+    png_with_a_wrong_crc_of_its_transparency=lambda: rgb_png(chunk(b"tRNS", b"a" * 6)[:-1] + b"!"),
     png_with_a_transparency_of_odd_length=lambda: rgb_png(chunk(b"tRNS", b"abc")),
     png_with_a_bad_chunk_name=lambda: rgb_png(chunk(b"\0\1\2\3", b"")),
     png_whose_frames_are_out_of_order=lambda: rgb_png(
@@ -572,6 +691,53 @@ add(
     webp_with_a_chunk_of_4_gigabytes=lambda: replaced(saved(SMALL, "WEBP"), b"VP8", 4, b"\xff" * 4),
 )  # fmt: skip
 
+ALPHA = full_box(b"auxC", 0, b"urn:mpeg:hevc:2015:auxid:1\0")
+for form, ending in (("HEIF", "heic"), ("AVIF", "avif")):
+    add(200, **{f"{ending}_of_{w}x{h}": of_mode("RGB", form, (w, h)) for w, h in ((1, 1), (1, 200), (3000, 1))})
+    add(200, **{f"{ending}_of_{mode}": of_mode(mode, form) for mode in ("L", "LA", "RGBA")})
+    add(400, **{f"{ending}_cut_at_{share}": partial(cut, of_mode("RGB", form), share) for share in (10, 50, 90)})
+add(
+    200,
+    heic_put_together=lambda: heif(heic_item()),
+    heic_of_four_tiles=lambda: heif(
+        (b"grid", [ispe(128, 128)], grid(2, 2, 128, 128)), heic_item(), links=[(b"dimg", 1, [2, 2, 2, 2])]
+    ),
+    heic_with_an_exif_of_rubbish=lambda: heif(
+        heic_item(), (b"Exif", list[bytes](), b"\xee" * 99), links=[(b"cdsc", 2, [1])]
+    ),
+    heic_with_an_exif_of_2_megabytes=of_mode("RGB", "HEIF", exif=b"Exif\0\0" + b"\xee" * 2_000_000),
+    heic_with_xmp=of_mode("RGB", "HEIF", xmp=b"<x/>" * 99),
+    heic_with_an_unknown_box=lambda: heif(heic_item(), more=box(b"what", b"x" * 99)),
+    heic_with_a_map_of_depths_in_jpeg=lambda: heif(
+        heic_item(), (b"jpeg", [ispe(60, 40), full_box(b"auxC", 0, b"urn:com:apple:depth\0")], jpeg()),
+        links=[(b"auxl", 2, [1])],
+    ),
+    avif_put_together=lambda: heif(avif_item(), brand=b"avif"),
+    avif_with_an_exif_of_rubbish=lambda: heif(
+        avif_item(), (b"Exif", list[bytes](), b"\xee" * 99), links=[(b"cdsc", 2, [1])], brand=b"avif"
+    ),
+    avif_animated=of_mode("RGB", "AVIF", speed=10, save_all=True, append_images=[SMALL.rotate(90)]),
+)  # fmt: skip
+add(
+    400,
+    heic_of_nothing=heif,
+    heic_without_boxes=lambda: box(b"ftyp", b"heic\0\0\0\0heic"),
+    heic_without_a_size=lambda: heif((b"hvc1", [coded("HEIC")[0]], coded("HEIC")[1])),
+    heic_without_a_header_of_its_codec=lambda: heif((b"hvc1", [ispe(60, 40)], coded("HEIC")[1])),
+    heic_whose_primary_image_is_not_there=lambda: heif(heic_item(), primary=7),
+    heic_with_two_sets_of_boxes=lambda: heif(heic_item()) * 2,
+    heic_of_an_overlay=lambda: heif((b"iovl", [ispe(60, 40)], b"\0" * 30), heic_item(), links=[(b"dimg", 1, [2])]),
+    heic_made_of_itself=lambda: heif((b"iden", [ispe(60, 40)], b""), links=[(b"dimg", 1, [1])]),
+    heic_of_jpeg=lambda: heif((b"jpeg", [ispe(60, 40)], jpeg())),
+    heic_of_uncompressed_pixels=lambda: heif((b"unci", [ispe(60, 40)], b"\0" * 9999)),
+    heic_with_a_grid_of_another_number_of_tiles=lambda: heif(
+        (b"grid", [ispe(120, 80)], grid(2, 2, 120, 80)), heic_item(), links=[(b"dimg", 1, [2])]
+    ),
+    heic_of_a_film=lambda: box(b"ftyp", b"hevc\0\0\0\0hevcmsf1") + box(b"moov", box(b"mvhd", b"\0" * 100)),
+    avif_of_a_film=lambda: box(b"ftyp", b"avis\0\0\0\0avis") + box(b"moov", box(b"mvhd", b"\0" * 100)),
+    mp4=lambda: box(b"ftyp", b"isom\0\0\0\0mp42") + box(b"moov", b"\0" * 100),
+)  # fmt: skip
+
 add(
     400,
     nothing=lambda: b"",
@@ -588,7 +754,6 @@ add(
     ppm=of_mode("RGB", "PPM"),
     tga=of_mode("RGB", "TGA"),
     jpeg_2000=of_mode("RGB", "JPEG2000"),
-    avif=of_mode("RGB", "AVIF"),
     psd=lambda: b"8BPS\0\1" + b"\0" * 6 + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + b"\0" * 99,
     a_script_with_an_image_behind=lambda: b"<?php system(1); ?>" + jpeg(),
 )
@@ -600,8 +765,12 @@ add(200, an_image_with_a_script_behind=lambda: saved(SMALL, "GIF") + b"<?php sys
 BOMBS: dict[str, Callable[[], bytes]] = {}
 # Those that have their pixels all the same: what is too much of them is left alone.
 ANSWERED = {
-    "apng_of_10000_frames", "gif_of_10000_frames", "gif_with_8_megabytes_of_codes_for_16_pixels",
-    "jpeg_with_a_profile_of_8_megabytes", "png_with_an_exif_of_8_megabytes", "tiff_of_10000_frames",
+    "apng_of_10000_frames", "avif_of_10000_frames", "gif_of_10000_frames",
+    "gif_with_8_megabytes_of_codes_for_16_pixels",
+    "jpeg_with_a_profile_of_8_megabytes", "png_with_an_exif_of_8_megabytes", "png_with_a_profile_of_a_gigabyte",
+    "png_with_300_profiles", "png_with_300_texts", "png_with_texts_in_four_bytes_a_letter",
+    "png_with_300_texts_that_are_broken", "png_with_300_texts_behind_its_pixels", "png_with_a_text_of_a_gigabyte",
+    "tiff_of_10000_frames", "tiff_with_a_million_resolutions",
     "tiff_that_claims_4_billion_values", "tiff_that_points_to_itself", "tiff_whose_camera_has_a_million_values",
     "tiff_whose_strip_is_larger_than_it", "tiff_with_a_profile_of_8_megabytes", "webp_of_10000_frames",
     "webp_with_a_profile_of_8_megabytes", "webp_with_an_exif_of_8_megabytes",
@@ -675,6 +844,118 @@ def tiff_of_50000() -> bytes:
 def jpeg_of_50000() -> bytes:
     at = jpeg().index(b"\xff\xc0") + 5
     return jpeg()[:at] + struct.pack(">HH", CLAIM, CLAIM) + jpeg()[at + 4 :]
+
+
+@bomb
+def jpeg_of_16000_progressive() -> bytes:
+    """Its coefficients would take 770 MB, at whatever scale it is decoded."""
+    whole = jpeg(progressive=True)
+    at = whole.index(b"\xff\xc2") + 5
+    return whole[:at] + struct.pack(">HH", 16_000, 16_000) + whole[at + 4 :]
+
+
+@bomb
+def heic_of_50000() -> bytes:
+    return heif(heic_item(ispe(CLAIM, CLAIM)))
+
+
+@bomb
+def avif_of_50000() -> bytes:
+    return heif(avif_item(ispe(CLAIM, CLAIM)), brand=b"avif")
+
+
+@bomb
+def heic_whose_codec_says_16000() -> bytes:
+    """What the boxes say is small."""
+    return heif(heic_item(header=hevc_of(16_000, 16_000)))
+
+
+@bomb
+def heic_whose_pixels_say_16000() -> bytes:
+    """They bring a header of the codec of their own."""
+    header = hevc_of(16_000, 16_000)
+    at = header.index(b"\x42\1")
+    [size] = struct.unpack_from(">H", header, at - 2)
+    unit = struct.pack(">I", size) + header[at : at + size]
+    return heif(heic_item(pixels=unit + coded("HEIC")[1]))
+
+
+@bomb
+def avif_whose_codec_says_16000() -> bytes:
+    return heif(avif_item(pixels=av1_of(16_000, 16_000)), brand=b"avif")
+
+
+@bomb
+def heic_whose_alpha_is_of_16000() -> bytes:
+    alpha = heic_item(ispe(60, 40), ALPHA, header=hevc_of(16_000, 16_000))
+    return heif(heic_item(), alpha, links=[(b"auxl", 2, [1])])
+
+
+@bomb
+def heic_grid_of_50000() -> bytes:
+    """Its boxes say less than its own data."""
+    return heif((b"grid", [ispe(60, 40)], grid(1, 1, CLAIM, CLAIM)), heic_item(), links=[(b"dimg", 1, [2])])
+
+
+@bomb
+def heic_grid_of_65536_times_the_same_tile() -> bytes:
+    links = [(b"dimg", 1, [2] * 65_535)]
+    return heif((b"grid", [ispe(256, 256)], grid(256, 256, 256, 256)), heic_item(), links=links)
+
+
+@bomb
+def heic_grid_of_large_tiles() -> bytes:
+    """Of each of which a corner is seen."""
+    tile = heic_item(ispe(7000, 7000), header=hevc_of(7000, 7000))
+    return heif((b"grid", [ispe(900, 900)], grid(30, 30, 900, 900)), tile, links=[(b"dimg", 1, [2] * 900)])
+
+
+@bomb
+def heic_grid_of_grids() -> bytes:
+    nested = [(b"grid", [ispe(600, 600)], grid(10, 10, 600, 600)) for _ in range(6)]
+    return heif(*nested, heic_item(), links=[(b"dimg", i, [i + 1] * 100) for i in range(1, 7)])
+
+
+@bomb
+def heic_of_60000_items() -> bytes:
+    return heif(heic_item(), *[(b"Exif", list[bytes](), b"")] * 60_000)
+
+
+@bomb
+def heic_of_a_million_boxes() -> bytes:
+    return heif(heic_item(), more=box(b"free") * 1_000_000)
+
+
+@bomb
+def heic_of_a_million_extents() -> bytes:
+    places = struct.pack(">HHH", 1, 0, 65_535) + struct.pack(">II", 0, 1000) * 65_535
+    return heif(heic_item()).replace(b"iloc", b"free", 1) + full_box(b"iloc", 0, b"\x44\0\0\1", places * 15)
+
+
+@bomb
+def heic_of_boxes_in_boxes() -> bytes:
+    data = b""
+    for _ in range(100_000):
+        data = b"".join((struct.pack(">I", len(data) + 12), b"iref\0\0\0\0", data[:5000]))
+    return heif(heic_item(), more=data)
+
+
+@bomb
+def heic_of_a_million_pieces_of_pixels() -> bytes:
+    return heif(heic_item(pixels=b"\0\0\0\1\x4e" * 1_000_000))
+
+
+@bomb
+def avif_of_a_million_pieces_of_pixels() -> bytes:
+    return heif(avif_item(pixels=b"\x12\0" * 4_000_000), brand=b"avif")
+
+
+@bomb
+def avif_of_10000_frames() -> bytes:
+    """Of a film of which only the first image is read."""
+    data = saved(SMALL, "AVIF", speed=10, save_all=True, append_images=[SMALL.rotate(90)])
+    at = data.index(b"stsz") + 12
+    return data[:at] + struct.pack(">I", 2**31) + data[at + 4 :]
 
 
 @bomb

@@ -7,11 +7,15 @@ something, never from the code under test.
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 from PIL import Image
+
+pillow_heif.register_heif_opener()  # to write HEIC, and to read what we expect
 
 Array = npt.NDArray[np.uint8]
 SIZE = (260, 190)
@@ -74,12 +78,15 @@ def lossless(form: str, **options: Any) -> Callable[[int], Made]:
     return make
 
 
-def jpeg(mode: str, **options: Any) -> Callable[[int], Made]:
+def lossy(form: str, mode: str, **options: Any) -> Callable[[int], Made]:
     def make(seed: int) -> Made:
-        data = saved(Image.fromarray(colours(seed)).convert(mode), "JPEG", quality=95, **options)
+        data = saved(Image.fromarray(colours(seed)).convert(mode), form, quality=95, **options)
         return data, decoded(data)
 
     return make
+
+
+jpeg = partial(lossy, "JPEG")
 
 
 for name, function in {
@@ -92,6 +99,13 @@ for name, function in {
     "jpeg_progressive": jpeg("RGB", progressive=True),
     "jpeg_grey": jpeg("L"),
     "jpeg_cmyk": jpeg("CMYK"),
+    "heic": lossy("HEIF", "RGB"),
+    "heic_grey": lossy("HEIF", "L"),
+    "heic_of_full_colour": lossy("HEIF", "RGB", chroma=444),
+    "heic_of_tiles": lossy("HEIF", "RGB", tile_size=64),
+    "avif": lossy("AVIF", "RGB", speed=10),
+    "avif_grey": lossy("AVIF", "L", speed=10),
+    "avif_of_full_colour": lossy("AVIF", "RGB", speed=10, subsampling="4:4:4"),
 }.items():
     function.__name__ = name
     maker(function)
@@ -196,3 +210,59 @@ def webp_with_alpha(seed: int) -> Made:
 def webp_animated(seed: int) -> Made:
     first, second = (Image.fromarray(colours(seed + more)) for more in (0, 200))
     return saved(first, "WEBP", save_all=True, append_images=[second], lossless=True), np.asarray(first)
+
+
+@maker
+def heic_with_alpha(seed: int) -> Made:
+    return with_alpha(seed, "HEIF", chroma=444)
+
+
+@maker
+def avif_with_alpha(seed: int) -> Made:
+    return with_alpha(seed, "AVIF", speed=10, subsampling="4:4:4")
+
+
+def with_alpha(seed: int, form: str, **options: Any) -> Made:
+    data = saved(Image.fromarray(np.dstack([colours(seed), colours(seed + 100)[..., 0]])), form, quality=95, **options)
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+    return data, on_white(pixels[..., :3], pixels[..., 3])
+
+
+@maker
+def heic_of_10_bits(seed: int) -> Made:
+    rgb = colours(seed)
+    file = io.BytesIO()
+    pillow_heif.from_bytes("RGB;16", SIZE, (rgb.astype(np.uint16) << 8).tobytes()).save(file, quality=95)
+    return file.getvalue(), decoded(file.getvalue())
+
+
+@maker
+def heic_turned_by_its_own_rotation(seed: int) -> Made:
+    """And by an EXIF that says the same, which does not count."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.fromarray(colours(seed)), "HEIF", quality=95, exif=exif)
+    return data, decoded(data)
+
+
+@maker
+def avif_turned_by_its_own_rotation(seed: int) -> Made:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.fromarray(colours(seed)), "AVIF", quality=95, speed=10, exif=exif)
+    return data, np.rot90(decoded(data), -1)
+
+
+@maker
+def avif_animated(seed: int) -> Made:
+    first, second = (Image.fromarray(colours(seed + more)) for more in (0, 200))
+    options: dict[str, Any] = {"quality": 95, "speed": 10}
+    data = saved(first, "AVIF", save_all=True, append_images=[second], **options)
+    return data, decoded(data)
+
+
+@maker
+def heic_of_several_images(seed: int) -> Made:
+    first, second = (Image.fromarray(colours(seed + more)) for more in (0, 200))
+    data = saved(first, "HEIF", quality=95, save_all=True, append_images=[second], primary_index=1)
+    return data, decoded(data)

@@ -3,6 +3,7 @@
 None may give a 5xx, end a process, or leave memory behind.
 """
 
+import gc
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,9 +28,11 @@ from conftest import ROOT, Service, assert_error, raw_answer, resident_bytes, we
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngImageFile
 from samples import saved
 
 import image_preparation as preparation
+import run_web_server as web
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 WARM = EXAMPLES // 2  # examples after which a process has seen every decoder at its worst
@@ -132,6 +136,41 @@ def test_what_pillow_warns_of_is_not_kept() -> None:
     """
 
     assert int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=60)) == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 99, "cannot identify image file"),
+        (GOOD[:-300], "image file is truncated"),
+        (b"<svg/>", "an SVG drawing"),
+        (saved(hostile.SMALL, "GIF")[:20] + b"\n\x1b[31m", "cannot identify image file"),
+    ],
+    ids=["no PNG", "cut off", "a drawing", "signs for the terminal"],
+)
+def test_the_log_has_the_request_of_a_bad_image_and_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, data: bytes, why: str
+) -> None:
+    monkeypatch.setattr(web.queue, "shape", lambda: (224, 224, 3))
+
+    with caplog.at_level("INFO"), pytest.raises(preparation.BadImage):
+        web.classify(io.BytesIO(data), time.time() + 60, "the-id-of-it", 0)
+
+    [line] = caplog.messages
+    assert line.startswith(f"request the-id-of-it: bad image: {why}")
+    assert " at 0x" not in line
+    assert line.isprintable()
+
+
+def test_an_error_does_not_keep_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait for the other images of its request, and a decoded image takes up to half a gigabyte."""
+    monkeypatch.setattr(web.queue, "shape", lambda: (224, 224, 3))
+    gc.collect()
+
+    error = web.outcome(io.BytesIO(GOOD[:-300]), time.time() + 60, "x", 0)
+
+    assert isinstance(error, preparation.BadImage)
+    assert not [each for each in gc.get_objects() if isinstance(each, PngImageFile)]
 
 
 # Bombs

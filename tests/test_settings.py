@@ -46,6 +46,10 @@ SENSELESS = [
     ("CORS_ORIGINS", "https://app.example,", "separated by commas"),
     ("CORS_ORIGINS", "*,https://app.example", "* or origins"),
     ("CORS_ORIGINS", "null", "* or origins"),
+    ("MAX_DECODE_BYTES", "1000", "from 10000000"),
+    ("IMAGE_FORMATS", "JPEG,PDF", "one or more of JPEG,PNG"),
+    ("IMAGE_FORMATS", "", "one or more of JPEG,PNG"),
+    ("IMAGE_FORMATS", "JPEG PNG", "one or more of JPEG,PNG"),
     ("MODEL", "no such model", "a name in keras.applications"),
     ("MODEL_WEIGHTS", "weights.bin", "imagenet, random"),
 ]

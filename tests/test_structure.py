@@ -15,7 +15,10 @@ LAYERS: dict[str, set[str]] = {
     "image_queue": {"redis_connection"},
     # the web
     "image_checks": set(),
-    "image_preparation": {"settings", "helpers", "image_checks"},
+    "heif_checks": {"image_checks"},
+    "image_formats": {"heif_checks"},
+    "image_preparation": {"settings", "helpers", "image_formats"},
+    "turns": {"settings", "helpers"},
     "pages": set(),
     "cors": {"settings"},
     "access": {"image_queue"},
