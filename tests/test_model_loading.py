@@ -13,13 +13,13 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import sample_models as models
 from conftest import wait_until
 from PIL import Image
 from redis import Redis
 from samples import colours, saved
 
 import classifier
-import models
 import run_model_server
 import run_web_server
 import settings
