@@ -143,7 +143,7 @@ def test_the_file_counts_where_the_environment_is_silent(tmp_path: Path) -> None
 def test_a_file_that_makes_no_sense_is_refused_in_one_line(
     tmp_path: Path, program: str, content: bytes | None, line: str
 ) -> None:
-    for name in (*(path.name for path in ROOT.glob("*.py")), *PROGRAMS):
+    for name in (str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "deploy") for path in folder.glob("*.py")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     file = tmp_path / ".env"
