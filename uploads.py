@@ -97,7 +97,10 @@ def whole_body(body: IO[bytes], small: bool) -> IO[bytes]:
 def wrong_kind(mimetype: str) -> str:
     """Return what to tell a client whose body is neither a form nor an image."""
     if mimetype == "application/x-www-form-urlencoded":
-        return f"curl -d and HTML forms without enctype send text (application/x-www-form-urlencoded), so {AS_A_FORM}."
+        return (
+            f"curl -d and HTML forms without enctype send text ({mimetype}), so {AS_A_FORM}, or its bytes as the body, "
+            "as in curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg'."
+        )
     if mimetype == "application/json" or mimetype.endswith("+json"):
         return f"An image is not taken inside JSON, so {AS_A_FORM}, or its bytes as the body with its content type."
     shown = printable(mimetype)
