@@ -461,7 +461,7 @@ def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, 
     ):
         for server in (fast, slow):
             server.wait_for_log("* Joined the queue")
-        freeze(right)
+        right.send(signal.SIGSTOP)
         wait_until(lambda: in_flight(pair.primary, queue, name_of(right)) == 0, "what it had is brought back")
         with Load(pair.service.url) as load:
             load.wait_for(200)
@@ -470,11 +470,7 @@ def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, 
 
     assert load.failures == {}
     assert all(batches)
-    record_property("figures", f"{load.figures}, batches of {batches} each")
-
-
-def freeze(server: Process) -> None:
-    server.send(signal.SIGSTOP)
+    record_property("figures", f"{load.figures}, {batches[0]} and {batches[1]} batches")
 
 
 # Apache
