@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import Process, free_port, run_redis, running, wait_until
+from PIL import Image
 from redis import Redis
 
 import image_queue
@@ -338,11 +339,10 @@ def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path:
     if importlib.util.find_spec(backend) is None:
         conftest.missing(f"{backend} is not installed")
     web = WebQueue()
-    digits = [("three.png", "3"), ("seven.jpg", "7")]
-    images = [
-        (base64_encode_image(run_model_server.read_image(conftest.ROOT / "images" / name, (224, 224, 3))), digit)
-        for name, digit in digits
-    ]
+    images = []
+    for name, digit in [("three.png", "3"), ("seven.jpg", "7")]:
+        pixels = Image.open(conftest.ROOT / "images" / name).convert("RGB").resize((224, 224))
+        images.append((base64_encode_image(np.asarray(pixels)), digit))
     with conftest.run_model_server(tmp_path / "log", KERAS_BACKEND=backend, BATCH_SIZE="4") as process:
         with ThreadPoolExecutor(8) as clients:
             asked = [(clients.submit(web.ask, image, time.time() + 60), digit) for image, digit in images * 40]
