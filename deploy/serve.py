@@ -47,7 +47,6 @@ RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_cl
 KERAS_DOWNLOADS = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + RESNET50_FILES[0]
 BUNDLED_MODEL = "models/digits.keras"
 SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")
-IMPORT_NOISE = (b"I0000 ", b"WARNING: All log messages before absl::InitializeLog()")
 # Not Apache's www-data: the web may not send signals to Redis, nor look into it.
 AS_NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --no-new-privs"
 ASK_LIMIT = 5  # seconds that supervisor may take to answer
@@ -273,11 +272,10 @@ def parent_of(folder: Path) -> tuple[int, int] | None:
 
 
 def relay_log(log: IO[bytes]) -> None:
-    """Print what the processes log, but for what TensorFlow says at each import, which no setting of its silences."""
+    """Print what the processes log."""
     for line in log:
-        if not line.startswith(IMPORT_NOISE):
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
 
 
 def wait_for_own_redis(directory: Path, supervisor: subprocess.Popen[bytes]) -> None:

@@ -1,5 +1,6 @@
 """The model server: step by step with a classifier made for the purpose, and as a process with the bundled model."""
 
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import Process, free_port, run_redis, running, wait_until
+from PIL import Image
 from redis import Redis
 
 import image_queue
@@ -332,6 +334,26 @@ def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redi
         assert line in process.log
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
+    if importlib.util.find_spec(backend) is None:
+        conftest.missing(f"{backend} is not installed")
+    web = WebQueue()
+    images = []
+    for name, digit in [("three.png", "3"), ("seven.jpg", "7")]:
+        pixels = Image.open(conftest.ROOT / "images" / name).convert("RGB").resize((224, 224))
+        images.append((base64_encode_image(np.asarray(pixels)), digit))
+    with conftest.run_model_server(tmp_path / "log", KERAS_BACKEND=backend, BATCH_SIZE="4") as process:
+        with ThreadPoolExecutor(8) as clients:
+            asked = [(clients.submit(web.ask, image, time.time() + 60), digit) for image, digit in images * 40]
+        for answering, digit in asked:
+            assert answering.result()["predictions"][0]["label"] == digit
+        assert process.stop() == 0
+
+    assert "Traceback" not in process.log
+    assert "ERROR" not in process.log
+
+
 def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> None:
     port = free_port()
     with running([sys.executable, "run_model_server.py"], tmp_path / "log", REDIS_PORT=str(port)) as process:
@@ -402,6 +424,7 @@ def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> N
     done = checked("models/digits.keras")
 
     assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing of TensorFlow's
     found_out, image, speed = done.stdout.splitlines()
     assert found_out == "models/digits.keras: input 224x224 RGB, preprocessing none, 10 labels, handwritten digits"
     assert re.match(r".*images/three\.png: 3 0\.9\d{3}, \d 0\.\d{4}, ", image)

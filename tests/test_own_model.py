@@ -243,7 +243,7 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
     return [np.array(json.loads(line)) for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "uint8"), ("torch", "float32")])
+@pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "float32"), ("jax", "uint8")])
 def test_every_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str) -> None:
     """The pixels stay as they are, too: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
