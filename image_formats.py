@@ -9,6 +9,7 @@ from typing import cast
 
 from PIL import AvifImagePlugin, Image, TiffTags
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from heif_checks import heif_pixels
 from image_checks import (
@@ -111,7 +112,7 @@ def is_text(start: bytes) -> bool:
 
 
 def open_with_pillow(data: bytes, form: str) -> Image.Image:
-    """Return the PNG, GIF, WebP or BMP."""
+    """Return the PNG, GIF or BMP."""
     file = FewReads(PIXELS.get(form, bytes)(data))
     del data  # it is twice in the memory else
     image = Image.open(file, formats=[form])
@@ -122,8 +123,24 @@ def open_with_pillow(data: bytes, form: str) -> Image.Image:
 
 
 PIXELS: dict[str, Callable[[bytes], bytes]] = {
-    "PNG": png_pixels, "WEBP": webp_pixels, "GIF": gif_pixels, "TIFF": tiff_pixels,
+    "PNG": png_pixels, "GIF": gif_pixels, "TIFF": tiff_pixels,
 }  # fmt: skip
+
+
+class FirstFrame(WebPImageFile):
+    """A WebP whose decoder goes when it has given its first frame: it keeps eight bytes for each pixel."""
+
+    def _get_next(self) -> tuple[bytes, int, int]:
+        frame = super()._get_next()
+        del self._decoder
+        return frame
+
+
+def open_webp(data: bytes, _form: str) -> Image.Image:
+    """Return the WebP."""
+    file = io.BytesIO(webp_pixels(data))
+    del data
+    return FirstFrame(file)
 
 
 def open_tiff(data: bytes, form: str) -> Image.Image:
@@ -166,5 +183,5 @@ def open_avif(data: bytes, _form: str) -> Image.Image:
 
 
 OPENERS: dict[str, Callable[[bytes, str], Image.Image]] = {
-    "JPEG": open_jpeg, "TIFF": open_tiff, "HEIC": open_heic, "AVIF": open_avif,
+    "JPEG": open_jpeg, "WEBP": open_webp, "TIFF": open_tiff, "HEIC": open_heic, "AVIF": open_avif,
 }  # fmt: skip

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 WHITE = (255, 255, 255)
 STRIP_PIXELS = 2**20  # of an image, whose colours are made at once
 # What decoding takes at most for each pixel, measured: a WebP is there three times, a HEIC in its own colours too.
-BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 4, "GIF": 5, "BMP": 4, "TIFF": 8, "WEBP": 14, "HEIF": 14, "AVIF": 14}
+BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 6, "GIF": 5, "BMP": 4, "TIFF": 8, "WEBP": 14, "HEIF": 14, "AVIF": 14}
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
