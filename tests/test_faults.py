@@ -830,7 +830,7 @@ def test_2500_silent_connections_keep_nobody_waiting(service: Service, record_pr
             took.append(time.monotonic() - started)
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
-    assert max(took) < 5  # on a busy machine; a worker that waits for one of them does so for 10 seconds
+    assert max(took) < 2  # a worker that waits for one of them does so for 10 seconds
     record_property("figures", f"GET /livez within {max(took):.2f} s")
 
 
