@@ -131,9 +131,9 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
 
 
 def check_removal(system: Chroot) -> None:
-    """While a program runs as the user of the service, another site needs wsgi, and the first run fails half-way."""
+    """While a program runs as the user of the service, another site needs headers, and the first run fails half-way."""
     other = system.root / "etc/apache2/sites-available/other.conf"
-    other.write_text("<IfModule mod_wsgi.c>\n</IfModule>\n")
+    other.write_text("<IfModule mod_headers.c>\n</IfModule>\n")
     said(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
     runs = "setpriv --reuid=keras-rest-api --regid=keras-rest-api --init-groups sleep 600 & "
     broken = system.run(f"{runs} PATH=/tmp/broken:$PATH {INSTALL} --remove", seconds=100)
@@ -141,7 +141,7 @@ def check_removal(system: Chroot) -> None:
     assert broken.stderr.count("\n") == 1
     assert "'userdel keras-rest-api' failed" in broken.stderr
     assert "* Ending the programs that run as keras-rest-api" in broken.stdout
-    assert "* Kept: Apache's module wsgi, which something else may need" in broken.stdout
+    assert "* Kept: Apache's module headers, which something else may need" in broken.stdout
 
     # Then the next run goes on, though Apache's configuration has a fault by now, and leaves the settings, for root,
     # and what somebody else put there
@@ -155,7 +155,7 @@ def check_removal(system: Chroot) -> None:
     # And in the end nothing but the packages and what is somebody else's
     assert f"{TARGET}/models/own.keras" in said(system, f"{INSTALL} --purge")[-1]
     said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
-    said(system, "a2dismod -q -f ssl socache_shmcb wsgi headers unique_id; apt-get purge -y ssl-cert")
+    said(system, "a2dismod -q -f ssl socache_shmcb headers unique_id; apt-get purge -y ssl-cert")
     said(system, "rm -f /etc/ssl/*/ssl-cert* /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
 
 
