@@ -50,10 +50,9 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Without this, JAX tells of each kind of accelerator that is not there.
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-# If it is set, somebody wants to see what TensorFlow says.
-_asked = "TF_CPP_MIN_LOG_LEVEL" in os.environ
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors
-with nullcontext() if _asked else without_noise():
+# 2: errors. With less, somebody wants to see what TensorFlow says.
+_quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") >= "2"
+with without_noise() if _quiet else nullcontext():
     _import_keras()
 
 
