@@ -208,7 +208,7 @@ def test_infer_says_what_to_use_instead(service: Service, path: str) -> None:
 
 
 def test_apaches_own_errors_below_v2_have_the_protocol_s_shape(service: Service) -> None:
-    too_large = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"
+    too_large = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
 
     assert_protocol_error(raw_answer(service, too_large), 413)
 

@@ -96,7 +96,7 @@ def test_it_may_read_the_errors_too(shared: Service) -> None:
 
 
 def test_it_may_read_what_apache_itself_refuses(shared: Service) -> None:
-    too_large, nonsense = announce(shared, LOCAL, "99999999"), announce(shared, LOCAL, "many")
+    too_large, nonsense = announce(shared, LOCAL, "999999999"), announce(shared, LOCAL, "many")
 
     assert_error(too_large, 413, "too_large")
     assert_error(nonsense, 400, "bad_request")
@@ -110,7 +110,7 @@ STRANGE = [STRANGER, "null", f"{APP}:8443", f"{APP}.evil.example", "http://app.e
 
 @pytest.mark.parametrize("origin", STRANGE)
 def test_pages_of_other_origins_may_nothing(shared: Service, origin: str) -> None:
-    by_apache = announce(shared, origin, "99999999")
+    by_apache = announce(shared, origin, "999999999")
     answers = [preflight(f"{shared.url}/predict", origin), post(shared, origin, key="x"), by_apache]
 
     assert [access_headers(answer) for answer in answers] == [[], [], []]
@@ -157,7 +157,7 @@ for origin in ("{APP}", "null"):
 
 
 def test_without_the_setting_no_page_may_anything(service: Service) -> None:
-    answers = [preflight(f"{service.url}/predict", APP), post(service, APP), announce(service, APP, "99999999")]
+    answers = [preflight(f"{service.url}/predict", APP), post(service, APP), announce(service, APP, "999999999")]
 
     assert [answer.status_code for answer in answers] == [200, 200, 413]
     assert [access_headers(answer) for answer in answers] == [[], [], []]

@@ -599,7 +599,7 @@ def test_a_page_of_an_allowed_origin_reads_predictions_and_errors(service: Servi
         assert "total;dur=" in headers[1]
         assert post(url, no_image)[:2] == [400, assert_body("bad_image", service.post(b"No image."))]
         assert [post(url, three, key=wrong)[0] for wrong in ("", "another-key-than-that")] == [401, 401]
-        assert post(url, size=17_000_000)[0] == 413  # by Apache itself
+        assert post(url, size=17_000_000)[0] == 413
         assert post(url, three)[0] == 200
         status, body, headers = post(url, three)
         assert (status, body["error"]["code"]) == (429, "rate_limited")
