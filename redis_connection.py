@@ -264,6 +264,7 @@ FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
      "shows a certificate that we do not trust, so check ssl_ca_certs and the host name in REDIS_URL"),
     (RedisError, "WRONG_VERSION_NUMBER", NO_ANSWER_BY_TLS),
     (RedisError, "CERTIFICATE_REQUIRED", "wants a client certificate, so set ssl_certfile, ssl_keyfile in REDIS_URL"),
+    (RedisError, "No such file", "can't be asked, since REDIS_URL names a file that is not there"),
     (RedisError, "[SSL", "can't agree with us on TLS, so check the ssl_ options of REDIS_URL"),
     (RedisError, "Connection closed by server", CLOSED),
     (RedisError, "Connection reset by peer", CLOSED),

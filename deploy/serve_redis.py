@@ -5,16 +5,16 @@ name of its configuration file, which INFO tells every client.
 """
 
 import socket
-import ssl
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from redis.exceptions import AuthenticationError, InvalidResponse, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import RedisError
 
 import settings
 from helpers import Refusal
 from image_queue import ImageQueue
+from redis_connection import fault_of
 
 CONFIGURATION = "bin-serve-redis.conf"  # in the run directory; not a name that others give theirs
 ENDING = "ending"  # the file in a run directory that says so
@@ -23,25 +23,6 @@ TOLD_LIMIT = 100  # seconds that one gets which says that it is ending: a little
 CLOSING_LIMIT = 1  # seconds that one may take from its last connection to its end
 START_LIMIT = 30  # seconds that a Redis may take to start
 PROBE_LIMIT = 2  # seconds
-PROTECTED = "is in protected mode, which keeps other machines out: give it a password, and set it in REDIS_URL"
-# By the error, and a part of what Redis or OpenSSL says: what it means, and what to do.
-REFUSALS: list[tuple[type[RedisError], str, str]] = [
-    (NoPermissionError, "", "gives its user too few rights ({reason}): docs/operations.md lists what it needs"),
-    (AuthenticationError, "without any password", "has no password: take the one in REDIS_URL away"),
-    (AuthenticationError, "required", "wants a password: set REDIS_URL=redis://user:password@host:port/0"),
-    (AuthenticationError, "", "refuses the user or the password ({reason}): correct it in REDIS_URL"),
-    (RedisError, "WRONG_VERSION_NUMBER", "speaks no TLS: write redis:// for rediss:// in REDIS_URL"),
-    (RedisError, "mismatch", "shows the certificate of another host ({reason}): name it in REDIS_URL as that does"),
-    (RedisError, "No such file", "can't be asked: REDIS_URL names a file that is not there"),
-    (
-        RedisError,
-        "CERTIFICATE_VERIFY_FAILED",
-        "shows a certificate that is not trusted ({reason}): add ?ssl_ca_certs=FILE of its authority to REDIS_URL",
-    ),
-    (RedisError, "protected mode", PROTECTED),
-    (ResponseError, "", "refuses us ({reason}): check REDIS_*"),
-    (InvalidResponse, "", "is no Redis ({reason}): check REDIS_*"),
-]
 
 
 def redis_answers() -> bool:
@@ -141,58 +122,8 @@ def why_not_started(directory: Path) -> str:
     return "it wrote nothing"
 
 
-# What is wrong, for people
-
-
 def fault(queue: ImageQueue, error: RedisError) -> str:
     """Return what is wrong with the Redis of the settings, and what to do, in one sentence without the full stop."""
     reason = (str(error) or type(error).__name__).rstrip(".").splitlines()[0]
-    said = _refused(error, reason) or _mismatch(queue) or f"does not answer ({reason}): start it, or check REDIS_*"
-    if not is_local():
-        return f"Redis at {queue.address} {said}"
-    if isinstance(error, InvalidResponse):
-        return f"what listens on port {settings.REDIS_PORT} is not a Redis ({reason}): {another_port()}"
-    return f"Redis at {queue.address} {said}; or {another_port()}"
-
-
-def _refused(error: RedisError, reason: str) -> str:
-    """Return why a Redis that answers does not serve us; nothing where it does not answer."""
-    found = (said for kind, part, said in REFUSALS if isinstance(error, kind) and part in reason)
-    return next(found, "").format(reason=reason)
-
-
-def _mismatch(queue: ImageQueue) -> str:
-    """Return what the client library does not say: whether Redis speaks TLS where we do not, or the other way round."""
-    at = queue.redis.connection_pool.connection_kwargs
-    if "host" not in at:  # a Unix socket
-        return ""
-    place = (str(at["host"]), int(at["port"]))
-    greeting, with_tls = _plain_greeting(place), settings.REDIS_URL.startswith("rediss:")
-    if greeting.startswith(b"-DENIED"):
-        return PROTECTED
-    if with_tls and greeting[:1] in (b"+", b"-"):
-        return "speaks no TLS: write redis:// for rediss:// in REDIS_URL"
-    if not with_tls and not greeting and _speaks_tls(place):
-        return "wants TLS: set REDIS_URL, and begin it with rediss://"
-    return ""
-
-
-def _plain_greeting(place: tuple[str, int]) -> bytes:
-    """Return how it answers a PING without TLS; nothing where it does not."""
-    with suppress(OSError), socket.create_connection(place, PROBE_LIMIT) as connection:
-        connection.sendall(b"PING\r\n")
-        return connection.recv(100)
-    return b""
-
-
-def _speaks_tls(place: tuple[str, int]) -> bool:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # who it is does not matter: nothing is sent to it
-    with (
-        suppress(OSError),
-        socket.create_connection(place, PROBE_LIMIT) as connection,
-        context.wrap_socket(connection),
-    ):
-        return True
-    return False
+    said = f"Redis at {queue.address} {fault_of(error)} ({reason})"
+    return f"{said}; or {another_port()}" if is_local() else said

@@ -335,7 +335,7 @@ def test_a_redis_port_that_something_else_has_is_named(nothing_cached: dict[str,
     with running(command, tmp_path / "log"):
         wait_until(lambda: connects(port), "something listens")
 
-        assert f"what listens on port {port} is not a Redis" in one_line(nothing_cached | {"MODEL": "ResNet50"})
+        assert f":{port} is no Redis, so check" in one_line(nothing_cached | {"MODEL": "ResNet50"})
 
 
 def connects(port: str) -> bool:
@@ -365,30 +365,30 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("redis://:secret-wrong@{plain}", "refuses the user or the password"),
-        ("redis://nobody:secret@{plain}", "refuses the user or the password"),
-        ("redis://{plain}", "wants a password: set REDIS_URL="),
-        ("redis://weak:secret@{plain}", "gives its user too few rights"),
-        ("redis://:secret@{plain}/99", "refuses us (DB index is out of range)"),
-        ("rediss://:secret@{plain}", "speaks no TLS: write redis://"),
-        ("redis://:secret@{tls}", "wants TLS"),
-        ("rediss://:secret@{tls}?ssl_ca_certs={other}", "shows a certificate that is not trusted"),
+        ("redis://:secret-wrong@{plain}", "refuses the password"),
+        ("redis://nobody:secret@{plain}", "refuses the password"),
+        ("redis://{plain}", "wants a password, so set it in REDIS_URL"),
+        ("redis://weak:secret@{plain}", "does not give this user the rights"),
+        ("redis://:secret@{plain}/99", "has no database of that number"),
+        ("rediss://:secret@{plain}", "redis:// without TLS"),
+        ("redis://:secret@{tls}", "if it wants TLS, begin REDIS_URL with rediss://"),
+        ("rediss://:secret@{tls}?ssl_ca_certs={other}", "shows a certificate that we do not trust"),
         ("rediss://:secret@{tls}?ssl_ca_certs={ca}.away", "REDIS_URL names a file that is not there"),
         ("unix:///no/such.sock", "REDIS_URL names a file that is not there"),
-        ("redis://127.0.0.1:1", "does not answer"),
+        ("redis://127.0.0.1:1", "does not answer, so start it"),
     ],
 )
 def test_a_redis_that_answers_but_not_us_is_told_with_its_reason(
     guarded: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str, said: str
 ) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", url.format(**guarded))
-    monkeypatch.setattr("image_queue.SOCKET_GRACE", 0.5)
+    monkeypatch.setattr("redis_connection.SOCKET_GRACE", 0.5)
 
     with pytest.raises(Refusal) as refused:
         serve_redis.redis_answers()
 
     assert said in str(refused.value)
-    assert ("start it" in str(refused.value)) is (said == "does not answer")
+    assert ("does not answer" in str(refused.value)) is ("answer" in said or "without TLS" in said)
     assert "secret" not in str(refused.value)
 
 
@@ -399,7 +399,7 @@ def test_a_redis_in_protected_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         threading.Thread(target=deny, args=(server, said), daemon=True).start()
         monkeypatch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{server.getsockname()[1]}")
 
-        with pytest.raises(Refusal, match="is in protected mode, which keeps other machines out: give it a password"):
+        with pytest.raises(Refusal, match=r"lets in its own machine only \(protected mode\), so set a password"):
             serve_redis.redis_answers()
 
 
