@@ -91,7 +91,7 @@ def open_image(stream: IO[bytes]) -> Image.Image:
     except Exception as error:  # hostile headers raise anything
         raise BadImage(f"This is not an image that can be read, so send a file of {formats()}.") from error
     if max(image.size) > MAX_SIDE:
-        raise TooLarge(f"The image has a side of more than {MAX_SIDE} pixels, so send it smaller.")
+        raise TooLarge(f"The image has a side of more than {MAX_SIDE:,} pixels, so send it smaller.")
     return image
 
 
@@ -272,11 +272,10 @@ def to_eight_bits(image: Image.Image, look: Look) -> Image.Image:
 
 def too_many_pixels(form: str) -> TooLarge:
     """Return the error for an image beyond MAX_IMAGE_PIXELS."""
-    limit = megapixels(settings.MAX_IMAGE_PIXELS)
-    how = "so send it smaller"
-    if form != "JPEG":
-        how += ", or as a baseline JPEG, of which fewer are decoded"
-    return TooLarge(f"To use this image takes decoding more than {limit}, {how}.")
+    how = "" if form == "JPEG" else ", or as a baseline JPEG, which is decoded at a smaller size"
+    return TooLarge(
+        f"The image has more than {megapixels(settings.MAX_IMAGE_PIXELS)} to decode, so send it smaller{how}."
+    )
 
 
 def damaged() -> BadImage:

@@ -44,6 +44,7 @@ from helpers import (
     Shape,
     base64_decode_image,
     log_to_stderr,
+    megabytes,
     pauses,
     print_anything,
     tell_systemd,
@@ -374,7 +375,7 @@ def opened(path: Path) -> Image.Image:
     with path.open("rb") as file:
         data = file.read(settings.MAX_UPLOAD_BYTES + 1)
     if len(data) > settings.MAX_UPLOAD_BYTES:
-        raise TooLarge(f"The file has more than {settings.MAX_UPLOAD_BYTES} bytes, so send it smaller.")
+        raise TooLarge(f"The file has more than {megabytes(settings.MAX_UPLOAD_BYTES)}, so send it smaller.")
     return open_image(io.BytesIO(data))
 
 

@@ -132,22 +132,19 @@ def test_a_check_refuses_what_the_service_refuses(
     assert record.getMessage() == f"{path} can't be read as an image: {message}"
 
 
-@pytest.mark.parametrize(("name", "unit"), [("MAX_UPLOAD_BYTES", "bytes"), ("MAX_IMAGE_PIXELS", "pixels")])
+@pytest.mark.parametrize(("name", "what"), [("MAX_UPLOAD_BYTES", "file"), ("MAX_IMAGE_PIXELS", "image")])
 def test_a_check_has_the_limits_of_the_service(
     monkeypatch: pytest.MonkeyPatch,
     check: Callable[[Path], int],
     caplog: pytest.LogCaptureFixture,
     name: str,
-    unit: str,
+    what: str,
 ) -> None:
     monkeypatch.setattr(settings, name, 1000)
 
     assert check(ROOT / "images/seven.jpg") == 2
 
-    assert (
-        f"seven.jpg can't be read as an image: The {'file' if unit == 'bytes' else 'image'} has more than"
-        in caplog.text
-    )
+    assert f"seven.jpg can't be read as an image: The {what} has more than" in caplog.text
 
 
 def test_a_check_resizes_as_the_service_is_set_to(
