@@ -162,7 +162,7 @@ MAX_UPLOAD_BYTES = _whole("MAX_UPLOAD_BYTES", 16 * 2**20, 1024, 2**30)
 MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 65_000_000, 1, 1_000_000_000)
 # Bytes of memory that all images which are being decoded on this machine may take together. An image waits until it
 # fits; one that does not fit alone is 413.
-MAX_DECODE_BYTES = _whole("MAX_DECODE_BYTES", 700_000_000, 10_000_000, 10**12)
+MAX_DECODE_BYTES = _whole("MAX_DECODE_BYTES", 720_000_000, 10_000_000, 10**12)
 # The formats that are taken; others are 400.
 IMAGE_FORMATS = _listed("IMAGE_FORMATS", "JPEG,PNG,GIF,WEBP,BMP,TIFF,HEIC,AVIF")
 

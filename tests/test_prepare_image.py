@@ -391,6 +391,14 @@ def test_what_phones_make_is_not_too_large(size: tuple[int, int]) -> None:
     assert prepare(jpeg_of(*size)).shape == (224, 224, 3)
 
 
+@pytest.mark.parametrize("form", ["HEIF", "AVIF", "WEBP"])
+def test_a_phones_50_megapixels_fit_in_memory_whatever_their_format(form: str) -> None:
+    image = Image.new("RGB", (1, 1))
+    image.format, image._size = form, (8192, 6144)
+
+    assert preparation.bytes_to_decode(image, (224, 224)) <= settings.MAX_DECODE_BYTES
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [
