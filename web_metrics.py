@@ -22,6 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from redis.exceptions import RedisError
 
 from image_queue import WebQueue
+from redis_connection import UnfitRedis
 
 log = logging.getLogger(__name__)
 
@@ -157,13 +158,14 @@ class QueueCollector:
         self.queue = queue
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the length of the queue and the live model servers, or that Redis does not answer."""
+        """Yield the length of the queue and the live model servers, or that Redis can't be used."""
         try:
+            self.queue.check()
             servers, waiting = self.queue.live_servers(), self.queue.waiting()
-        except RedisError:
-            yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers.", 0)
+        except (RedisError, UnfitRedis):
+            yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and takes writes.", 0)
             return
-        yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers.", 1)
+        yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and takes writes.", 1)
         yield GaugeMetricFamily("keras_rest_api_queue_length", "Images that wait.", waiting)
         yield GaugeMetricFamily("keras_rest_api_model_servers", "Model servers that are alive.", len(servers))
 

@@ -393,6 +393,7 @@ def test_a_fail_over_behind_one_name_loses_nothing(pair: Pair, record_property: 
             load.wait_for(100)
             old.replicaof("127.0.0.1", port_of(new))
             told.append(wait_until(lambda: unready(pair), "the web notices"))
+            assert "keras_rest_api_redis_up 0.0" in requests.get(f"{pair.service.url}/metrics", timeout=30).text
             time.sleep(1)  # as a fail-over takes
             new.replicaof("NO", "ONE")
             pair.name.leads_to = port_of(new)
