@@ -157,6 +157,7 @@ def check_removal(system: Chroot) -> None:
     said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
     said(system, "a2dismod -q -f ssl socache_shmcb headers unique_id; apt-get purge -y ssl-cert")
     said(system, "rm -f /etc/ssl/*/ssl-cert* /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
+    said(system, "rm -f /var/lib/dpkg/statoverride-old")  # dpkg keeps it beside what the package registers
 
 
 def check_tls(system: Chroot, folder: Path) -> None:
