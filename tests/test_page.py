@@ -209,7 +209,7 @@ def test_a_screen_reader_hears_of_results_and_of_errors(service: Service, browse
     )
 
     assert re.fullmatch(r"seven.jpg shows 7, 9\d\.\d%\.", heard[0])
-    assert heard[1].startswith("notes.txt: This is not an image")
+    assert heard[1].startswith("notes.txt: This is text, so send ")
 
 
 # What goes wrong
