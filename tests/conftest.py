@@ -42,6 +42,8 @@ def free_port() -> int:
 os.environ.update(
     REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), MODEL=str(ROOT / "models/digits.keras"), PYTHONUNBUFFERED="1"
 )
+# JAX would set it to 1 when a test imports it, and the programs under test would inherit that.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 for name in ("REDIS_URL", "IMAGE_QUEUE", "LABELS", "MODEL_WEIGHTS"):
     os.environ.pop(name, None)
 sys.path[:0] = [str(ROOT), str(ROOT / "models")]
