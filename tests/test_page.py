@@ -590,7 +590,7 @@ def test_a_page_of_an_allowed_origin_reads_predictions_and_errors(service: Servi
         return chrome.execute_async_script(POST_FROM_ELSEWHERE, url, content, size, key)
 
     with page_elsewhere() as origin, run_apache(
-        IMAGE_QUEUE=service.queue, CORS_ORIGINS=f"https://app.example,{origin}", API_KEYS=KEY, RATE_LIMIT="3/minute"
+        IMAGE_QUEUE=service.queue, CORS_ORIGINS=f"https://app.example,{origin}", API_KEYS=KEY, RATE_LIMIT="4/minute"
     ) as url:  # fmt: skip
         chrome.get(origin)
         status, body, headers = post(url, three)
