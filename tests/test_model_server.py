@@ -23,7 +23,7 @@ from conftest import Process, free_port, run_redis, running, wait_until
 from PIL import Image
 from redis import Redis
 
-import image_queue
+import redis_connection
 import run_model_server
 import settings
 from classifier import Classifier
@@ -385,7 +385,7 @@ def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
 def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(image_queue, "OLDEST_REDIS", 999)
+    monkeypatch.setattr(redis_connection, "OLDEST_REDIS", 999)
     monkeypatch.setattr(sys, "argv", ["run_model_server.py"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
 
