@@ -296,9 +296,11 @@ def test_every_variable_of_compose_is_a_setting_with_its_default(name: str) -> N
 
 
 READ_BY = {
-    "web": ["run_web_server", "access", "health", "image_checks", "image_preparation", "image_queue", "pages",
+    "web": ["run_web_server", "access", "cors", "health", "image_checks", "image_formats", "image_preparation",
+            "image_queue", "inference_protocol", "pages", "redis_connection", "storage", "turns", "uploads",
             "web_metrics"],
-    "model": ["run_model_server", "classifier", "image_queue", "model_file", "server_metrics"],
+    "model": ["run_model_server", "backends", "classifier", "image_preparation", "image_queue", "model_checks",
+              "model_file", "model_loading", "redis_connection", "server_metrics"],
 }  # fmt: skip
 
 
