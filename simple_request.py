@@ -62,7 +62,8 @@ def bear_a_reader_that_leaves() -> None:
         stream: TextIO | None = getattr(sys, name)
         if stream:  # none where the shell has closed it
             raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.isatty())
+            at_once = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.isatty(), at_once)
             setattr(sys, name, text)
 
 

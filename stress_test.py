@@ -418,7 +418,8 @@ def bear_a_reader_that_leaves() -> None:
         stream: TextIO | None = getattr(sys, name)
         if stream:  # none where the shell has closed it
             raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.isatty())
+            at_once = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.isatty(), at_once)
             setattr(sys, name, text)
 
 
@@ -546,7 +547,8 @@ def main() -> int:
     if options.plot:
         plot(test.results, options.plot)
     if options.json:
-        with suppress(BrokenPipeError):  # as of /dev/stdout
+        sys.stdout.flush()  # the file may be /dev/stdout
+        with suppress(BrokenPipeError):
             options.json.write_text(as_json(figures, test.results))
     return exit_code(figures, test.stopped)
 
