@@ -26,19 +26,8 @@ from urllib3.util import Retry
 KERAS_REST_API_URL = "http://localhost:8080/predict"
 IMAGE_PATH = Path(__file__).parent / "images" / "three.png"
 STDIN = Path("-")
-SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".gif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".heif",
-    ".avif",
-}  # of the images in a folder
+# Of the images in a folder.
+SUFFIXES = {f".{end}" for end in ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"]}
 LONGEST_WAIT = 60  # seconds that the service may ask to wait before another try
 
 

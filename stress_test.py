@@ -49,19 +49,8 @@ GRACE = 5.0  # seconds a thread may need to report after its time limit
 TICK = 0.1  # seconds until Ctrl-C is noticed
 STACK_BYTES = 512 * 1024  # the usual 8 MiB times 500 is refused where address space is limited
 BATCH = re.compile(r'desc="batch of (\d{1,6})"')
-SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".gif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".heif",
-    ".avif",
-}  # of the images in a folder
+# Of the images in a folder.
+SUFFIXES = {f".{end}" for end in ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"]}
 SPARE_FILES = 64  # open files besides the connections
 
 
