@@ -29,8 +29,8 @@ WHITE = (255, 255, 255)
 STRIP_PIXELS = 2**20  # of an image, whose colours are made at once
 # What decoding takes at most for each pixel, measured: a WebP is there three times, a HEIC in its own colours too.
 BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 6, "GIF": 5, "BMP": 4, "TIFF": 8, "WEBP": 14, "HEIF": 14, "AVIF": 14}
-# A JPEG is decoded no smaller than this many times the target, so that the resize behind it still decides most of what a
-# pixel becomes. Measured on 12 photos against a full decode, the median change of a probability is 0.01 here, 0.005 at
+# A JPEG is decoded no smaller than this many times the target, so that the resize behind it still decides most of a
+# pixel. Measured on 12 photos against a full decode, the median change of a probability is 0.01 here, 0.005 at
 # 2, and 0.02 at 1. A JPEG of 800x600, which is decoded at a half, takes three times as long at 2.
 SHRINK_TO = 1.3
 TURNS = {
