@@ -103,8 +103,8 @@ REQUESTS = Counter(
     registry=None,
 )  # fmt: skip
 DURATION = Histogram(
-    "keras_rest_api_request_duration_seconds", "Of an answer of /predict with predictions, from the headers to the answer.",
-    buckets=SECONDS, registry=None,
+    "keras_rest_api_request_duration_seconds",
+    "Of an answer of /predict with predictions, from the headers to the answer.", buckets=SECONDS, registry=None,
 )  # fmt: skip
 OUTCOMES = Counter(
     "keras_rest_api_images", "Images by outcome: classified, or the code of the error.", ["outcome"], registry=None

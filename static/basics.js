@@ -16,6 +16,7 @@ export function say(where, text) {
 export function notice(text) {
   $("notice").hidden = !text;
   $("notice").textContent = text;
+  if (text) say("alert", text);
 }
 
 export const number = (value, digits = 0) =>

@@ -4,7 +4,7 @@ import { $ } from "./basics.js";
 import { POLL, forgetFigures, note, showState } from "./figures.js";
 import { showModel } from "./model.js";
 
-const LOOK_AGAIN = 5_000; // milliseconds, until it is known which model is served
+const LOOK_AGAIN = 3_000; // milliseconds, until it is known which model is served
 const LIMIT = 5_000; // milliseconds
 
 let timer = 0;
