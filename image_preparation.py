@@ -29,6 +29,10 @@ WHITE = (255, 255, 255)
 STRIP_PIXELS = 2**20  # of an image, whose colours are made at once
 # What decoding takes at most for each pixel, measured: a WebP is there three times, a HEIC in its own colours too.
 BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 6, "GIF": 5, "BMP": 4, "TIFF": 8, "WEBP": 14, "HEIF": 14, "AVIF": 14}
+# A JPEG is decoded no smaller than this many times the target, so that the resize behind it still decides most of a
+# pixel. Measured on 12 photos against a full decode, the median change of a probability is 0.01 here, 0.005 at
+# 2, and 0.02 at 1. A JPEG of 800x600, which is decoded at a half, takes three times as long at 2.
+SHRINK_TO = 1.3
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -105,11 +109,13 @@ def bytes_to_decode(image: Image.Image, target: tuple[int, int]) -> int:
     """Return how many bytes it takes to decode `image` for `target` (width, height). Raises BadImage, TooLarge.
 
     A large JPEG is decoded at a half, a quarter or an eighth, which takes a fraction of the memory and time; never
-    below what is asked for, in either direction, since EXIF may turn it. What counts are the pixels that are decoded.
+    below SHRINK_TO times the target, in either direction, since EXIF may turn it. What counts are the pixels that are
+    decoded.
     """
     whole = image.width * image.height
+    least = math.ceil(SHRINK_TO * max(target))
     try:
-        image.draft(None, (max(target), max(target)))
+        image.draft(None, (least, least))
     except Exception as error:
         raise damaged() from error
     decoded = image.width * image.height

@@ -67,12 +67,22 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_below_the_target(orientation:
     data = saved(Image.fromarray(rgb), "JPEG", quality=95, exif=exif)
     image = preparation.open_image(io.BytesIO(data))
 
-    prepared = preparation.prepare_image(image, (200, 400))
+    prepared = preparation.prepare_image(image, (200, 380))
 
-    # A half: a quarter would be 250 high, below the 400 that may be asked of it.
+    # A half: a quarter would be 250 high, below the 380 that may be asked of it.
     assert image.size == (1200, 500)
-    expected = resized(np.rot90(rgb, -1) if orientation == 6 else rgb, (200, 400))
+    expected = resized(np.rot90(rgb, -1) if orientation == 6 else rgb, (200, 380))
     assert np.abs(prepared.astype(int) - expected).mean() < 2
+
+
+def test_a_jpeg_just_above_twice_the_target_is_decoded_in_full() -> None:
+    rgb = colours(3, (600, 512))
+    image = preparation.open_image(io.BytesIO(saved(Image.fromarray(rgb), "JPEG", quality=95)))
+
+    preparation.prepare_image(image, (224, 224))
+
+    # A half, 256 high, would be hardly more than the target: a real photo's probability changed from 0.46 to 0.43.
+    assert image.size == (600, 512)
 
 
 def test_width_and_height_are_not_mixed_up() -> None:
