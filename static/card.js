@@ -4,7 +4,7 @@ import { $, bytes, labelText, make, number, percent, pixels, plural } from "./ba
 import { keyWanted } from "./key.js";
 
 const LONG = 8; // seconds after which somebody wonders
-const PREVIEW = 320; // pixels of its longer side: photos of 12 megapixels each would fill a phone's memory
+const PREVIEW = 304; // pixels of its longer side: whole photos of 12 megapixels would fill a phone's memory
 
 // Returns what is known of an image. `state` is waiting, sent, answered or failed; `signal` ends what runs for it.
 export function makeCard(file, signal) {
@@ -37,15 +37,11 @@ function showPreview(card) {
 async function preview(card) {
   const address = URL.createObjectURL(card.file);
   try {
-    const image = new Image();
-    image.src = address;
-    await image.decode();
-    const small = await shrink(image);
-    if (card.file.type !== "image/svg+xml") { // a drawing has no size of its own
-      const size = pixels(image.naturalWidth, image.naturalHeight);
-      part(card.element, ".file-size").textContent = `${bytes(card.file.size)}, ${size}`;
-    }
-    await placeImage(card, small);
+    const image = await load(address);
+    place(card, shrink(image, `Preview of ${card.name}`));
+    if (card.file.type === "image/svg+xml") return; // a drawing has no size of its own
+    const size = pixels(image.naturalWidth, image.naturalHeight);
+    part(card.element, ".file-size").textContent = `${bytes(card.file.size)}, ${size}`;
   } catch {
     placeTile(card); // no image, or of a format that this browser can't show
   } finally {
@@ -53,30 +49,27 @@ async function preview(card) {
   }
 }
 
-function shrink(image) {
-  const scale = Math.min(1, PREVIEW / Math.max(image.naturalWidth, image.naturalHeight));
-  const size = { width: Math.ceil(image.naturalWidth * scale), height: Math.ceil(image.naturalHeight * scale) };
-  const canvas = make("canvas", size);
-  canvas.getContext("2d").drawImage(image, 0, 0, size.width, size.height);
-  return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(Error())), "image/webp"));
+function load(address) {
+  const image = new Image();
+  return new Promise((resolve, reject) => Object.assign(image, { onload: () => resolve(image), onerror: reject, src: address }));
 }
 
-async function placeImage(card, blob) {
-  const address = URL.createObjectURL(blob);
-  try {
-    const image = make("img", { className: "preview", alt: `Preview of ${card.name}`, draggable: false, src: address });
-    await image.decode();
-    part(card.element, ".preview").replaceWith(image);
-  } finally {
-    URL.revokeObjectURL(address);
-  }
+// Returns the first frame, which is also what the service looks at.
+function shrink(image, ariaLabel) {
+  const scale = Math.min(1, PREVIEW / Math.max(image.naturalWidth, image.naturalHeight));
+  const [width, height] = [image.naturalWidth, image.naturalHeight].map((side) => Math.ceil(side * scale));
+  const canvas = make("canvas", { className: "preview", role: "img", ariaLabel, width, height });
+  canvas.getContext("2d").drawImage(image, 0, 0, width, height);
+  return canvas;
 }
+
+const place = (card, preview) => part(card.element, ".preview").replaceWith(preview);
 
 function placeTile(card) {
   const ending = /\.(\w{1,5})$/.exec(card.name)?.[1].toUpperCase() ?? "?";
   const tile = make("div", { className: "preview tile", ariaHidden: "true" }, make("b", { textContent: ending }));
   tile.append(make("span", { textContent: "no preview" }));
-  part(card.element, ".preview").replaceWith(tile);
+  place(card, tile);
 }
 
 // States

@@ -8,7 +8,7 @@ import { ask } from "./request.js";
 import { look } from "./service.js";
 
 const LANES = 4; // images under way at once: a browser keeps 6 connections, and the figures need one
-const MOST = 500; // images on the page
+const MOST = 200; // images on the page
 const MANY = 6; // beyond that many, images are rows
 const COMMON = 3; // labels in the summary
 

@@ -187,7 +187,7 @@ def test_a_chosen_file_is_shown_with_its_predictions_as_bars(service: Service, b
     assert re.search(
         r"Took \d+ ms in the service \(prepare \d+, queue \d+, compute \d+, batch of 1\)", browser.text(".took")
     )
-    assert browser.script("return document.querySelector('.preview').naturalWidth") > 0
+    assert browser.script("return document.querySelector('canvas.preview').width") > 0
     assert browser.text("h1") == "What does your photo show?"
     assert browser.text(".welcome") == LINE
     sizes = browser.script(
@@ -267,14 +267,14 @@ URL.revokeObjectURL = (address) => (window.addresses--, revoke(address));
 def test_what_the_page_keeps_is_bounded_and_it_says_so(service: Service, browser: Browser) -> None:
     browser.before_the_page(INSTANT)
     browser.open(service.url)
-    browser.bring("drop", *[THREE] * 498)
+    browser.bring("drop", *[THREE] * 198)
     browser.bring("drop", *[THREE] * 5)
 
-    assert browser.text("#notice").startswith("This page keeps 500 images, so 3 images were left out.")
-    answered = "500 images: 500 answered; most common: tabby 500."
+    assert browser.text("#notice").startswith("This page keeps 200 images, so 3 images were left out.")
+    answered = "200 images: 200 answered; most common: tabby 200."
     wait_until(lambda: browser.text("#summary") == answered, "all are answered")
-    previews = "return document.querySelectorAll('img.preview').length"
-    wait_until(lambda: browser.script(previews) == 500, "all are seen", 60)
+    previews = "return document.querySelectorAll('canvas.preview').length"
+    wait_until(lambda: browser.script(previews) == 200, "all are seen", 60)
     assert browser.script("return addresses") == 0
     browser.all("#clear")[0].click()
     assert browser.all("#notice, .result") == []
