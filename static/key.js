@@ -7,12 +7,15 @@ const REFUSED = "This key is not accepted. Check it, or ask the person who runs 
 const IMPOSSIBLE = "This can't be a key: a key has letters, digits and signs, without spaces.";
 
 export const currentKey = () => sessionStorage.getItem("key") ?? "";
-export const keyWanted = () => !$("key-form").hidden;
+export const keyWanted = () => wanted;
+
+let wanted = false; // nothing is sent until a key is given
 
 // Asks for a key after a request was refused that was sent with `refused`, or with none.
 export function askForKey(refused) {
   if (refused && refused === currentKey()) sessionStorage.removeItem("key");
-  if (keyWanted()) return; // do not disturb someone who is typing
+  if (wanted) return; // do not disturb someone who is typing
+  wanted = true;
   $("key-form").hidden = false;
   explain(refused ? REFUSED : MISSING, Boolean(refused));
   $("key").focus();
@@ -33,6 +36,7 @@ export function onKey(go) {
     sessionStorage.setItem("key", key);
     $("key").value = "";
     $("key-form").hidden = true;
+    wanted = false;
     go();
   };
 }

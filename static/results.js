@@ -71,8 +71,10 @@ async function classify(card) {
 function fail(card) {
   const { status, key, retry, wait } = card.answer;
   showError(card);
-  if (status === 401) askForKey(key);
-  else if (retry) offerAgain(card, wait, () => again([card]));
+  if (status === 401) {
+    askForKey(key);
+    waiting.forEach(showWaiting); // which wait for the key now
+  } else if (retry) offerAgain(card, wait, () => again([card]));
   if (status >= 500) look(); // the page may say that the model is gone
 }
 

@@ -8,14 +8,20 @@ const LOOK_AGAIN = 3_000; // milliseconds, until it is known which model is serv
 const LIMIT = 5_000; // milliseconds
 
 let timer = 0;
+let known = false; // which model is served
 
 export async function look() {
   clearTimeout(timer);
   const stats = await fetchStats();
-  const known = showModel(stats);
-  const open = $("live").open;
-  if (open) showFigures(stats);
-  clearTimeout(timer); // one poll at a time, however often this was called meanwhile
+  known = showModel(stats);
+  if ($("live").open) showFigures(stats);
+  planNext();
+}
+
+// One look at a time, however often look() was called meanwhile.
+function planNext() {
+  clearTimeout(timer);
+  const { open } = $("live");
   if (!document.hidden && (open || !known)) timer = setTimeout(look, open ? POLL : LOOK_AGAIN);
 }
 
@@ -34,7 +40,11 @@ async function fetchStats() {
   }
 }
 
-$("live").ontoggle = () => ($("live").open ? look() : forgetFigures());
+$("live").ontoggle = () => {
+  if ($("live").open) return look();
+  forgetFigures();
+  planNext();
+};
 
 document.addEventListener("visibilitychange", () => {
   clearTimeout(timer);
