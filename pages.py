@@ -40,7 +40,8 @@ SCRIPTS = (
     "page.js", "basics.js", "card.js", "export.js", "figures.js", "folders.js", "key.js", "model.js", "request.js",
     "results.js", "service.js",
 )  # fmt: skip
-SAMPLES = ("cat.jpg", "coffee.jpg", "officer.jpg")  # photos that the page offers, beside a model that knows ImageNet's classes
+# Photos that the page offers to try, where the model knows ImageNet's classes.
+SAMPLES = ("cat.jpg", "coffee.jpg", "officer.jpg")
 WELCOME = Page(STATIC / "index.html", "text/html", WELCOME_POLICY)
 FILES = {
     "/page.css": Page(STATIC / "page.css", "text/css"),
