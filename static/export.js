@@ -48,7 +48,7 @@ function confirm(form, text) {
   const button = $(`copy-${form.toLowerCase()}`);
   say("status", text);
   button.textContent = "Copied";
-  setTimeout(() => (button.textContent = `Copy as ${form}`), 2000);
+  setTimeout(() => (button.textContent = `Copy ${form}`), 2000);
 }
 
 function offer(form, text, what) {
@@ -57,7 +57,8 @@ function offer(form, text, what) {
   $("export").querySelector("label").textContent =
     `The browser does not let this page copy. Here is the ${form} of ${what}: copy it yourself, or save it.`;
   const type = form === "JSON" ? "application/json" : "text/csv";
-  $("save").href = URL.createObjectURL(new Blob([text], { type: `${type};charset=utf-8` }));
+  const mark = form === "CSV" ? "\ufeff" : ""; // by which Excel knows that a file is UTF-8
+  $("save").href = URL.createObjectURL(new Blob([mark, text], { type: `${type};charset=utf-8` }));
   $("save").download = `results.${form.toLowerCase()}`;
   $("export-text").focus();
   $("export-text").select();

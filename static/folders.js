@@ -31,12 +31,11 @@ async function walk(folder, found, depth) {
 }
 
 async function take(entry, found) {
+  if (entry.name.startsWith(".")) return; // as macOS' .DS_Store and ._photo.jpg
   const file = await new Promise((resolve) => entry.file(resolve, () => resolve(null)));
-  if (file && isImage(file)) found.files.push(file);
+  if (file && IMAGE.test(file.name)) found.files.push(file);
   else found.others++;
 }
-
-const isImage = (file) => IMAGE.test(file.name) && !file.name.startsWith("."); // as macOS' ._photo.jpg
 
 // A folder hands out its entries by the hundred.
 async function entriesOf(folder) {

@@ -50,8 +50,7 @@ document.addEventListener("drop", async (event) => {
   if (!hasFiles(event)) return;
   event.preventDefault();
   const { files, folders, others } = await filesOf(event.dataTransfer);
-  classifyAll(files);
-  if (others || (folders && !files.length)) notice(folderText(files.length, others));
+  classifyAll(files, others || (folders && !files.length) ? folderText(files.length, others) : "");
 });
 
 function folderText(images, others) {

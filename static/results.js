@@ -18,9 +18,11 @@ let lanes = 0;
 let clock = 0;
 let stop = new AbortController(); // ends the requests of all cards
 
-export function classifyAll(files) {
+// Adds the files; `remark` is what else to say of them.
+export function classifyAll(files, remark = "") {
   const added = files.slice(0, MOST - cards.length).map((file) => makeCard(file, stop.signal));
-  notice(added.length < files.length ? fullText(files.length - added.length) : "");
+  const full = added.length < files.length ? fullText(files.length - added.length) : "";
+  notice(`${full} ${remark}`.trim());
   if (!added.length) return;
   cards = [...added, ...cards];
   waiting.push(...added);
