@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import flask
 
-STATIC = Path(__file__).parent / "static"
+STATIC, IMAGES = (Path(__file__).parent / name for name in ("static", "images"))
 # Swagger UI, as its package has it; found without importing that, of which nothing but the files is wanted.
 SWAGGER = "flask_swagger_ui"
 
@@ -36,11 +36,18 @@ def swagger() -> Path:
     return Path(package.origin).parent / "dist"
 
 
+SCRIPTS = (
+    "page.js", "basics.js", "card.js", "export.js", "figures.js", "folders.js", "key.js", "model.js", "request.js",
+    "results.js", "service.js",
+)  # fmt: skip
+# Photos that the page offers to try, where the model knows ImageNet's classes.
+SAMPLES = ("cat.jpg", "coffee.jpg", "officer.jpg")
 WELCOME = Page(STATIC / "index.html", "text/html", WELCOME_POLICY)
 FILES = {
     "/page.css": Page(STATIC / "page.css", "text/css"),
-    "/page.js": Page(STATIC / "page.js", "text/javascript"),
+    **{f"/{name}": Page(STATIC / name, "text/javascript") for name in SCRIPTS},
     "/favicon.svg": Page(STATIC / "favicon.svg", "image/svg+xml"),
+    **{f"/samples/{name}": Page(IMAGES / name, "image/jpeg") for name in SAMPLES},
     "/docs": Page(STATIC / "docs.html", "text/html", DOCS_POLICY),
     "/docs/docs.css": Page(STATIC / "docs.css", "text/css"),
     "/docs/docs.js": Page(STATIC / "docs.js", "text/javascript"),

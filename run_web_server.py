@@ -109,10 +109,10 @@ def end(response: flask.Response) -> flask.Response:
     # OPTIONS, a browser's preflight, does nothing of what is counted by the address.
     known = flask.request.url_rule if flask.request.method != "OPTIONS" else None
     endpoint = known.rule if known else "none"
-    web_metrics.count_request(endpoint, response.status_code, seconds)
+    more = flask.g.get("more", {})  # how long each stage took and of how many images, or the error's code
+    web_metrics.count_request(endpoint, response.status_code, seconds, more.get("images", 0))
     if endpoint == web_metrics.PREDICT:
         told = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
-        more = flask.g.get("more", {})  # how long each stage took, or the error's code
         log.info("/predict: %d %s in %.1f ms, request %s", response.status_code, more.get("code", "OK"), told["ms"],
                  flask.g.request_id, extra=told | more)  # fmt: skip
     return response

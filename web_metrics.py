@@ -103,8 +103,8 @@ REQUESTS = Counter(
     registry=None,
 )  # fmt: skip
 DURATION = Histogram(
-    "keras_rest_api_request_duration_seconds", "Of an answer of /predict, from the headers to the answer.",
-    buckets=SECONDS, registry=None,
+    "keras_rest_api_request_duration_seconds",
+    "Of an answer of /predict with predictions, from the headers to the answer.", buckets=SECONDS, registry=None,
 )  # fmt: skip
 OUTCOMES = Counter(
     "keras_rest_api_images", "Images by outcome: classified, or the code of the error.", ["outcome"], registry=None
@@ -130,10 +130,13 @@ def count_jobs(event: str, times: int = 1) -> None:
     JOBS.labels(event).inc(times)
 
 
-def count_request(endpoint: str, status: int, seconds: float) -> None:
-    """Count an answer, which took so many `seconds`."""
+def count_request(endpoint: str, status: int, seconds: float, images: int) -> None:
+    """Count an answer, which took so many `seconds` and has predictions for so many `images`.
+
+    The durations are those of answers with predictions: a 401 takes a millisecond, and would hide how long images take.
+    """
     REQUESTS.labels(endpoint, str(status)).inc()
-    if endpoint == PREDICT:
+    if images:
         DURATION.observe(seconds)
 
 

@@ -4,7 +4,8 @@ Of a service that is running:
 
     .venv/bin/python docs/screenshots.py http://localhost:8080
 
-It needs Chromium and its driver, and keeps the service busy meanwhile, so that the figures have something to show.
+It needs Chromium and its driver. The service should have a model of ImageNet's classes, as bin/serve starts it. It is
+kept busy while the figures are open, so that they have something to show.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import os
 import random
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 from PIL import Image
@@ -24,10 +27,28 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 HERE = Path(__file__).parent
-IMAGES = [HERE.parent / "images" / name for name in ("seven.jpg", "two.webp", "three.png")]
-PICTURES = [("page.png", 1180, "light", 2), ("page-dark.png", 1180, "dark", 1), ("page-phone.png", 360, "light", 1)]
+IMAGES = [HERE.parent / "images" / name for name in ("cat.jpg", "coffee.jpg", "officer.jpg")]
 CLIENTS = 8
-BUSY = 45  # seconds that the figures have to get going
+
+
+class Picture(NamedTuple):
+    """A file of a page that is `width` pixels wide, with the predictions of so many images.
+
+    Where `busy` is not 0, the figures are open, and have been for so many seconds.
+    """
+
+    name: str
+    width: int
+    scheme: str
+    images: int
+    busy: int = 0
+
+
+PICTURES = (
+    Picture("page.png", 1180, "light", 2, busy=45),
+    Picture("page-dark.png", 1180, "dark", 2),
+    Picture("page-phone.png", 360, "light", 1),
+)
 
 
 def main() -> None:
@@ -35,13 +56,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the page.")
     parser.add_argument("url", help="where the service is")
     url = parser.parse_args().url
+    for picture in PICTURES:
+        with clients(url, CLIENTS if picture.busy else 0):
+            take(url, picture)
+
+
+@contextmanager
+def clients(url: str, count: int) -> Iterator[None]:
+    """Keep the service busy with so many clients."""
     stop = threading.Event()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        for _ in range(CLIENTS):
+    with ThreadPoolExecutor(max(1, count)) as pool:
+        for _ in range(count):
             pool.submit(keep_busy, url, stop)
         try:
-            for picture in PICTURES:
-                take(url, *picture)
+            yield
         finally:
             stop.set()
 
@@ -53,8 +81,9 @@ def keep_busy(url: str, stop: threading.Event) -> None:
         requests.post(f"{url}/predict", files=files, timeout=60)
 
 
-def take(url: str, name: str, width: int, scheme: str, images: int) -> None:
-    """Save a picture of the page, `width` pixels wide, with the predictions of so many images."""
+def take(url: str, picture: Picture) -> None:
+    """Save a picture of the page."""
+    name, width, scheme, images, busy = picture
     browser = start_browser()
     try:
         phone = width < 500
@@ -64,7 +93,9 @@ def take(url: str, name: str, width: int, scheme: str, images: int) -> None:
         preference = {"name": "prefers-color-scheme", "value": scheme}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preference]})
         browser.get(url)
-        time.sleep(BUSY)
+        if busy:
+            browser.find_element(By.CSS_SELECTOR, "#live summary").click()
+            time.sleep(busy)
         browser.find_element(By.ID, "files").send_keys("\n".join(map(str, IMAGES[:images])))
         best = (By.CSS_SELECTOR, ".bars li:first-child")
         WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(*best)) == images)

@@ -219,7 +219,7 @@ def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s
     assert "flask" in packages
     assert not {name for name in packages if re.match("tensorflow|keras", name)}
     assert {"settings.py", "run_web_server.py", "keras_rest_api_app.wsgi", "deploy", "models"} <= files
-    assert not files & {".git", ".env", "tests", "bin", "images", "README.md", "bench"}
+    assert not files & {".git", ".env", "tests", "bin", "README.md", "bench"}
     models = {path.name for path in Path(image.root, "opt/keras-rest-api/models").iterdir()}
     assert models == {path.name for path in (ROOT / "models").iterdir() if path.suffix in (".keras", ".json", ".txt")}
     assert "digits.json" in models
@@ -232,6 +232,7 @@ def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_
     buildah = [need("buildah"), "--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"),
                "--storage-driver", "overlay"]  # fmt: skip
     taken = {"settings.py", "requirements.txt", "constraints.txt", "app.wsgi", "static/page.js", "deploy/apache/a.conf",
+             "images/cat.jpg",
              "models/own.keras", "models/own.json", "models/own.labels.txt", "models/own.h5", "models/classes.txt",
              "models/nested/own.json"}  # fmt: skip
     left = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "images/three.png", "models/train.py",

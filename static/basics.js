@@ -1,0 +1,43 @@
+// What all modules of the page share: finding and making elements, telling screen readers, writing numbers.
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+// Screen readers announce a text only when it changes.
+export function say(where, text) {
+  $(where).textContent = $(where).textContent === text ? `${text}\u00a0` : text;
+}
+
+export function notice(text) {
+  $("notice").hidden = !text;
+  $("notice").textContent = text;
+  if (text) say("alert", text);
+}
+
+export const number = (value, digits = 0) =>
+  value.toLocaleString("en-GB", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+export const plural = (count, what) => `${number(count)} ${what}${count === 1 ? "" : "s"}`;
+
+export const labelText = ({ label }) => label.replaceAll("_", " "); // as in golden_retriever
+
+export function percent(share) {
+  return share > 0 && share < 0.001 ? "< 0.1%" : `${number(Math.min(1, share) * 100, 1)}%`;
+}
+
+// MB and kB are counted by 1,024, as in the service's own messages.
+export function bytes(count) {
+  if (count >= 2 ** 20) return `${number(count / 2 ** 20, 1)} MB`;
+  return count >= 1000 ? `${number(count / 2 ** 10)} kB` : plural(count, "byte");
+}
+
+export function pixels(width, height) {
+  const millions = (width * height) / 1e6;
+  const sides = `${number(width)}\u00a0×\u00a0${number(height)}`;
+  return millions >= 0.1 ? `${sides} (${number(millions, 1)}\u00a0megapixels)` : sides;
+}

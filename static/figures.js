@@ -1,0 +1,129 @@
+// The figures of "The service now": differences of the counters of /stats.
+
+import { $, make, number, plural } from "./basics.js";
+
+export const POLL = 2_000; // milliseconds
+const RECENTLY = 60_000; // milliseconds that "last minute" means
+const AT_ONCE = 10_000; // milliseconds over which images a second are counted
+const USUAL_BATCH = 32; // images: BATCH_SIZE, unless set
+
+let samples = []; // {at, stats} of the last minute, oldest first
+let rates = []; // images a second between two samples, for the line
+
+// Counts of a time when nobody looked would make a wrong rate.
+export function forgetFigures() {
+  samples = rates = [];
+  $("live-state").hidden = true;
+}
+
+export function note(stats) {
+  const at = performance.now();
+  const last = samples.at(-1);
+  if (last && restarted(last.stats, stats)) samples = rates = [];
+  samples = [...samples.filter((sample) => at - sample.at <= RECENTLY), { at, stats }];
+  rates = [...rates, rateSince(2)].slice(-RECENTLY / POLL);
+  showFigures(stats);
+}
+
+const restarted = (before, now) =>
+  now.images < before.images || now.latency.count < before.latency.count || now.batch_size.count < before.batch_size.count;
+
+// Images a second since the sample before `count` - 1 others.
+function rateSince(count) {
+  const [first, last] = [samples.at(-Math.min(count, samples.length)), samples.at(-1)];
+  const seconds = (last.at - first.at) / 1000;
+  return seconds > 0 ? (last.stats.images - first.stats.images) / seconds : 0;
+}
+
+export function showState(stats) {
+  const state = !stats ? "unknown" : stats.queue_length === null || !Object.keys(stats.model_servers).length ? "down" : "up";
+  $("live-state").hidden = false;
+  $("live-state").className = `state ${state}`;
+  $("live-state").textContent = { up: "ready", down: "not ready", unknown: "no answer" }[state];
+}
+
+function showFigures(stats) {
+  const servers = Object.values(stats.model_servers);
+  $("rate").textContent = number(rateSince(1 + AT_ONCE / POLL), 1);
+  $("queue").textContent = stats.queue_length === null ? "no Redis" : number(stats.queue_length);
+  $("servers").textContent = number(servers.length);
+  $("models").textContent = [...new Set(servers.map((server) => server.model).filter(Boolean))].join(", ");
+  drawSpark();
+  showDistributions(stats);
+}
+
+function drawSpark() {
+  const top = Math.max(...rates, 1);
+  const most = RECENTLY / POLL - 1;
+  const points = rates.map((rate, i) => `${100 - ((rates.length - 1 - i) * 100) / most},${27 - (rate / top) * 25}`);
+  $("spark").firstElementChild.setAttribute("points", points.join(" "));
+}
+
+// Of the last minute; where that had no image, since the start.
+function showDistributions(stats) {
+  const first = samples[0].stats;
+  const recent = stats.latency.count > first.latency.count && stats.batch_size.count > first.batch_size.count;
+  const latency = recent ? difference(stats.latency, first.latency) : stats.latency;
+  const batches = recent ? difference(stats.batch_size, first.batch_size) : stats.batch_size;
+  showLatency(latency);
+  showBatches(batches);
+  const when = recent ? "in the last minute" : "since the service was started";
+  $("window").textContent = `Times and batches of ${plural(batches.count, "image")} ${when}.`;
+}
+
+function difference(now, before) {
+  const buckets = Object.entries(now.buckets).map(([le, count]) => [le, count - (before.buckets[le] ?? 0)]);
+  return { sum: now.sum - before.sum, count: now.count - before.count, buckets: Object.fromEntries(buckets) };
+}
+
+// Returns [[upper bound, how many are in the bucket]], in the order of the bounds.
+function bins(buckets) {
+  const bound = (le) => (le === "+Inf" ? Infinity : Number(le));
+  const sorted = Object.entries(buckets).map(([le, count]) => [bound(le), count]).sort((a, b) => a[0] - b[0]);
+  return sorted.map(([le, count], i) => [le, Math.max(0, count - (i ? sorted[i - 1][1] : 0))]);
+}
+
+function showLatency(latency) {
+  $("mean").textContent = latency.count ? duration(latency.sum / latency.count) : "–";
+  const [half, most] = [0.5, 0.95].map((share) => quantile(bins(latency.buckets), share));
+  $("percentiles").textContent = latency.count ? `on average; half within ${half}, 95% within ${most}` : "";
+}
+
+// Returns as text what a share of all stays below, as Prometheus reckons it: evenly spread within a bucket.
+function quantile(counted, share) {
+  const wanted = share * counted.reduce((sum, [, count]) => sum + count, 0);
+  let [below, low] = [0, 0];
+  for (const [high, count] of counted) {
+    if (count && below + count >= wanted) {
+      return high === Infinity ? `more than ${duration(low)}` : duration(low + ((wanted - below) / count) * (high - low));
+    }
+    [below, low] = [below + count, high];
+  }
+  return "–";
+}
+
+function duration(seconds) {
+  if (seconds < 0.0095) return `${number(seconds * 1000, 1)} ms`;
+  return seconds < 0.9995 ? `${number(seconds * 1000)} ms` : `${number(seconds, 1)} s`;
+}
+
+function showBatches(batches) {
+  const counted = bins(batches.buckets);
+  const most = Math.max(...counted.map(([, count]) => count), 1);
+  $("batch-mean").textContent = batches.count ? `, ${number(batches.sum / batches.count, 1)} on average` : "";
+  const shown = counted.map(([high, count], i) => ({ high, count, low: i ? counted[i - 1][0] : 0 }));
+  // Beyond the usual sizes only as far as there is something to see.
+  const last = Math.max(shown.findLastIndex(({ count }) => count), shown.findIndex(({ high }) => high >= USUAL_BATCH));
+  $("batches").replaceChildren(...shown.slice(0, last + 1).map((each) => column(each, most)));
+}
+
+function column({ high, low, count }, most) {
+  const element = make("li");
+  const fill = make("span", { className: "fill", ariaHidden: "true" });
+  fill.style.height = `max(${(count / most) * 100}%, ${count ? 2 : 0}px)`;
+  const text = high === Infinity ? `> ${low}` : high - low > 1 ? `${low + 1}–${high}` : `${high}`;
+  const amount = make("span", { className: "amount", textContent: number(count) });
+  const size = make("span", { className: "size", textContent: text });
+  element.append(amount, fill, size);
+  return element;
+}

@@ -1,0 +1,50 @@
+// Files out of what was dropped: also those in a folder.
+
+const DEEPEST = 8; // folders in folders
+const MOST_LOOKED_AT = 5_000; // entries of dropped folders
+const IMAGE = /\.(jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif)$/i; // systems do not know each type
+
+// Returns {files, folders, others}: the dropped files and the images in dropped folders, in their order, how many
+// folders were dropped, and how many files in them are no images. The browser forgets what was dropped when the event is
+// over, so nothing may be awaited before the entries are taken.
+export async function filesOf(transfer) {
+  const items = [...transfer.items].filter((item) => item.kind === "file");
+  const dropped = items.map((item) => ({ file: item.getAsFile(), entry: item.webkitGetAsEntry?.() }));
+  const found = { files: [], folders: 0, others: 0, lookedAt: 0 };
+  for (const { file, entry } of dropped) {
+    if (!entry?.isDirectory) found.files.push(file);
+    else {
+      found.folders++;
+      await walk(entry, found, 1);
+    }
+  }
+  return found;
+}
+
+async function walk(folder, found, depth) {
+  const entries = (await entriesOf(folder)).sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+  for (const entry of entries) {
+    if (++found.lookedAt > MOST_LOOKED_AT) return;
+    if (entry.isDirectory && depth < DEEPEST) await walk(entry, found, depth + 1);
+    else if (entry.isFile) await take(entry, found);
+  }
+}
+
+async function take(entry, found) {
+  if (entry.name.startsWith(".")) return; // as macOS' .DS_Store and ._photo.jpg
+  const file = await new Promise((resolve) => entry.file(resolve, () => resolve(null)));
+  if (file && IMAGE.test(file.name)) found.files.push(file);
+  else found.others++;
+}
+
+// A folder hands out its entries by the hundred.
+async function entriesOf(folder) {
+  const reader = folder.createReader();
+  const all = [];
+  while (all.length < MOST_LOOKED_AT) {
+    const some = await new Promise((resolve) => reader.readEntries(resolve, () => resolve([])));
+    if (!some.length) break;
+    all.push(...some);
+  }
+  return all;
+}

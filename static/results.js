@@ -1,0 +1,176 @@
+// The images on the page: sends a few at a time, shows what they show, sums many up, and empties the list.
+
+import { $, labelText, notice, number, percent, plural, say } from "./basics.js";
+import { makeCard, offerAgain, showAgain, showError, showPredictions, showWaiting } from "./card.js";
+import { closeExport, copy } from "./export.js";
+import { askForKey, currentKey, keyWanted, onKey } from "./key.js";
+import { ask } from "./request.js";
+import { look } from "./service.js";
+
+const LANES = 4; // images under way at once: a browser keeps 6 connections, and the figures need one
+const MOST = 200; // images on the page
+const MANY = 6; // beyond that many, images are rows
+const COMMON = 3; // labels in the summary
+
+let cards = []; // in the order on the page: the newest drop first, the images of one drop in their own order
+let waiting = []; // cards that are not sent yet, in the order in which they came
+let lanes = 0;
+let clock = 0;
+let stop = new AbortController(); // ends the requests of all cards
+
+// Adds the files; `remark` is what else to say of them.
+export function classifyAll(files, remark = "") {
+  const added = files.slice(0, MOST - cards.length).map((file) => makeCard(file, stop.signal));
+  const full = added.length < files.length ? fullText(files.length - added.length) : "";
+  notice(`${full} ${remark}`.trim());
+  if (!added.length) return;
+  cards = [...added, ...cards];
+  waiting.push(...added);
+  $("results").prepend(...added.map((card) => card.element));
+  update();
+  sendWaiting();
+  bringIntoView(added[0].element);
+}
+
+const fullText = (left) =>
+  `This page keeps ${number(MOST)} images, so ${plural(left, "image")} were left out. ` +
+  "Copy the results that you need, press Clear, and add the others.";
+
+// Sending
+
+function sendWaiting() {
+  while (lanes < LANES && waiting.length && !keyWanted()) drive();
+  waiting.forEach(showWaiting);
+  tick();
+}
+
+async function drive() {
+  lanes++;
+  try {
+    while (waiting.length && !keyWanted()) await classify(waiting.shift());
+  } finally {
+    lanes--;
+  }
+}
+
+async function classify(card) {
+  card.state = "sent";
+  card.sentAt = performance.now();
+  card.element.setAttribute("aria-busy", "true");
+  showWaiting(card);
+  const answer = await ask(card.file, card.name, card.signal);
+  if (card.signal.aborted) return;
+  card.element.removeAttribute("aria-busy");
+  if (answer.status === 401 && answer.key !== currentKey()) return sendAgain(card); // another was given meanwhile
+  card.answer = answer;
+  card.state = answer.predictions ? "answered" : "failed";
+  if (answer.predictions) showPredictions(card, performance.now() - card.sentAt);
+  else fail(card);
+  update();
+  announce(card);
+}
+
+function fail(card) {
+  const { status, key, retry, wait } = card.answer;
+  showError(card);
+  if (status === 401) {
+    askForKey(key);
+    waiting.forEach(showWaiting); // which wait for the key now
+  } else if (retry) offerAgain(card, wait, () => again([card]));
+  if (status >= 500) look(); // the page may say that the model is gone
+}
+
+function sendAgain(card) {
+  card.state = "waiting";
+  card.answer = null;
+  clearTimeout(card.countdown);
+  waiting.push(card);
+  showAgain(card);
+}
+
+function again(chosen) {
+  chosen.forEach(sendAgain);
+  update();
+  sendWaiting();
+}
+
+onKey(() => again(cards.filter((card) => card.answer?.status === 401)));
+
+// Each second, while an image waits.
+function tick() {
+  clearTimeout(clock);
+  const sent = cards.filter((card) => card.state === "sent");
+  sent.forEach(showWaiting);
+  if (sent.length) clock = setTimeout(tick, 1000);
+}
+
+// What is shown of all
+
+function update() {
+  const [answered, failed] = ["answered", "failed"].map((state) => cards.filter((card) => card.state === state));
+  $("results-section").hidden = !cards.length;
+  $("results-title").textContent = cards.length === 1 ? "What it shows" : `What the ${number(cards.length)} images show`;
+  $("results").classList.toggle("many", many());
+  $("summary").hidden = !many();
+  $("summary").textContent = summary(answered, failed);
+  for (const each of ["copy-json", "copy-csv"]) $(each).hidden = !answered.length;
+  const retryable = failed.filter((card) => card.answer.retry);
+  $("retry").hidden = retryable.length < 2;
+  $("retry").textContent = `Try ${number(retryable.length)} again`;
+  $("retry").onclick = () => again(retryable);
+}
+
+const many = () => cards.length > MANY;
+
+function summary(answered, failed) {
+  const left = cards.length - answered.length - failed.length;
+  const counts = [`${number(answered.length)} answered`];
+  if (failed.length) counts.push(`${number(failed.length)} failed`);
+  if (left) counts.push(`${number(left)} to go`);
+  const common = commonLabels(answered).map(([label, count]) => `${label} ${number(count)}`);
+  const text = `${plural(cards.length, "image")}: ${counts.join(", ")}`;
+  return common.length ? `${text}; most common: ${common.join(", ")}.` : `${text}.`;
+}
+
+function commonLabels(answered) {
+  const counts = new Map();
+  for (const { answer } of answered) {
+    const label = labelText(answer.predictions[0]);
+    counts.set(label, (counts.get(label) ?? 0) + 1);
+  }
+  return [...counts].sort((a, b) => b[1] - a[1]).slice(0, COMMON);
+}
+
+// Of a few images each is announced; of many, only the summary once all are done.
+function announce(card) {
+  if (many()) {
+    if (cards.every((each) => each.answer)) say("status", $("summary").textContent);
+  } else if (card.state === "failed") say("alert", `${card.name}: ${card.answer.error.message}`);
+  else {
+    const [best] = card.answer.predictions;
+    say("status", `${card.name} shows ${labelText(best)}, ${percent(best.probability)}.`);
+  }
+}
+
+// On a phone the results begin below the fold, and of many there is more to see than the first.
+function bringIntoView(element) {
+  const atTop = many() || matchMedia("(max-width: 40rem)").matches;
+  if (atTop) $("results-section").scrollIntoView({ block: "start" });
+  else element.scrollIntoView({ block: "nearest" });
+}
+
+for (const form of ["JSON", "CSV"]) {
+  $(`copy-${form.toLowerCase()}`).onclick = () => copy(form, cards.filter((card) => card.answer), cards.length);
+}
+
+$("clear").onclick = () => {
+  stop.abort();
+  stop = new AbortController();
+  [cards, waiting] = [[], []];
+  $("results").replaceChildren();
+  notice("");
+  closeExport();
+  update();
+  say("status", "The results are cleared.");
+  $("files").focus();
+};
