@@ -24,7 +24,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 HERE = Path(__file__).parent
-IMAGES = [HERE.parent / "images" / name for name in ("seven.jpg", "two.webp", "three.png")]
+IMAGES = [HERE.parent / "models/digits" / name for name in ("seven.jpg", "two.webp", "three.png")]
 PICTURES = [("page.png", 1180, "light", 2), ("page-dark.png", 1180, "dark", 1), ("page-phone.png", 360, "light", 1)]
 CLIENTS = 8
 BUSY = 45  # seconds that the figures have to get going

@@ -31,7 +31,7 @@ SERVICES = COMPOSE["services"]
 OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
 OF_BIN_SERVE = {"PORT", "MODEL_SERVERS"}
 ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
-THREE = (ROOT / "images/three.png").read_bytes()
+THREE = (ROOT / "models/digits/three.png").read_bytes()
 
 # As an engine does it: mounts and names of its own, then the user without any right, and the command.
 ENTER = """
@@ -234,8 +234,8 @@ def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_
     taken = {"settings.py", "requirements.txt", "constraints.txt", "app.wsgi", "static/page.js", "deploy/apache/a.conf",
              "models/own.keras", "models/own.json", "models/own.labels.txt", "models/own.h5", "models/classes.txt",
              "models/nested/own.json"}  # fmt: skip
-    left = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "images/three.png", "models/train.py",
-            "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py", "deploy/systemd/a.service",
+    left = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "models/digits/three.png",
+            "models/train.py", "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py", "deploy/systemd/a.service",
             "requirements-dev.txt", "compose.yaml", "Dockerfile"}  # fmt: skip
     context = tmp_path / "context"
     for name in taken | left:

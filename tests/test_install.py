@@ -27,7 +27,7 @@ for _ in $(seq 600); do
     curl -sf localhost/readyz >/dev/null && break
     sleep 0.2
 done
-curl -s -F image=@images/three.png localhost/predict
+curl -s -F image=@models/digits/three.png localhost/predict
 for _ in $(seq 10); do curl -s localhost/metrics | grep 'endpoint="/predict"'; done | sort | uniq -c >/tmp/counted
 cat /proc/[0-9]*/status | awk -F '\t' '/^Name:/ {name = $2} /^Uid:/ {print name "\t" $3}' | sort -u
 """

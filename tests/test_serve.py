@@ -46,7 +46,7 @@ SERVE = str(ROOT / "bin/serve")
 # What bin/serve runs, which gives requests in flight less time than the usual 30 seconds.
 SERVE_IMPATIENTLY = [sys.executable, "-c", "import serve; serve.DRAIN_LIMIT = 2; serve.main()"]
 DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
-THREE = (ROOT / "images/three.png").read_bytes()
+THREE = (ROOT / "models/digits/three.png").read_bytes()
 NO_INTERNET = {"https_proxy": "http://127.0.0.1:1"}  # a proxy that nobody runs
 
 
