@@ -191,7 +191,7 @@ CORS_ORIGINS = _matching(
 )
 
 # A name in keras.applications, or the path of a .keras or .h5 file. model_checks.py looks whether it is there. Where it
-# is empty or not set, deploy/default_model.py may choose another model for bin/serve, bin/install and a container.
+# is not set or empty, deploy/default_model.py chooses for bin/serve, bin/install and containers.
 MODEL = (
     _matching("MODEL", "", r"|[\w-]+|.*[./].*", "a name in keras.applications or the path of a .keras or .h5 file")
     or "ResNet50"

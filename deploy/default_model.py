@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,17 @@ FETCH_LIMIT = 600  # seconds for 100 MB; a slower network keeps nobody waiting f
 
 
 def choose() -> str:
-    """Return MODEL for a service whose MODEL is not set; print why where it is the bundled model.
+    """Return MODEL for a service whose MODEL is not set; print which it is, and why where it is the bundled model.
 
     Takes PROBE_LIMIT and FETCH_LIMIT at most.
     """
-    if settings.MODEL_WEIGHTS != "imagenet" or cached():
-        return settings.MODEL
-    reason = in_time(probe, PROBE_LIMIT) or fetch()
-    if not reason:
+    if settings.MODEL_WEIGHTS != "imagenet":
         return settings.MODEL
     recognises = model_file.read((APP_ROOT / BUNDLED_MODEL).with_suffix(".json")).description
+    reason = "" if cached() else in_time(probe, PROBE_LIMIT) or fetch()
+    if not reason:
+        print(f"* Serving {settings.MODEL}, which recognises {recognises}", flush=True)
+        return settings.MODEL
     print(
         f"* Serving the bundled model EfficientNet-Lite0, which recognises {recognises}. ResNet50's weights can't be "
         f"fetched ({reason}) and are not complete in {keras_downloads()}. To serve ResNet50, put "
@@ -87,8 +89,8 @@ def probe() -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(WEIGHTS_URL, method="HEAD"), timeout=PROBE_LIMIT):
             return ""
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the latter: an address of a proxy that is none
-        return one_line(error)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last: the address of a proxy is wrong
+        return one_line(error.reason if type(error) is urllib.error.URLError else error)
 
 
 def fetch() -> str:
