@@ -1,6 +1,6 @@
 """Run the service at a share of its capacity for a long time, and see whether anything grows.
 
-    .venv/bin/python benchmarks/soak.py                    20 minutes at 80% of capacity, the bundled model
+    .venv/bin/python benchmarks/soak.py                    20 minutes at 80% of capacity, models/digits.keras
     MODEL=ResNet50 MODEL_WEIGHTS=random .venv/bin/python benchmarks/soak.py --minutes 60
 
 It starts a bin/serve of its own, measures the capacity in a closed loop, then sends at a fixed rate whatever happens,

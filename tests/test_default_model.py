@@ -81,7 +81,8 @@ def told(capfd: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("address", "reason"),
-    [(f"http://127.0.0.1:{free_port()}/", "Connection refused"), ("http://nowhere.invalid/", "[Nn]ame|resolution|no answer within"),
+    [(f"http://127.0.0.1:{free_port()}/", "Connection refused"),
+     ("http://nowhere.invalid/", "[Nn]ame|resolution|no answer within"),
      (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "HTTP Error 403: Forbidden"),
      (b"\0\1 this is no HTTP\r\n\r\n", "this is no HTTP"), (b"", "closed|reset"),
      ("http://127.0.0.1:port/", "nonnumeric port")],
