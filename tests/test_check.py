@@ -78,7 +78,7 @@ WRONG: dict[str, Callable[[], bytes]] = {
 
 @pytest.fixture(scope="module")
 def digits() -> classifier.Classifier:
-    """The bundled model, loaded once."""
+    """The digits model, loaded once."""
     before, settings.BATCH_SIZE = settings.BATCH_SIZE, 1
     try:
         model = classifier.load()

@@ -1,4 +1,4 @@
-"""The model server: step by step with a classifier made for the purpose, and as a process with the bundled model."""
+"""The model server: step by step with a classifier made for the purpose, and as a process with the digits model."""
 
 import importlib.util
 import json
