@@ -49,4 +49,5 @@ VOLUME /var/cache/keras-rest-api
 # Healthy when it serves: a large model takes minutes to load, longer where its weights are fetched.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=20m \
     CMD [".venv/bin/python", "deploy/container_health.py", "model"]
-CMD [".venv/bin/python", "run_model_server.py", "--gpu", "0"]
+# run_model_server.py, with the model that deploy/default_model.py chooses where MODEL is not set.
+CMD [".venv/bin/python", "deploy/default_model.py", "--gpu", "0"]

@@ -4,6 +4,7 @@ Only the model server imports this, since importing Keras takes seconds and hund
 """
 
 import errno
+import http.client
 import inspect
 import itertools
 import logging
@@ -37,6 +38,7 @@ Probabilities = npt.NDArray[np.floating[Any]]  # of one image, one a class
 Prediction = tuple[str, float]
 
 SEED = 0  # of MODEL_WEIGHTS=random, so that two model servers give the same answers
+IMAGENET = "1,000 ImageNet classes: animals, plants, food, vehicles, things"  # what trained models of Keras recognise
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait for ever
 # Seconds that a batch costs besides its computing, for the take and the answer. Where images compute in a millisecond,
 # a small batch would pay it too often.
@@ -50,6 +52,8 @@ HALF = 2  # bytes of float16 and bfloat16, the latter of which NumPy can't sort
 NEARLY_ONE = 0.01  # that the probabilities of an image may miss 1 by, added up in half precision
 # Errors that another start may not meet, so that a supervisor is to try again: the machine is at fault, not the model.
 PASSING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR)
+# What a download may fail with besides the errors of urllib, which Keras turns into lines that name the address.
+CUT_OFF = (TimeoutError, ConnectionError, http.client.HTTPException)
 DEVICE_ERRORS = ("InternalError", "UnavailableError", "AbortedError", "XlaRuntimeError", "JaxRuntimeError")
 
 
@@ -320,11 +324,11 @@ def load() -> Classifier:
 
 
 def fetch() -> None:
-    """Download what MODEL with its ImageNet weights needs, unless Keras has it cached; exit with one line if not."""
+    """Download what MODEL with its ImageNet weights needs, unless Keras has it cached; exit with the reason if not."""
     try:
         _from_applications(settings.MODEL)
-    except Refusal as refusal:
-        raise SystemExit(str(refusal)) from None
+    except Exception as error:
+        raise SystemExit(_why_not_fetched(error.__cause__ or error)) from None
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -383,7 +387,7 @@ def _from_applications(name: str) -> Classifier:
     shape = _input_shape(model, ModelFile(Path(name)))
     facts = Facts(
         shape, labels or _imagenet_labels(module), f"LABELS={settings.LABELS}", f"{name}'s own",
-        ending=model_loading.ending(model),
+        description=IMAGENET if weights == "imagenet" else "", ending=model_loading.ending(model),
     )  # fmt: skip
     return _made(model, module.preprocess_input, facts)
 
@@ -423,15 +427,21 @@ def _download(fetch: Callable[[], Any]) -> Any:
     try:
         return fetch()
     except Exception as error:
-        url = next((word.rstrip(":") for word in str(error).split() if word.startswith("https:")), "")
-        if not url:
+        url = next((word.rstrip(":") for word in str(error).split() if word.startswith(("https:", "http:"))), "")
+        if not (url or isinstance(error, CUT_OFF) or "corrupted file" in str(error)):
             raise
         raise Refusal(
-            f"{url} can't be fetched ({first_line(error).rpartition(' -- ')[2]}): get it where there is internet and "
-            f"put it in {keras_downloads()}/, or set MODEL=models/digits.keras, which needs nothing."
+            f"{url or f'What MODEL={settings.MODEL} needs'} can't be fetched ({_why_not_fetched(error)}): get it where "
+            f"there is internet and put it in {keras_downloads()}/, or set MODEL=models/efficientnet_lite0.keras, "
+            "which needs nothing."
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
+
+
+def _why_not_fetched(error: BaseException) -> str:
+    """Return the reason alone: Keras puts the address before it, and " -- " between them."""
+    return first_line(error).rpartition(" -- ")[2]
 
 
 def _compiled(model: Any, preprocess: Callable[[Any], Any], shape: Shape) -> backends.Network:

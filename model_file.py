@@ -140,7 +140,7 @@ def labels_of(file: ModelFile, chosen: str) -> tuple[Sequence[str], str]:
         raise file.refusal("labels", file.labels, f"{ALLOWED['labels']} ({str(refusal).rstrip('.')})") from None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the beginning of what an exception says, for a line of ours."""
     return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
 

@@ -68,7 +68,7 @@ BATCHES_AT_ONCE = 2
 BATCHES_TO_LIVE = 5
 SHORTEST_LIFE = 5.0  # seconds
 
-SAMPLE = Path(__file__).parent / "images/three.png"
+SAMPLE = Path(__file__).parent / "images/cat.jpg"
 CHECK_SECONDS = 3.0  # that --check measures for
 
 
@@ -448,7 +448,7 @@ def main() -> int:
         "--model", help="a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
     )
     parser.add_argument("--gpu", type=int, metavar="N", help="compute on this GPU alone, the first being 0")
-    told = "load the model, classify this image (default: a digit), say how fast it is, and leave"
+    told = "load the model, classify this image (default: a photo of a cat), say how fast it is, and leave"
     parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=told)
     arguments = parser.parse_args()
     log_to_stderr(settings.LOG_FORMAT)

@@ -190,9 +190,11 @@ CORS_ORIGINS = _matching(
     "lower case, without a path, a / at the end, or :80 and :443",
 )
 
-# A name in keras.applications, or the path of a .keras or .h5 file. model_checks.py looks whether it is there.
-MODEL = _matching(
-    "MODEL", "ResNet50", r"[\w-]+|.*[./].*", "a name in keras.applications or the path of a .keras or .h5 file"
+# A name in keras.applications, or the path of a .keras or .h5 file. model_checks.py looks whether it is there. Where it
+# is not set or empty, deploy/default_model.py chooses for bin/serve, bin/install and containers.
+MODEL = (
+    _matching("MODEL", "", r"|[\w-]+|.*[./].*", "a name in keras.applications or the path of a .keras or .h5 file")
+    or "ResNet50"
 )
 # imagenet, random (seeded; for load tests), or the path of a weights file.
 MODEL_WEIGHTS = _matching(

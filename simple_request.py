@@ -24,7 +24,7 @@ from urllib3 import BaseHTTPResponse
 from urllib3.util import Retry
 
 KERAS_REST_API_URL = "http://localhost:8080/predict"
-IMAGE_PATH = Path(__file__).parent / "images" / "three.png"
+IMAGE_PATH = Path(__file__).parent / "images" / "cat.jpg"
 STDIN = Path("-")
 # Of the images in a folder.
 SUFFIXES = {f".{end}" for end in ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"]}

@@ -38,7 +38,7 @@ import requests
 from tqdm import tqdm
 
 KERAS_REST_API_URL = "http://localhost:8080/predict"
-IMAGE_PATH = Path(__file__).parent / "images" / "three.png"
+IMAGE_PATH = Path(__file__).parent / "images" / "cat.jpg"
 NUM_REQUESTS = 500
 SLEEP_COUNT = 0.05  # seconds between two starts
 

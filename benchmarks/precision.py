@@ -2,7 +2,7 @@
 
     precision.py POLICY XLA    as in precision.py mixed_bfloat16 False; MODEL and the like are read from the environment
 
-The bundled model is asked for the 450 held-out digits in each of their four presentations. Other models are untrained
+models/digits.keras is asked for the 450 held-out digits in each of their four presentations. Other models are untrained
 here: their probabilities would say nothing, so that only their speed is measured.
 """
 

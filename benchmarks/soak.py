@@ -1,6 +1,6 @@
 """Run the service at a share of its capacity for a long time, and see whether anything grows.
 
-    .venv/bin/python benchmarks/soak.py                    20 minutes at 80% of capacity, the bundled model
+    .venv/bin/python benchmarks/soak.py                    20 minutes at 80% of capacity, models/digits.keras
     MODEL=ResNet50 MODEL_WEIGHTS=random .venv/bin/python benchmarks/soak.py --minutes 60
 
 It starts a bin/serve of its own, measures the capacity in a closed loop, then sends at a fixed rate whatever happens,
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from stress_test import percentile
 
 BUNDLED = str(ROOT / "models/digits.keras")
-IMAGES = [(ROOT / f"images/{name}", label) for name, label in (("three.png", "3"), ("seven.jpg", "7"))]
+IMAGES = [(ROOT / f"models/digits/{name}", label) for name, label in (("three.png", "3"), ("seven.jpg", "7"))]
 CLIENTS = 256  # requests that may be in flight, in the closed loop that measures the capacity as in the open one
 CAPACITY_SECONDS = 40.0
 TIMEOUT = 120.0  # seconds of one request

@@ -36,16 +36,14 @@ sys.path.insert(0, str(APP_ROOT))
 if __name__ == "__main__":  # until everything is imported there is nothing to stop
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import default_model  # noqa: E402
 import serve_redis  # noqa: E402
 
 import model_checks  # noqa: E402
 import settings  # noqa: E402
-from helpers import Refusal, available_cores, keras_downloads  # noqa: E402
+from helpers import Refusal, available_cores  # noqa: E402
 
 WORKERS = 640  # requests in flight, in all web processes together
-RESNET50_FILES = ("resnet50_weights_tf_dim_ordering_tf_kernels.h5", "imagenet_class_index.json")
-KERAS_DOWNLOADS = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + RESNET50_FILES[0]
-BUNDLED_MODEL = "models/digits.keras"
 SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")
 # Not Apache's www-data: the web may not send signals to Redis, nor look into it.
 AS_NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --no-new-privs"
@@ -82,8 +80,8 @@ def main() -> None:
         "MODEL_SERVERS": str(settings.MODEL_SERVERS),
         "AS_NOBODY": AS_NOBODY if os.geteuid() == 0 else "",
     }
-    if "MODEL" not in environment:
-        environment["MODEL"] = choose_model()
+    if not environment.get("MODEL"):
+        environment["MODEL"] = default_model.choose()
     with run_directory() as directory, supervised(environment, directory) as supervisor:
         if own_redis:
             wait_for_own_redis(directory, supervisor)
@@ -140,30 +138,6 @@ def check_model() -> None:
         setattr(settings, name, path)
     with chdir(APP_ROOT):  # where the model server looks for what is not in this folder
         model_checks.check()
-
-
-def choose_model() -> str:
-    """Return ResNet50 if its ImageNet weights can be had, else the bundled model: for when MODEL is not set."""
-    cache = keras_downloads()
-    if all((cache / name).is_file() for name in RESNET50_FILES):
-        return settings.MODEL
-    try:
-        with urllib.request.urlopen(urllib.request.Request(KERAS_DOWNLOADS, method="HEAD"), timeout=5):
-            pass
-    except OSError as error:
-        reason = f"can't be fetched ({error})"
-    else:
-        print("* Fetching ResNet50's ImageNet weights (100 MB)", flush=True)
-        fetch = [sys.executable, "-c", "import classifier; classifier.fetch()"]
-        if subprocess.run(fetch, cwd=APP_ROOT, check=False).returncode == 0:
-            return settings.MODEL
-        reason = "could not be fetched"
-    print(
-        f"* Serving the bundled model of handwritten digits: ResNet50's ImageNet weights are not in {cache} "
-        f"and {reason}. README.md says which files go there; MODEL=... serves another model.",
-        flush=True,
-    )
-    return BUNDLED_MODEL
 
 
 def apache_sizes() -> str:
@@ -367,7 +341,7 @@ def given_up(directory: Path) -> list[str]:
 
 def announce(port: int) -> None:
     """Print what can be pasted."""
-    image = shlex.quote(os.path.relpath(APP_ROOT / "images/three.png"))
+    image = shlex.quote(os.path.relpath(APP_ROOT / "images/cat.jpg"))
     key = ' -H "Authorization: Bearer $API_KEY"' if settings.API_KEYS else ""  # not which: this goes to a log
     print(f"* Ready on port {port}. Try:\n\n    curl{key} -F image=@{image} http://localhost:{port}/predict\n\n"
           "* Ctrl-C stops everything", flush=True)  # fmt: skip

@@ -1,8 +1,8 @@
-"""Make the sample images of the README and the clients, from digits that training never saw.
+"""Make the sample images of the digits model, from digits that training never saw.
 
     python models/make_samples.py
 
-writes ``images/`` and checks with ``models/digits.keras`` that each image is classified rightly and surely.
+writes ``models/digits/`` and checks with ``models/digits.keras`` that each image is classified rightly and surely.
 """
 
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from train_digits import HERE, LABELS, render, served, split
 
-IMAGES = HERE.parent / "images"
+IMAGES = HERE / "digits"
 CONFIDENT = 0.9
 # File, digit, presentation, and a seed picked by eye: it chooses whose digit it is and how it is drawn.
 SAMPLES = (

@@ -1,4 +1,4 @@
-"""Train the small digit classifier that the service bundles.
+"""Train a small classifier of handwritten digits: an example of a model of one's own.
 
     python models/train_digits.py
 

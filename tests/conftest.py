@@ -251,7 +251,7 @@ def ready(url: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def service(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The service with the bundled model and the default settings."""
+    """The service with the digits model and the default settings."""
     with run_service(tmp_path_factory.mktemp("service")) as running_service:
         yield running_service
 

@@ -40,7 +40,7 @@ class Known:
 
 @cache
 def known_images(count: int = 320) -> list[Known]:
-    """Digits whose answers by the bundled model all differ, so that each shows whose it is."""
+    """Digits whose answers by the digits model all differ, so that each shows whose it is."""
     rng = np.random.default_rng(3)
     model = keras.saving.load_model(ROOT / "models/digits.keras", compile=False)
     labels = (ROOT / "models/digits.labels.txt").read_text().split()

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 import run_web_server
 
-THREE, SEVEN = (ROOT / "images" / name for name in ("three.png", "seven.jpg"))
+THREE, SEVEN = (ROOT / "models/digits" / name for name in ("three.png", "seven.jpg"))
 
 
 def post(service: Service, *images: bytes, path: str = "/predict", **options: Any) -> requests.Response:

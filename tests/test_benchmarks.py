@@ -30,7 +30,7 @@ def closed(url: str, image: Path, clients: int) -> dict[str, float]:
 
 
 def test_clients_in_a_closed_loop_are_counted(service: Service) -> None:
-    figures = closed(service.url, ROOT / "images/three.png", 8)
+    figures = closed(service.url, ROOT / "models/digits/three.png", 8)
 
     assert figures["failed"] == 0
     assert figures["requests"] >= figures["per_s"] > 0

@@ -19,9 +19,9 @@ import classifier
 import run_model_server
 import settings
 
-SEVEN = Image.open(ROOT / "images/seven.jpg").convert("L").resize((300, 400))
+SEVEN = Image.open(ROOT / "models/digits/seven.jpg").convert("L").resize((300, 400))
 WHITE_ON_BLACK = Image.eval(SEVEN, lambda level: 255 - level)
-OTHER = Image.open(ROOT / "images/three.png").convert("L").resize((300, 400))
+OTHER = Image.open(ROOT / "models/digits/three.png").convert("L").resize((300, 400))
 
 
 def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
@@ -78,7 +78,7 @@ WRONG: dict[str, Callable[[], bytes]] = {
 
 @pytest.fixture(scope="module")
 def digits() -> classifier.Classifier:
-    """The bundled model, loaded once."""
+    """The digits model, loaded once."""
     before, settings.BATCH_SIZE = settings.BATCH_SIZE, 1
     try:
         model = classifier.load()
@@ -142,7 +142,7 @@ def test_a_check_has_the_limits_of_the_service(
 ) -> None:
     monkeypatch.setattr(settings, name, 1000)
 
-    assert check(ROOT / "images/seven.jpg") == 2
+    assert check(ROOT / "models/digits/seven.jpg") == 2
 
     assert f"seven.jpg can't be read as an image: The {what} has more than" in caplog.text
 
@@ -189,7 +189,7 @@ def test_a_terminal_that_lacks_letters_gets_escapes(
     monkeypatch.setattr(digits, "_labels", ["\u4e03", "caf\u00e9", *map(str, range(8))])
     monkeypatch.setattr(digits, "classify", lambda images: [np.array([0.6, 0.3, *[0.0125] * 8])] * len(images))
 
-    assert check(ROOT / "images/seven.jpg") == 0
+    assert check(ROOT / "models/digits/seven.jpg") == 0
 
     sys.stdout.flush()
     assert rb"seven.jpg: \u4e03 0.6000, caf" + b"\xe9 0.3000, " in printed.getvalue()

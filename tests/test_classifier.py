@@ -1,5 +1,6 @@
 """The Keras model: what it refuses to serve, how it computes a batch, and what one bad image may not do to the rest."""
 
+import functools
 import inspect
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 from conftest import ROOT
 
 import classifier
+import run_model_server
 import settings
 from classifier import Classifier, Facts, Prediction
 from helpers import Refusal
@@ -393,6 +395,26 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
         best = probabilities.argsort()[::-1][:5]
         assert [label for label, _ in good(result)] == [f"label {i}" for i in best]
         assert [probability for _, probability in good(result)] == pytest.approx(probabilities[best], abs=1e-5)
+
+
+@pytest.mark.parametrize(("weights", "said"), [("imagenet", classifier.IMAGENET), ("random", None)])
+def test_a_keras_classifier_says_that_it_recognises_imagenet_where_it_was_trained_on_it(
+    monkeypatch: pytest.MonkeyPatch, weights: str, said: str | None
+) -> None:
+    """Untrained weights stand for those that Keras would fetch."""
+    for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
+        monkeypatch.setattr(settings, side, 224)
+    builder = keras.applications.MobileNet
+    monkeypatch.setattr(
+        keras.applications, "MobileNet", functools.wraps(builder)(lambda weights: builder(weights=None))
+    )
+    monkeypatch.setattr(classifier, "_imagenet_labels", lambda module: [f"class {i}" for i in range(1000)])
+    monkeypatch.setattr(settings, "BATCH_SIZE", 1)
+    model = load(monkeypatch, MODEL="MobileNet", MODEL_WEIGHTS=weights)
+    model.warm_up()
+
+    assert model.about.get("description") == said  # in /readyz
+    assert run_model_server.described(model).endswith(f", {said}" if said else "1000 labels")  # by --check
 
 
 def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

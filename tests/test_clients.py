@@ -519,7 +519,7 @@ def test_a_client_works_alone_on_another_machine_with_the_image_beside_it(
     # given
     service = serve(always(OK))
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "three.png").write_bytes(IMAGE)
+    (tmp_path / "images" / "cat.jpg").write_bytes(IMAGE)
     arguments = ["--requests", 1] if script == "stress_test.py" else []
 
     # when

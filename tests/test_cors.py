@@ -11,7 +11,7 @@ import pytest
 import requests
 from conftest import ROOT, Service, assert_error, raw_answer, run_apache
 
-THREE = (ROOT / "images/three.png").read_bytes()
+THREE = (ROOT / "models/digits/three.png").read_bytes()
 APP, LOCAL, STRANGER = "https://app.example", "http://localhost:3000", "https://evil.example"
 KEY, OTHER_KEY = "the-key-of-2026-is-this", "the-key-of-2027-is-that"
 OURS = "Access-Control-"

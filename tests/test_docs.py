@@ -1,11 +1,13 @@
 """What the documents say is so: each command in them works, each link leads somewhere, each metric is listed."""
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import make_samples
 import pytest
 from conftest import ROOT, Process, Service, free_port, running, wait_until
 
@@ -31,7 +33,7 @@ ELSEWHERE = {
     "apt-get install -y ssl-cert": "test_install.py::test_it_installs_a_service_that_answers",
     "apache2ctl configtest": "test_install.py::test_it_installs_a_service_that_answers",
     "sed -i": "test_install.py::test_it_installs_a_service_that_answers",
-    "MODEL=models/digits.keras docker compose up": "test_docker.py::test_the_images_answer_hardened",
+    "docker compose up": "test_docker.py::test_the_images_answer_hardened",
     "bin/test": "test_docs.py::test_each_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")
@@ -132,7 +134,7 @@ def bin_serve(command: str, port: int, log: Path) -> Iterator[Process]:
 @pytest.mark.timeout(600)
 def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Path) -> None:
     """Every command of it but the first, and those of production, which tests/test_install.py runs."""
-    told = commands(TUTORIAL)
+    told = commands(TUTORIAL.split(DIGITS)[0])
     [program] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
     (folder / "train_shapes.py").write_text(program, encoding="utf-8")
     port = free_port()
@@ -154,3 +156,22 @@ def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Pat
 
 
 PRODUCTION = ("bin/install", "cp models/", "systemctl ")
+DIGITS = "\n## 8. Another example: handwritten digits\n"
+# Not run: the packages are those that run the tests, and to train takes 14 minutes.
+TRAINING = (".venv/bin/pip install", ".venv/bin/python models/train_digits.py")
+
+
+def test_the_tutorial_s_digits_are_read(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With its pictures drawn anew, in another folder. What MODEL= serves, the tests' service serves too."""
+    serve, curl, ask, *training, draw = commands(TUTORIAL.split(DIGITS)[1])
+    monkeypatch.setattr(make_samples, "IMAGES", tmp_path)
+    assert Path(os.environ["MODEL"]) == ROOT / re.findall("MODEL=(.*) bin/serve", serve)[0]
+
+    make_samples.main()
+    answers = [run(command, service.url) for command in (curl, ask)]
+
+    assert draw.endswith(" models/make_samples.py")
+    assert all(command.startswith(TRAINING) for command in training)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "models/digits").iterdir()}
+    assert answers[0].startswith('{"predictions":[{"label":"3","probability":0.9')
+    assert re.findall(r"^1\. (\d)", answers[1], re.MULTILINE) == ["5", "7", "3", "2"]

@@ -52,7 +52,7 @@ import run_web_server
 from helpers import Refusal
 from run_model_server import give_up_root
 
-PNG = (ROOT / "images/three.png").read_bytes()
+PNG = (ROOT / "models/digits/three.png").read_bytes()
 OLD_KEY = "the-key-of-2026-is-this"
 NEW_KEY = "the.key~of+2027/is-that=="
 

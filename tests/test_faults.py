@@ -87,7 +87,7 @@ class Serve(Service):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """bin/serve with the bundled model and a Redis of its own, which keeps nothing."""
+    """bin/serve with the digits model and a Redis of its own, which keeps nothing."""
     need("apache2")
     port, redis_port = free_port(), free_port()
     environment = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}

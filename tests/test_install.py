@@ -27,7 +27,7 @@ for _ in $(seq 600); do
     curl -sf localhost/readyz >/dev/null && break
     sleep 0.2
 done
-curl -s -F image=@images/three.png localhost/predict
+curl -s -F image=@images/cat.jpg localhost/predict
 for _ in $(seq 10); do curl -s localhost/metrics | grep 'endpoint="/predict"'; done | sort | uniq -c >/tmp/counted
 cat /proc/[0-9]*/status | awk -F '\t' '/^Name:/ {name = $2} /^Uid:/ {print name "\t" $3}' | sort -u
 """
@@ -71,12 +71,12 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
 
     # Then it says what it did, and what it did not
     assert all(line.startswith("* ") for line in first), first
-    assert any("Serving the bundled model" in line for line in first)
+    assert any("Serving the bundled model EfficientNet-Lite0, which recognises 1,000" in line for line in first)
     assert "No systemd runs here, so nothing was started" in first[-1]
 
     # And it answers on port 80, its model servers and its web not as root
     answer = system.run(START, network=False, seconds=200)
-    assert '"label":"3"' in answer.stdout.split("}")[0], answer.stdout + answer.stderr
+    assert '"label":"Egyptian_cat"' in answer.stdout.split("}")[0], answer.stdout + answer.stderr
     users = {tuple(line.split("\t")) for line in answer.stdout.splitlines()[1:]}
     account = said(system, "id -u keras-rest-api")[0]
     assert ("python", account) in users
@@ -88,7 +88,7 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
 
     # And the model is set in its own place, once, so that the line which somebody looks for is the one that counts
     lines = (system.root / TARGET[1:] / ".env").read_text().splitlines()
-    assert [line for line in lines if re.match("(# )?MODEL=", line)] == ["MODEL=models/digits.keras"]
+    assert [line for line in lines if re.match("(# )?MODEL=", line)] == ["MODEL=models/efficientnet_lite0.keras"]
 
     # And only those who need the settings read them, and nobody of the services writes anything
     assert said(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]

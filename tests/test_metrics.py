@@ -32,7 +32,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from samples import saved
 
 WHITE = saved(Image.new("RGB", (32, 32), "white"), "PNG")
-IMAGE = (ROOT / "images/three.png").read_bytes()
+IMAGE = (ROOT / "models/digits/three.png").read_bytes()
 MONITORING = ROOT / "deploy/monitoring"
 
 ANSWERED = 'keras_rest_api_requests_total{endpoint="/predict",status="200"}'

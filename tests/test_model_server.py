@@ -1,4 +1,4 @@
-"""The model server: step by step with a classifier made for the purpose, and as a process with the bundled model."""
+"""The model server: step by step with a classifier made for the purpose, and as a process with the digits model."""
 
 import importlib.util
 import json
@@ -341,7 +341,7 @@ def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path:
     web = WebQueue()
     images = []
     for name, digit in [("three.png", "3"), ("seven.jpg", "7")]:
-        pixels = Image.open(conftest.ROOT / "images" / name).convert("RGB").resize((224, 224))
+        pixels = Image.open(conftest.ROOT / "models/digits" / name).convert("RGB").resize((224, 224))
         images.append((base64_encode_image(np.asarray(pixels)), digit))
     with conftest.run_model_server(tmp_path / "log", KERAS_BACKEND=backend, BATCH_SIZE="4") as process:
         with ThreadPoolExecutor(8) as clients:
@@ -421,14 +421,17 @@ def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> None:
-    done = checked("models/digits.keras")
+    done = checked("models/efficientnet_lite0.keras")
 
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing of TensorFlow's
     found_out, image, speed = done.stdout.splitlines()
-    assert found_out == "models/digits.keras: input 224x224 RGB, preprocessing none, 10 labels, handwritten digits"
-    assert re.match(r".*images/three\.png: 3 0\.9\d{3}, \d 0\.\d{4}, ", image)
-    found = re.fullmatch(r"models/digits\.keras: ([\d.]+) images/s in batches of \d+, 2 at once", speed)
+    assert found_out == (
+        "models/efficientnet_lite0.keras: input 224x224 RGB, preprocessing none, 1000 labels, "
+        "1,000 ImageNet classes: animals, plants, food, vehicles, things"
+    )
+    assert re.match(r".*images/cat\.jpg: Egyptian_cat 0\.7\d{3}, tiger_cat 0\.\d{4}, ", image)
+    found = re.fullmatch(r"models/efficientnet_lite0\.keras: ([\d.]+) images/s in batches of \d+, 2 at once", speed)
     assert found is not None
     assert float(found[1]) > 10
 

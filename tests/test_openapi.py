@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import ignored_auth
 
 import run_web_server
 
-IMAGES = [path.read_bytes() for path in sorted((ROOT / "images").iterdir())]
+IMAGES = [path.read_bytes() for path in sorted((ROOT / "models/digits").iterdir())]
 
 schemathesis.openapi.format("binary", st.sampled_from(IMAGES))
 for kind in ("image/*", "application/octet-stream"):
@@ -73,7 +73,7 @@ def test_every_error_of_predict_in_the_readme_is_described(status: str) -> None:
 
 # Clients that others generate from the description of the running service
 
-THREE = (ROOT / "images/three.png").read_bytes()
+THREE = (ROOT / "models/digits/three.png").read_bytes()
 NO_IMAGE = b"No image."
 
 

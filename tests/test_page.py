@@ -25,7 +25,7 @@ from selenium.webdriver.common.keys import Keys
 
 from pages import FILES, SAMPLES, SCRIPTS
 
-SEVEN, THREE, TWO = (ROOT / "images" / name for name in ("seven.jpg", "three.png", "two.webp"))
+SEVEN, THREE, TWO = (ROOT / "models/digits" / name for name in ("seven.jpg", "three.png", "two.webp"))
 BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 KEY = "the-key-of-2026-is-this"
 LINE = "Welcome to the PyImageSearch Keras REST API!"

@@ -70,7 +70,7 @@ def test_the_homepage_welcomes(service: Service) -> None:
 
 
 def test_predict_answers_the_tutorials_json(service: Service) -> None:
-    response = service.post((ROOT / "images/three.png").read_bytes())
+    response = service.post((ROOT / "models/digits/three.png").read_bytes())
 
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "application/json"

@@ -79,7 +79,7 @@ def test_ready_comes_when_it_serves_and_a_beat_until_it_hangs_or_stops(
 
         systemd.heard_all()
         service = Service(url, name)
-        busy = [service.label(Path("images/three.png").read_bytes()) for _ in range(20)]
+        busy = [service.label(Path("models/digits/three.png").read_bytes()) for _ in range(20)]
         assert busy == 20 * ["3"]
         assert systemd.heard_all().count("WATCHDOG=1") >= 20
 

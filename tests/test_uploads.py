@@ -32,7 +32,7 @@ from conftest import (
     web_processes,
 )
 
-SEVEN = (ROOT / "images/seven.jpg").read_bytes()
+SEVEN = (ROOT / "models/digits/seven.jpg").read_bytes()
 FORM = "multipart/form-data; boundary=X"
 LIMIT = 16 * 2**20
 MB = b"\0" * 2**20
@@ -97,7 +97,7 @@ def test_a_packed_body_is_unpacked(service: Service, encoding: str, body: bytes)
 
 @pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
 def test_a_packed_form_is_unpacked(service: Service, encoding: str, pack: Any) -> None:
-    two = part(SEVEN) + form((ROOT / "images/three.png").read_bytes())
+    two = part(SEVEN) + form((ROOT / "models/digits/three.png").read_bytes())
 
     answer = post(service, pack(two), FORM, **{"Content-Encoding": encoding})
 

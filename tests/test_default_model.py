@@ -1,0 +1,242 @@
+"""What is served where MODEL is not set: ResNet50 where its weights can be had, else the bundled model, soon enough."""
+
+import hashlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import keras
+import pytest
+from conftest import ROOT, free_port, running, wait_until
+
+import classifier
+import model_file
+import settings
+from helpers import Refusal, keras_downloads
+
+sys.path.insert(0, str(ROOT / "deploy"))
+
+import default_model
+
+BUNDLED = "models/efficientnet_lite0.keras"
+DESCRIPTION = "1,000 ImageNet classes: animals, plants, food, vehicles, things"
+WEIGHTS, CLASSES = default_model.RESNET50_FILES
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a machine where nothing is set and Keras has nothing in its cache."""
+    monkeypatch.setattr(settings, "MODEL", "ResNet50")
+    monkeypatch.setattr(settings, "MODEL_WEIGHTS", "imagenet")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@contextmanager
+def answering(said: bytes, then: Callable[[], object] = bool) -> Iterator[str]:
+    """A server that says this to each client, whatever it wants, and then does that; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(4096)
+                        connection.sendall(said)
+                        then()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/weights"
+
+
+def have_cached(monkeypatch: pytest.MonkeyPatch, **wrong: bytes) -> None:
+    """Give Keras files of these sums, in place of the 100 MB that can't be had here, but `wrong` ones."""
+    folder = keras_downloads()
+    folder.mkdir(parents=True)
+    for name in default_model.RESNET50_FILES:
+        (folder / name).write_bytes(name.encode())
+    sums = {name: hashlib.md5(name.encode()).hexdigest() for name in default_model.RESNET50_FILES}
+    monkeypatch.setattr(default_model, "RESNET50_FILES", sums)
+    for name, content in wrong.items():
+        (folder / {"weights": WEIGHTS, "classes": CLASSES}[name]).write_bytes(content)
+
+
+def told(capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that says what is served, and why not ResNet50."""
+    [line] = [each for each in capfd.readouterr().out.splitlines() if "Serving" in each]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [(f"http://127.0.0.1:{free_port()}/", "Connection refused"),
+     ("http://nowhere.invalid/", "[Nn]ame|resolution|no answer within"),
+     (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "HTTP Error 403: Forbidden"),
+     (b"\0\1 this is no HTTP\r\n\r\n", "this is no HTTP"), (b"", "closed|reset"),
+     ("http://127.0.0.1:port/", "nonnumeric port")],
+    ids=["refused", "no DNS", "403", "rubbish", "hangs up", "no port"],
+)  # fmt: skip
+def test_without_the_internet_the_bundled_model_is_served_and_the_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str | bytes, reason: str
+) -> None:
+    with answering(address if isinstance(address, bytes) else b"") as url:
+        monkeypatch.setattr(default_model, "WEIGHTS_URL", url if isinstance(address, bytes) else address)
+
+        assert default_model.choose() == BUNDLED
+
+    line = told(capfd)
+    assert re.search(reason, line)
+    assert DESCRIPTION in line
+    assert f"put {WEIGHTS} and {CLASSES} there" in line
+    assert f"complete in {keras_downloads()}" in line
+    [section] = re.findall('README.md says under "(.*?)"', line)
+    assert f"\n### {section}\n" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("asleep", ["the server", "the host's name"])
+def test_a_network_that_swallows_everything_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], asleep: str
+) -> None:
+    monkeypatch.setattr(default_model, "PROBE_LIMIT", 0.3)
+    release = threading.Event()
+    if asleep != "the server":  # a resolver has limits of its own, of up to a minute
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
+    with answering(b"", lambda: release.wait(20)) as url:
+        monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
+        begun = time.monotonic()
+
+        assert default_model.choose() == BUNDLED
+
+        assert time.monotonic() - begun < 2
+        release.set()
+    assert re.search("no answer within 0.3 seconds|timed out", told(capfd))
+
+
+def test_resnet50_is_served_from_the_cache_without_a_look_at_the_network(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    have_cached(monkeypatch)
+    monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
+
+    assert default_model.choose() == "ResNet50"
+    assert told(capfd) == f"* Serving ResNet50, which recognises {DESCRIPTION}"
+
+
+@pytest.mark.parametrize("wrong", ["weights", "classes"])
+def test_half_a_file_in_the_cache_does_not_count(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    have_cached(monkeypatch, **{wrong: b"half of"})
+    monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
+
+    assert default_model.choose() == BUNDLED
+
+
+def test_the_sums_are_those_that_keras_compares() -> None:
+    sources = "".join(
+        (Path(keras.applications.resnet.__file__).parents[2] / "src/applications" / name).read_text()
+        for name in ("resnet.py", "imagenet_utils.py")
+    )
+
+    assert all(digest in sources for digest in default_model.RESNET50_FILES.values())
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("import sys; sys.exit('noise\\nretrieval incomplete: got only 5 out of 9 bytes')",
+      "retrieval incomplete: got only 5 out of 9 bytes"),
+     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "exit code -9"),
+     ("import time; time.sleep(60)", "not complete after 1 seconds")],
+    ids=["cut off", "killed", "slow"],
+)  # fmt: skip
+def test_a_download_that_fails_or_takes_too_long_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], program: str, reason: str
+) -> None:
+    monkeypatch.setattr(default_model, "FETCH", [sys.executable, "-c", program])
+    monkeypatch.setattr(default_model, "FETCH_LIMIT", 1 if "sleep" in program else 60)
+    with answering(OK) as url:
+        monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
+
+        assert default_model.choose() == BUNDLED
+
+    assert f"({reason})" in told(capfd)
+
+
+def test_resnet50_is_served_when_it_has_been_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_model, "FETCH", [sys.executable, "-c", ""])
+    with answering(OK) as url:
+        monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
+
+        assert default_model.choose() == "ResNet50"
+
+
+def test_random_weights_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "MODEL_WEIGHTS", "random")
+    monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
+
+    assert default_model.choose() == "ResNet50"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nhalf", "retrieval incomplete"),
+     (b"HTTP/1.1 200 OK\r\n\r\nanother file", "Incomplete or corrupted file"), (b"HTTP/1.1 200 O", "timed out"),
+     (b"", "closed|reset")],
+    ids=["half", "another file", "stalls", "hangs up"],
+)  # fmt: skip
+def test_a_download_of_keras_that_breaks_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: bytes, reason: str
+) -> None:
+    """Whatever Keras raises: some of it has no address in it. And no half of a file is left behind."""
+    monkeypatch.setattr(classifier, "DOWNLOAD_TIMEOUT", 0.3)
+    release = threading.Event()
+    with answering(said, lambda: release.wait(5 if said.endswith(b"200 O") else 0)) as url:
+        with pytest.raises(Refusal) as refused:
+            classifier._download(
+                lambda: keras.utils.get_file("x", url, cache_dir=tmp_path, cache_subdir="", file_hash=32 * "0")
+            )
+        release.set()
+
+    assert re.search(reason, str(refused.value))
+    assert str(refused.value).endswith(f"or set MODEL={BUNDLED}, which needs nothing.")
+
+
+def test_the_description_is_the_model_s_own() -> None:
+    assert model_file.read(ROOT / "models/efficientnet_lite0.json").description == classifier.IMAGENET == DESCRIPTION
+
+
+def test_a_container_serves_the_model_that_is_chosen_and_stops_meanwhile(tmp_path: Path) -> None:
+    """By the Dockerfile's own command, which must not look for the weights where MODEL is set."""
+    stage = (ROOT / "Dockerfile").read_text().split(" AS model\n")[1]
+    [command] = re.findall(r"^CMD \[(.*)\]$", stage, re.MULTILINE)
+    program = [sys.executable, *re.findall(r'"(.*?)"', command)[1:]]
+    given = {**os.environ, "MODEL": "nowhere.keras", "https_proxy": "http://127.0.0.1:1"}
+    refused = subprocess.run(program, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60, check=False)
+    with answering(b"", lambda: time.sleep(20)) as url:
+        proxy = {"MODEL": "", "KERAS_HOME": str(tmp_path), "https_proxy": url}
+        with running(program, tmp_path / "log", **proxy) as process:
+            wait_until(lambda: handles(process.popen.pid, signal.SIGTERM), "it has begun")
+            begun = time.monotonic()
+
+            assert process.stop(signal.SIGTERM) == 0
+
+            assert time.monotonic() - begun < 3
+            assert process.log == ""  # it had not chosen yet
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith("nowhere.keras is not there: it must be the path of a .keras or .h5 file.")
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler for this signal."""
+    found = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(found[0], 16) >> (number - 1) & 1)
