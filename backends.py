@@ -10,10 +10,11 @@ with a batch size compiles; a later call with that size never does.
 import logging
 import math
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +24,26 @@ import settings
 from helpers import Refusal
 from import_noise import without_noise
 
+# Keras imports these where they are installed, for training and plots. They take 3 seconds of each start.
+UNUSED = ("matplotlib", "sklearn")
 MOST_CONSTANTS = 1_900_000_000  # bytes: a TensorFlow graph can't hold 2 GiB
 
 log = logging.getLogger(__name__)
 
 Images = npt.NDArray[np.generic]
 Output = npt.NDArray[np.floating[Any]]
+
+
+@contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """Let an import of these packages fail within the block, as if they were not installed."""
+    names = set(packages) - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None is Python's own mark for it
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 def _import_keras() -> None:
@@ -52,7 +67,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 # 2: errors. With less, somebody wants to see what TensorFlow says.
 _quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") >= "2"
-with without_noise() if _quiet else nullcontext():
+with without_noise() if _quiet else nullcontext(), _hidden(*UNUSED):
     _import_keras()
 
 

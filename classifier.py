@@ -153,18 +153,25 @@ class Classifier:
                     "Batches of %d do not fit in memory: computing at most %d at once", size, max(self._seconds)
                 )
                 break
-            if size >= 4 * self.batch_size:
+            # Where batches are long already, one doubling without a gain is enough: measuring more takes seconds.
+            long = self._seconds[self.batch_size] >= LONG
+            if size >= (2 if long else 4) * self.batch_size:
                 break
         self._seconds = {size: took for size, took in self._seconds.items() if size <= self.batch_size}
 
     def _measure(self, images: Images) -> float:
-        """Return the seconds that these images take once compiled for: the less of two, as others use the machine."""
+        """Return the seconds that these images take once compiled for.
+
+        A short batch is measured twice and the lesser time counts, since other programs use the machine too.
+        """
         self._network.predict_on_batch(images)  # compiles
+        took = self._timed(images)
+        return took if took >= LONG else min(took, self._timed(images))
+
+    def _timed(self, images: Images) -> float:
         started = time.perf_counter()
         self._network.predict_on_batch(images)
-        between = time.perf_counter()
-        self._network.predict_on_batch(images)
-        return min(between - started, time.perf_counter() - between)
+        return time.perf_counter() - started
 
     def _seconds_an_image(self, size: int) -> float:
         return (self._seconds[size] + BATCH_OVERHEAD) / size

@@ -4,6 +4,7 @@
                                frozen-twice, which is as the model server has it: two batches at once
     alone.py prepare IMAGE     images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
     alone.py answer IMAGE      ms of decoding, resizing and classifying one image after the other
+    alone.py served            images/s of the model server's model (MODEL), in its batches, two at once
     alone.py load              seconds that the model server's model takes to load and to warm up
 
 The model is untrained, which costs the same.
@@ -119,6 +120,17 @@ def answer(path: str) -> dict[str, float]:
     return {"one_ms": 1000 * rate(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
 
 
+def served() -> dict[str, float]:
+    """Return images/s of the model that the settings name, as the model server computes it, and its batch size."""
+    import classifier  # noqa: PLC0415 - reads the settings
+
+    network = classifier.load()
+    network.warm_up()
+    size = network.batch_size
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *network.shape)).astype(np.uint8)
+    return {"per_s": at_once(lambda: network.classify(pixels), 2) * size, "batch_size": size}
+
+
 def load() -> dict[str, float]:
     """Return the seconds of each step of a model server's start."""
     started = time.perf_counter()
@@ -140,6 +152,8 @@ def main() -> None:
         figures = prepare(words[0])
     elif what == "answer":
         figures = answer(words[0])
+    elif what == "served":
+        figures = served()
     else:
         figures = load()
     print(json.dumps(figures))

@@ -12,6 +12,18 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Figures = Mapping[str, Any]
+BUNDLED = {
+    "alone_per_s": "images/s alone, as the model server computes it",
+    "batch_size": "images in a batch, by warm-up",
+    "limit_per_s": "L: decoding and computing in series, images/s",
+    "service_per_s": "images/s through the service, 64 clients",
+    "p50_of_one_ms": "one idle request (p50), ms",
+    "memory_mb": "memory of the model server after the load, MB",
+    "peak_memory_mb": "the most that it had, MB",
+    "first_answer_s": "start of bin/serve to the first answer, s",
+    "ready_s": "start of bin/serve to its line that it is ready, s",
+    "failed": "failed",
+}
 PHOTO = "png-432kB"
 BURST = 500  # requests
 
@@ -35,6 +47,8 @@ def markdown(figures: Figures) -> str:
     for name, heading in (("resnet50", "ResNet50"), ("tutorial", "The tutorial's design"), ("plumbing", "Plumbing")):
         if name in figures:
             parts += [f"## {heading}\n", loads(figures[name])]
+    if "bundled" in figures:
+        parts += ["## The bundled model beside ResNet50\n", bundled(figures["bundled"])]
     if "bursts" in figures:
         parts += ["## Bursts of stress_test.py\n", bursts(figures["bursts"])]
     if "servers" in figures:
@@ -175,6 +189,21 @@ def loads(rows: Figures) -> str:
             row.get("redis_mb_per_request", ""),
         ])  # fmt: skip
     return table(head, body)
+
+
+def bundled(models: Figures) -> str:
+    """Return the table of the bundled model beside ResNet50, the last column their ratio."""
+    ours, other = models.values()
+    rows = [[what, ours[key], other[key], _ratio(ours[key], other[key])] for key, what in BUNDLED.items()]
+    rows.insert(
+        4, ["through the service / L", *(each["service_per_s"] / each["limit_per_s"] for each in (ours, other))]
+    )
+    rows[4].append("")
+    return table(["", *models, "ratio"], rows)
+
+
+def _ratio(value: float, other: float) -> float:
+    return value / other if other else math.nan
 
 
 def bursts(rows: Figures) -> str:

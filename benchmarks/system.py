@@ -148,6 +148,10 @@ class Service:
         """Return the most memory that a process of each kind has had resident, in MB."""
         return {name: max(map(peak_mb, pids)) for name, pids in self.processes().items()}
 
+    def resident_mb(self, name: str) -> float:
+        """Return the resident memory of the processes for `name`, in MB."""
+        return sum(map(resident_mb, self.processes()[name]))
+
     def redis_bytes(self) -> int:
         """Return the bytes that Redis has received and sent."""
         stats = self.redis.info("stats")

@@ -14,7 +14,7 @@ from conftest import ROOT, missing
 
 # Serves a small model that has weights of all kinds, and prints what two threads with 100 batches each saw.
 CHILD = """
-import json, logging, os, pathlib, sys, tempfile
+import importlib.util, json, logging, os, pathlib, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 import classifier, settings  # before Keras, as the model server does
 import keras, numpy as np
@@ -56,6 +56,8 @@ def difference(thread):
         worst = max(worst, np.abs(np.array(served.classify(images[chosen]), float) - plain[chosen]).max())
     return float(worst)
 
+unused = [name for name in ("matplotlib", "sklearn") if name in sys.modules]
+hidden = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
 with ThreadPoolExecutor(2) as pool:
     differences = list(pool.map(difference, range(2)))
 try:
@@ -64,6 +66,7 @@ except Exception as error:
     out_of_memory = classifier.out_of_memory(error)
 print(json.dumps({"differences": differences, "logged": logged, "keras_calls": len(keras_calls),
                   "spread": float(np.ptp(plain, axis=0).max()), "out_of_memory": out_of_memory,
+                  "unused": unused, "hidden": hidden,
                   "preallocate": os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]}))
 """
 
@@ -104,6 +107,11 @@ def test_the_backend_s_own_error_is_known_as_out_of_memory(seen: dict[str, Any])
 
 def test_jax_leaves_the_rest_of_a_gpu_to_others(seen: dict[str, Any]) -> None:
     assert seen["preallocate"] == "false"
+
+
+def test_keras_does_not_import_what_only_training_and_plots_use(seen: dict[str, Any]) -> None:
+    assert seen["unused"] == []
+    assert seen["hidden"] == []  # they can still be imported later
 
 
 @pytest.mark.parametrize("backend", ["openvino", "nonsense"])

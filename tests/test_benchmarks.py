@@ -64,6 +64,19 @@ def test_a_target_is_told_where_its_parts_were_measured_and_left_out_where_not()
     assert "8 model servers" not in text
 
 
+def test_the_bundled_model_stands_beside_resnet50() -> None:
+    ours = dict.fromkeys(report.BUNDLED, 4.0) | {"service_per_s": 45.0, "limit_per_s": 60.0, "failed": 0}
+    other = dict.fromkeys(report.BUNDLED, 8.0) | {"service_per_s": 15.0, "limit_per_s": 20.0, "failed": 0}
+
+    text = report.markdown(FIGURES | {"bundled": {"EfficientNet-Lite0": ours, "ResNet50": other}})
+
+    assert "|  | EfficientNet-Lite0 | ResNet50 | ratio |" in text
+    assert "| images/s through the service, 64 clients | 45 | 15 | 3 |" in text
+    assert "| through the service / L | 0.75 | 0.75 |  |" in text
+    assert "| start of bin/serve to the first answer, s | 4 | 8 | 0.5 |" in text
+    assert "| failed | 0 | 0 |  |" in text
+
+
 def test_the_backlog_that_nobody_can_spare_is_the_arithmetic_s() -> None:
     # At 10 images/s, 8 with what the clients take of the same cores, request 495, sent after 24.7 s, is answered after
     # 61.875 s at the earliest: it waits 37.175 s.

@@ -144,6 +144,15 @@ def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
     assert max(network.sizes) == 8
 
 
+def test_warm_up_wastes_no_time_on_long_batches() -> None:
+    network = Network(lambda images: time.sleep(0.015 * len(images)))
+
+    Classifier(network, FACTS).warm_up()
+
+    assert max(network.sizes) == 16  # 0.24 s, which gains nothing over 8
+    assert network.sizes.count(8) == 2  # compiled, and measured once
+
+
 def test_what_a_batch_costs_besides_its_computing_counts() -> None:
     """Where computing takes next to no time, small batches are not chosen for a chance difference."""
     assert warmed_up(Network()).batch_size == 32

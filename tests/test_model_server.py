@@ -1,5 +1,6 @@
 """The model server: step by step with a classifier made for the purpose, and as a process with the digits model."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import conftest
 import numpy as np
@@ -27,7 +31,7 @@ import redis_connection
 import run_model_server
 import settings
 from classifier import Classifier
-from helpers import base64_encode_image
+from helpers import Refusal, base64_encode_image
 from image_queue import ServerQueue, WebQueue
 from run_model_server import BATCHES_AT_ONCE, ModelServer
 
@@ -446,3 +450,28 @@ def test_a_check_that_can_not_be_made_says_why(arguments: list[str], reason: str
 
     assert done.returncode == 2
     assert reason in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [None, Refusal("no such model")])
+def test_garbage_is_collected_once_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, error: Refusal | None) -> None:
+    collecting: list[bool] = []
+    left: list[weakref.ref[Mock]] = []
+
+    def load() -> Mock:
+        weights = Mock()
+        weights.itself = weights  # a cycle, which only the collector frees
+        left.append(weakref.ref(weights))
+        collecting.append(gc.isenabled())
+        if error:
+            raise error
+        return Mock()
+
+    monkeypatch.setitem(sys.modules, "classifier", cast(types.ModuleType, Mock(load=load)))
+
+    with pytest.raises(Refusal) if error else nullcontext():
+        run_model_server.loaded_model()
+
+    assert collecting == [False]
+    assert gc.isenabled()
+    if not error:
+        assert left[0]() is None
