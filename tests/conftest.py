@@ -27,6 +27,8 @@ from redis.exceptions import RedisError
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 START_LIMIT = 240  # seconds that a model server may take to start on a busy machine
+# For programs that import TensorFlow: without the packages of the tests, which it would import too.
+AS_INSTALLED = {"PYTHONPATH": str(ROOT / "tests/as_installed")}
 
 
 def free_port() -> int:
@@ -81,7 +83,11 @@ class Process:
         self.log_path = log
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, "PATH": PATH, **environment}, stdout=output, stderr=output
+                command,
+                cwd=ROOT,
+                env={**os.environ, **AS_INSTALLED, "PATH": PATH, **environment},
+                stdout=output,
+                stderr=output,
             )
 
     @property

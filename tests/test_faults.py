@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import (
+    AS_INSTALLED,
     ROOT,
     Process,
     Service,
@@ -451,7 +452,8 @@ time.time = lambda: real() + shift
 
 def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, record_property: Record) -> None:
     """One clock is 90 seconds fast, the other 3 hours slow."""
-    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    as_installed = Path(AS_INSTALLED["PYTHONPATH"], "sitecustomize.py").read_text()
+    (tmp_path / "sitecustomize.py").write_text(as_installed + CLOCK)
     queue = pair.service.queue
     settings = {"IMAGE_QUEUE": queue, "REDIS_PORT": str(pair.name.port), "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "run_model_server.py"]
