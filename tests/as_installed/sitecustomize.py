@@ -1,6 +1,6 @@
-"""Hides from a program under test what the tests need and the service does not, so that it starts as it does in production.
+"""Hides packages of the tests from a program under test, so that it starts as fast as it does in production.
 
-TensorFlow and Keras import these packages wherever they find them, which nearly doubles the time of a start.
+TensorFlow and Keras import these where they find them, which nearly doubles the time of a start.
 """
 
 import os
