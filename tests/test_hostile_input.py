@@ -34,7 +34,7 @@ import run_web_server as web
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 WARM = EXAMPLES // 2  # examples after which a process has seen every decoder at its worst
-MUTANT_CLIENTS = 4
+MUTANT_CLIENTS = 2
 CODES = {400: {"bad_image", "missing_image"}, 413: {"too_large"}}
 GOOD = saved(hostile.SMALL, "PNG")
 BITMAP = saved(hostile.SMALL, "BMP")
