@@ -2,7 +2,8 @@
 
     alone.py model SIZE WAY    images/s of ResNet50 alone in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice, which is as the model server has it: two batches at once
-    alone.py prepare IMAGE     images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
+    alone.py prepare IMAGE SECONDS
+                               images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
     alone.py answer IMAGE      ms of decoding, resizing and classifying one image after the other
     alone.py served            images/s of the model server's model (MODEL), in its batches, two at once
     alone.py load              seconds that the model server's model takes to load and to warm up
@@ -88,25 +89,25 @@ def decode(data: bytes, draft: bool = True) -> npt.NDArray[np.uint8]:
     return np.asarray(image.convert("RGB").resize(TARGET, Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
-def count_decodes(data: bytes, start: float) -> int:
-    """Return how many are done in SECONDS from `start` on, of time.time()."""
+def count_decodes(data: bytes, start: float, seconds: float) -> int:
+    """Return how many are done in so many seconds from `start` on, of time.time()."""
     time.sleep(max(0.0, start - time.time()))
     done = 0
-    while time.time() < start + SECONDS:
+    while time.time() < start + seconds:
         decode(data)
         done += 1
     return done
 
 
-def prepare(path: str) -> dict[str, float]:
+def prepare(path: str, seconds: float) -> dict[str, float]:
     """Return images/s on all cores at once, and ms of one image by itself, in draft mode and without."""
     data = Path(path).read_bytes()
     cores = os.cpu_count() or 1
-    one = rate(lambda: decode(data), SECONDS / 4)
-    full = rate(lambda: decode(data, draft=False), SECONDS / 4)
+    one = rate(lambda: decode(data), seconds / 4)
+    full = rate(lambda: decode(data, draft=False), seconds / 4)
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        done = pool.starmap(count_decodes, [(data, time.time() + 2)] * cores)
-    return {"per_s": sum(done) / SECONDS, "one_ms": 1000 * one, "full_ms": 1000 * full}
+        done = pool.starmap(count_decodes, [(data, time.time() + 2, seconds)] * cores)
+    return {"per_s": sum(done) / seconds, "one_ms": 1000 * one, "full_ms": 1000 * full}
 
 
 def answer(path: str) -> dict[str, float]:
@@ -149,7 +150,7 @@ def main() -> None:
     if what == "model":
         figures = model(int(words[0]), words[1])
     elif what == "prepare":
-        figures = prepare(words[0])
+        figures = prepare(words[0], float(words[1]))
     elif what == "answer":
         figures = answer(words[0])
     elif what == "served":

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
@@ -27,6 +28,8 @@ from redis.exceptions import RedisError
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 START_LIMIT = 240  # seconds that a model server may take to start on a busy machine
+# For programs that import TensorFlow: without the packages of the tests, which it would import too.
+AS_INSTALLED = {"PYTHONPATH": str(ROOT / "tests/as_installed")}
 
 
 def free_port() -> int:
@@ -81,7 +84,11 @@ class Process:
         self.log_path = log
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, "PATH": PATH, **environment}, stdout=output, stderr=output
+                command,
+                cwd=ROOT,
+                env={**os.environ, **AS_INSTALLED, "PATH": PATH, **environment},
+                stdout=output,
+                stderr=output,
             )
 
     @property
@@ -242,6 +249,30 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from chroot import make_base  # noqa: PLC0415 - which imports this module
 
     return make_base(tmp_path_factory.mktemp("debian") / "root")
+
+
+def images_are_wanted(session: pytest.Session) -> bool:
+    return any("storage" in getattr(item, "fixturenames", ()) for item in session.items)
+
+
+@pytest.fixture(scope="session")
+def images_to_come(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[list[str]]]:
+    """The images of the Dockerfile, which are built in the background; buildah's options to find them."""
+    from container_images import Storage  # noqa: PLC0415 - which imports this module
+
+    storage = Storage(tmp_path_factory.mktemp("buildah"))
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(storage.fill, debian)
+    storage.empty()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move tests/test_install.py ahead of test_docker.py: it keeps one core busy while the images are built."""
+    installs = [item for item in items if item.path.name == "test_install.py"]
+    others = [item for item in items if item not in installs]
+    first = next((n for n, item in enumerate(others) if item.path.name == "test_docker.py"), None)
+    if first is not None:
+        items[:] = [*others[:first], *installs, *others[first:]]
 
 
 def ready(url: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import ROOT, missing
+from conftest import AS_INSTALLED, ROOT, missing
 
 # Serves a small model that has weights of all kinds, and prints what two threads with 100 batches each saw.
 CHILD = """
@@ -74,7 +74,7 @@ print(json.dumps({"differences": differences, "logged": logged, "keras_calls": l
 @cache
 def seen_with(backend: str) -> dict[str, Any]:
     """What the child prints with this backend."""
-    environment = {**os.environ, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
+    environment = {**os.environ, **AS_INSTALLED, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
     ended = subprocess.run(
         [sys.executable, "-c", CHILD],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False,

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import AS_INSTALLED, ROOT
 
 import classifier
 import run_model_server
@@ -443,7 +443,8 @@ WITHOUT_A_HOME = (
 
 def test_without_internet_the_line_says_which_file_to_put_where(tmp_path: Path) -> None:
     """The proxy that nobody runs stands for an internet that is not there. The user has no home, as in a container."""
-    environment = {**os.environ, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50", "https_proxy": "http://127.0.0.1:1"}
+    environment = {**os.environ, **AS_INSTALLED, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50",
+                   "https_proxy": "http://127.0.0.1:1"}  # fmt: skip
     environment.pop("HOME", None)
 
     ended = subprocess.run(

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from typing import Any
 import pytest
 import requests
 import yaml
-from chroot import copy_of, named_paths, need_root
+from chroot import need_root
 from conftest import ROOT, Process, Service, free_port, need, run_redis, running, wait_until
+from container_images import ALL
 from redis import Redis
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
 OF_BIN_SERVE = {"PORT", "MODEL_SERVERS"}
-ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 CAT = (ROOT / "images/cat.jpg").read_bytes()
 
 # As an engine does it: mounts and names of its own, then the user without any right, and the command.
@@ -118,42 +118,9 @@ def inner(process: Process) -> int:
 
 
 @pytest.fixture(scope="module")
-def storage(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def storage(images_to_come: Future[list[str]]) -> list[str]:
     """Where buildah keeps what it makes, with the images in it."""
-    need_root()
-    need("buildah")
-    folder = tmp_path_factory.mktemp("buildah")
-    options = ["--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "overlay"]
-    buildah = ["buildah", *options]
-    try:
-        with copy_of(debian) as system:
-            keep_certificates(system.root)
-            container = subprocess.check_output([*buildah, "from", "scratch"], text=True).strip()
-            subprocess.run([*buildah, "add", "--quiet", container, str(system.root), "/"], check=True)
-            subprocess.run([*buildah, "commit", "--quiet", "--rm", container, "base"], check=True)
-        for target in ("web", "model") if ALL else ("web",):
-            build(buildah, target)
-        yield options
-    finally:
-        subprocess.run([*buildah, "rm", "--all"], check=False, capture_output=True)
-        subprocess.run([*buildah, "rmi", "--all", "--force"], check=False, capture_output=True)
-
-
-def keep_certificates(root: Path) -> None:
-    """Those of this machine count in it too, when its own package of them is installed."""
-    bundle = root / "etc/ssl/certs/ca-certificates.crt"
-    if bundle.exists():
-        kept = root / "usr/local/share/ca-certificates/this-machine.crt"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(bundle.read_bytes())
-
-
-def build(buildah: list[str], target: str) -> None:
-    mounts = [f"--volume={path}:{path}:ro" for path in named_paths() if path.is_dir()]
-    options = ["--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--pull-never", *mounts]
-    command = [*buildah, "bud", *options, "--build-arg", "BASE=localhost/base", "--target", target, "-t", target, "."]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
-    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    return images_to_come.result()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import (
+    AS_INSTALLED,
     ROOT,
     Process,
     Service,
@@ -96,15 +97,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         yield Serve(process, port, redis_port)
 
 
+@pytest.fixture(scope="module")
+def hurt(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service for faults from which its model server recovers. Other model servers and Apaches may join its queue."""
+    with run_service(tmp_path_factory.mktemp("hurt")) as service:
+        yield service
+
+
 @contextmanager
-def service_with_redis(directory: Path, servers: int = 1, **environment: str) -> Iterator[tuple[Service, Redis]]:
-    """A service on a Redis that is its own, to be hurt."""
-    port = free_port()
-    redis = Redis(port=port, socket_timeout=30)
-    with run_redis(directory / "redis", port):
-        wait_until(lambda: answers(redis), "Redis answers")
-        with run_service(directory, servers, REDIS_PORT=str(port), **environment) as service:
-            yield service, redis
+def second_server(service: Service, log: Path) -> Iterator[Process]:
+    """Run one more model server on the queue of the service."""
+    with run_model_server(log, IMAGE_QUEUE=service.queue) as process:
+        process.wait_for_log("* Joined the queue")
+        yield process
 
 
 # Model servers
@@ -125,12 +130,11 @@ def test_a_model_server_killed_ten_times_loses_nothing(served: Serve, record_pro
 
 
 def test_when_one_of_two_model_servers_dies_the_other_takes_over(
-    redis: Redis, tmp_path: Path, record_property: Record
+    redis: Redis, hurt: Service, tmp_path: Path, record_property: Record
 ) -> None:
-    with run_service(tmp_path, servers=2) as service, Load(service.url) as load:
+    with second_server(hurt, tmp_path / "second") as killed, Load(hurt.url) as load:
         load.wait_for(100)
-        killed = service.servers[0]
-        freeze_in_mid_batch(killed.popen.pid, lambda: in_flight(redis, service.queue, name_of(killed)))
+        freeze_in_mid_batch(killed.popen.pid, lambda: in_flight(redis, hurt.queue, name_of(killed)))
         killed.send(signal.SIGKILL)
         died = time.monotonic()
         load.wait_for(200)
@@ -168,14 +172,13 @@ def test_sigterm_in_mid_batch_answers_it_and_the_next_one_takes_over_at_once(
 
 
 def test_a_frozen_model_server_is_replaced_and_its_late_answers_harm_nothing(
-    redis: Redis, tmp_path: Path, record_property: Record
+    redis: Redis, hurt: Service, tmp_path: Path, record_property: Record
 ) -> None:
-    with run_service(tmp_path, servers=2) as service, Load(service.url) as load:
+    with second_server(hurt, tmp_path / "second") as frozen, Load(hurt.url) as load:
         load.wait_for(100)
-        frozen = service.servers[0]
-        jobs = freeze_in_mid_batch(frozen.popen.pid, lambda: in_flight(redis, service.queue, name_of(frozen)))
-        wait_until(lambda: len(redis.keys(f"{service.queue}:server:*")) == 1, "the heartbeat has lapsed")
-        wait_until(lambda: "died:" in service.servers[1].log, "the other brings its jobs back")
+        jobs = freeze_in_mid_batch(frozen.popen.pid, lambda: in_flight(redis, hurt.queue, name_of(frozen)))
+        wait_until(lambda: len(redis.keys(f"{hurt.queue}:server:*")) == 1, "the heartbeat has lapsed")
+        wait_until(lambda: f"{name_of(frozen)} died:" in hurt.servers[0].log, "the other brings its jobs back")
         load.wait_for(200)
         frozen.send(signal.SIGCONT)
         frozen.wait_for_log("joining again")
@@ -293,12 +296,12 @@ def test_started_without_redis_each_waits_and_recovers_alone(tmp_path: Path, rec
     record_property("figures", load.figures)
 
 
-def test_a_redis_out_of_memory_is_503_and_recovers(tmp_path: Path, record_property: Record) -> None:
-    with service_with_redis(tmp_path) as (service, redis), Load(service.url) as load:
+def test_a_redis_out_of_memory_is_503_and_recovers(served: Serve, record_property: Record) -> None:
+    with Load(served.url) as load:
         load.wait_for(100)
-        redis.config_set("maxmemory", 1)
+        served.redis.config_set("maxmemory", 1)
         wait_until(lambda: sum(o.status == 503 for o in load.outcomes) >= 100, "requests are refused")
-        redis.config_set("maxmemory", 0)
+        served.redis.config_set("maxmemory", 0)
         load.wait_for(200)
 
     refused = [o for o in load.outcomes if o.status == 503]
@@ -451,7 +454,8 @@ time.time = lambda: real() + shift
 
 def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, record_property: Record) -> None:
     """One clock is 90 seconds fast, the other 3 hours slow."""
-    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    as_installed = Path(AS_INSTALLED["PYTHONPATH"], "sitecustomize.py").read_text()
+    (tmp_path / "sitecustomize.py").write_text(as_installed + CLOCK)
     queue = pair.service.queue
     settings = {"IMAGE_QUEUE": queue, "REDIS_PORT": str(pair.name.port), "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "run_model_server.py"]
@@ -485,14 +489,12 @@ def reload(url: str) -> None:
     wait_until(lambda: len(set(web_processes(url)) - set(before)) == len(before), "other web processes", 60)
 
 
-def test_five_graceful_reloads_fail_next_to_no_request(
-    redis_port: int, tmp_path: Path, record_property: Record
-) -> None:
+def test_five_graceful_reloads_fail_next_to_no_request(hurt: Service, record_property: Record) -> None:
     """Not none: what an old worker has accepted, and not yet handed on when Apache stops the web processes, fails."""
-    with run_service(tmp_path) as service, Load(service.url) as load:
+    with Load(hurt.url) as load:
         for _ in range(5):
             load.wait_for(100)
-            reload(service.url)
+            reload(hurt.url)
         load.wait_for(200)
 
     assert set(load.failures) <= {"503 unavailable", "500 internal_error", "502 bad_gateway"}
@@ -501,18 +503,18 @@ def test_five_graceful_reloads_fail_next_to_no_request(
 
 
 def test_a_request_that_begins_before_a_graceful_reload_and_ends_after_it_is_told_to_come_again(
-    redis_port: int, tmp_path: Path, record_property: Record
+    hurt: Service, record_property: Record
 ) -> None:
     """An old worker holds the first half of its headers when its web processes, which the rest is for, are no more."""
     image = known_images()[0]
     request = requests.Request("POST", "http://x/predict", files={"image": image.data}).prepare()
     assert isinstance(request.body, bytes)
     head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    with run_service(tmp_path) as service, connect(service.url) as connection:
+    with connect(hurt.url) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
         wait_until(lambda: is_accepted(connection), "a worker has the connection")
-        reload(service.url)
-        assert ask(service.url, image).right
+        reload(hurt.url)
+        assert ask(hurt.url, image).right
 
         connection.sendall(f"{head}\r\n".encode() + request.body)
         answer = HTTPResponse(connection)
@@ -532,24 +534,22 @@ def is_accepted(connection: socket.socket) -> bool:
     return any(row[2].endswith(f":{mine}") and row[9] != "0" for row in rows)
 
 
-def test_five_reloads_of_the_web_processes_alone_fail_no_request(
-    redis_port: int, tmp_path: Path, record_property: Record
-) -> None:
+def test_five_reloads_of_the_web_processes_alone_fail_no_request(hurt: Service, record_property: Record) -> None:
     """And with requests in them that take longer than the 5 seconds that mod_wsgi grants by itself."""
-    with run_service(tmp_path) as service, Load(service.url) as load:
+    with Load(hurt.url) as load:
         for _ in range(4):
             load.wait_for(100)
-            reload_web_processes(service.url)
+            reload_web_processes(hurt.url)
         load.wait_for(100)
-        service.servers[0].send(signal.SIGSTOP)
-        before = web_processes(service.url)
+        hurt.servers[0].send(signal.SIGSTOP)
+        before = web_processes(hurt.url)
         (ROOT / "keras_rest_api_app.wsgi").touch()
         with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(requests.get, f"{service.url}/livez", timeout=60) for _ in range(8)]
+            asked = [pool.submit(requests.get, f"{hurt.url}/livez", timeout=60) for _ in range(8)]
             time.sleep(7)
-            service.servers[0].send(signal.SIGCONT)
+            hurt.servers[0].send(signal.SIGCONT)
             assert all(each.result().status_code == 200 for each in asked)
-        wait_until(lambda: not set(before) & set(web_processes(service.url)), "other web processes", 60)
+        wait_until(lambda: not set(before) & set(web_processes(hurt.url)), "other web processes", 60)
         load.wait_for(200)
 
     assert load.failures == {}
@@ -564,18 +564,19 @@ def reload_web_processes(url: str) -> None:
 
 
 def test_a_killed_web_process_takes_only_its_own_requests_along(
-    redis: Redis, tmp_path: Path, record_property: Record
+    redis: Redis, hurt: Service, record_property: Record
 ) -> None:
-    with run_service(tmp_path, REQUEST_TIMEOUT="5") as service, Load(service.url) as load:
+    before = set(redis.keys(f"{hurt.queue}:*"))  # what a reload left in another test, which takes longer to expire
+    with run_apache(IMAGE_QUEUE=hurt.queue, REQUEST_TIMEOUT="5") as url, Load(url) as load:
         load.wait_for(100)
-        service.servers[0].send(signal.SIGSTOP)
-        wait_until(lambda: redis.llen(service.queue) + in_flight(redis, service.queue) == CLIENTS, "all wait")
-        killed, other = web_processes(service.url)
+        hurt.servers[0].send(signal.SIGSTOP)
+        wait_until(lambda: redis.llen(hurt.queue) + in_flight(redis, hurt.queue) == CLIENTS, "all wait")
+        killed, other = web_processes(url)
         os.kill(killed, signal.SIGKILL)
         died = time.monotonic()
-        service.servers[0].send(signal.SIGCONT)
+        hurt.servers[0].send(signal.SIGCONT)
         load.wait_for(200)
-        assert other in web_processes(service.url)
+        assert other in web_processes(url)
 
     failed = [o for o in load.outcomes if not o.right]
     assert failed
@@ -583,7 +584,8 @@ def test_a_killed_web_process_takes_only_its_own_requests_along(
     assert all(o.started < died < o.started + o.seconds + 0.1 for o in failed)
     assert len(failed) < CLIENTS
     wait_until(
-        lambda: not set(redis.keys(f"{service.queue}*")) - heartbeats(redis, service.queue), "nothing of theirs is left"
+        lambda: not set(redis.keys(f"{hurt.queue}*")) - before - heartbeats(redis, hurt.queue),
+        "nothing of theirs is left",
     )
     record_property("figures", f"{load.figures}, all of them in the killed process")
 
@@ -638,13 +640,13 @@ def test_what_clients_that_hung_up_asked_for_is_not_computed_and_leaves_nothing(
 
 
 def test_a_full_queue_is_503_for_the_rest_and_every_accepted_one_is_answered(
-    redis: Redis, tmp_path: Path, record_property: Record
+    redis: Redis, hurt: Service, record_property: Record
 ) -> None:
-    with run_service(tmp_path, MAX_QUEUE="8") as service, ThreadPoolExecutor(64) as pool:
-        service.servers[0].send(signal.SIGSTOP)
-        asked = [pool.submit(ask, service.url, image) for image in known_images()[:64]]
-        wait_until(lambda: redis.llen(service.queue) == 8 and sum(a.done() for a in asked) >= 48, "the queue is full")
-        service.servers[0].send(signal.SIGCONT)
+    with run_apache(IMAGE_QUEUE=hurt.queue, MAX_QUEUE="8") as url, ThreadPoolExecutor(64) as pool:
+        hurt.servers[0].send(signal.SIGSTOP)
+        asked = [pool.submit(ask, url, image) for image in known_images()[:64]]
+        wait_until(lambda: redis.llen(hurt.queue) == 8 and sum(a.done() for a in asked) >= 48, "the queue is full")
+        hurt.servers[0].send(signal.SIGCONT)
         outcomes = [each.result() for each in asked]
 
     refused = [o for o in outcomes if o.status == 503]
@@ -761,7 +763,7 @@ def test_a_batch_too_big_for_memory_is_split_and_the_limit_is_remembered(
 # Rubbish and slowness
 
 
-def test_rubbish_in_the_queue_harms_nobody(redis: Redis, tmp_path: Path, record_property: Record) -> None:
+def test_rubbish_in_the_queue_harms_nobody(redis: Redis, hurt: Service, record_property: Record) -> None:
     huge = b"x" * 100_000_000
     deadline = b'", "deadline": %f' % (time.time() + 60)
     entries = [
@@ -774,14 +776,16 @@ def test_rubbish_in_the_queue_harms_nobody(redis: Redis, tmp_path: Path, record_
         "cut": b'{"id": "cut' + deadline + b', "image": "AAAA',
         "huge": b'{"id": "huge' + deadline + b', "image": "' + huge + b'"}',
     }
-    with run_service(tmp_path) as service, Load(service.url) as load:
+    server = hurt.servers[0]
+    before = len(server.log)
+    with Load(hurt.url) as load:
         load.wait_for(50)
         for entry in [*entries, *with_id.values()]:
-            redis.rpush(service.queue, entry)
-        replies = {name: redis.blpop([f"{service.queue}:result:{name}"], 4) for name in with_id}
+            redis.rpush(hurt.queue, entry)
+        replies = {name: redis.blpop([f"{hurt.queue}:result:{name}"], 4) for name in with_id}
         load.wait_for(200)
-        assert service.servers[0].alive
-        log = service.servers[0].log
+        assert server.alive
+        log = server.log[before:]
 
     assert load.failures == {}
     for name, reply in replies.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chroot import Chroot, copy_of, copy_project, need_root
-from conftest import PATH, ROOT, make_certificates, need
+from conftest import PATH, ROOT, images_are_wanted, make_certificates, need
 from test_docs import commands
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
@@ -34,8 +34,10 @@ cat /proc/[0-9]*/status | awk -F '\t' '/^Name:/ {name = $2} /^Uid:/ {print name 
 
 
 @pytest.fixture(scope="module")
-def system(debian: Path) -> Iterator[Chroot]:
-    """A system with the project in /srv/app, in which bin/install has failed once, for lack of packages for Python."""
+def system(debian: Path, request: pytest.FixtureRequest) -> Iterator[Chroot]:
+    """A system with the project in /srv/app; where images are wanted, too, they are built meanwhile."""
+    if images_are_wanted(request.session):
+        request.getfixturevalue("images_to_come")
     with copy_of(debian) as chroot:
         copy_project(chroot.root / "srv/app")
         yield chroot

@@ -417,7 +417,7 @@ def test_a_model_that_can_not_be_served_ends_with_2(tmp_path: Path, name: str, v
 
 def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
     """What --check prints, with no Redis, and with another MODEL in the environment."""
-    environment = {**os.environ, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
+    environment = {**os.environ, **conftest.AS_INSTALLED, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
     command = [sys.executable, "run_model_server.py", "--model", model, "--check", *image]
     return subprocess.run(
         command, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False

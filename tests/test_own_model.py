@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import (
+    AS_INSTALLED,
     ROOT,
     Service,
     free_port,
@@ -182,7 +183,8 @@ def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
 
     ended = subprocess.run(
         [sys.executable, "run_model_server.py"],
-        cwd=ROOT, env={**os.environ, "MODEL": str(path)}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**os.environ, **AS_INSTALLED, "MODEL": str(path)}, capture_output=True, text=True, timeout=120,
+        check=False,
     )  # fmt: skip
 
     assert ended.returncode == 2
@@ -237,7 +239,7 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
         "    model = classifier.load(); model.warm_up()\n"
         "    print(json.dumps([[each.tolist() for each in model.classify(images)] for _ in range(2)]))"
     )
-    environment = {**os.environ, "KERAS_BACKEND": backend, "IMAGE_DTYPE": dtype, "BATCH_SIZE": "4"}
+    environment = {**os.environ, **AS_INSTALLED, "KERAS_BACKEND": backend, "IMAGE_DTYPE": dtype, "BATCH_SIZE": "4"}
     command = [sys.executable, "-c", code, str(paths[0].with_suffix(".npy")), *map(str, paths)]
     printed = subprocess.check_output(command, cwd=ROOT, env=environment, timeout=250)
     return [np.array(json.loads(line)) for line in printed.splitlines()]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import (
+    AS_INSTALLED,
     PATH,
     ROOT,
     Service,
@@ -192,7 +193,7 @@ def test_redis_listens_on_loopback_only_and_hardly_anything_runs_as_root(
 
 @pytest.fixture
 def impatient(nothing_cached: dict[str, str]) -> dict[str, str]:
-    return nothing_cached | DIGITS | {"PYTHONPATH": str(ROOT / "deploy")}
+    return nothing_cached | DIGITS | {"PYTHONPATH": f"{ROOT}/deploy:{AS_INSTALLED['PYTHONPATH']}"}
 
 
 def test_what_waits_on_a_frozen_redis_is_not_left_behind(impatient: dict[str, str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -462,27 +462,42 @@ def decoded(probabilities: Any, imagenet_names: bool) -> list[list[tuple[str, fl
     return [[(f"label {i}", row[i]) for i in row.argsort()[::-1][:5]] for row in probabilities]
 
 
+class Plain(NamedTuple):
+    """What plain Keras makes of the samples with a ResNet50: the settings that serve it, and the probabilities."""
+
+    settings: dict[str, str]
+    probabilities: Any
+
+
+@pytest.fixture(scope="module")
+def plain_resnet50(tmp_path_factory: pytest.TempPathFactory, imagenet_names: bool) -> Plain:
+    folder = tmp_path_factory.mktemp("resnet50")
+    weights, labels = folder / "resnet50.weights.h5", folder / "labels.txt"
+    keras.utils.set_random_seed(1)
+    network = keras.applications.ResNet50(weights=None)
+    network.save_weights(weights)
+    labels.write_text("\n".join(f"label {i}" for i in range(1000)))
+    sent = samples.samples()
+    pixels = [Image.fromarray(sample.pixels).resize((224, 224), Image.Resampling.BICUBIC) for sample in sent]
+    prepared = keras.applications.resnet50.preprocess_input(np.stack([np.asarray(p, np.float32) for p in pixels]))
+    model = {"MODEL": "ResNet50", "MODEL_WEIGHTS": str(weights), "LABELS": "" if imagenet_names else str(labels)}
+    return Plain(model, network.predict(prepared, verbose=0))
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_resnet50_through_http_equals_plain_keras(
-    redis_port: int, tmp_path: Path, backend: str, imagenet_names: bool
+    redis_port: int, tmp_path: Path, backend: str, imagenet_names: bool, plain_resnet50: Plain
 ) -> None:
     """20 images of all formats and modes: the same labels in the same order, probabilities to 1e-4."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
     sent = samples.samples()
-    weights, labels = tmp_path / "resnet50.weights.h5", tmp_path / "labels.txt"
-    keras.utils.set_random_seed(1)
-    network = keras.applications.ResNet50(weights=None)
-    network.save_weights(weights)
-    labels.write_text("\n".join(f"label {i}" for i in range(1000)))
-    model = {"MODEL": "ResNet50", "MODEL_WEIGHTS": str(weights), "LABELS": "" if imagenet_names else str(labels)}
+    plain = plain_resnet50.probabilities
 
-    with run_service(tmp_path, 1, KERAS_BACKEND=backend, **model) as service:
+    # Warm-up measures each size of batch, which takes long for 32.
+    with run_service(tmp_path, 1, KERAS_BACKEND=backend, BATCH_SIZE="8", **plain_resnet50.settings) as service:
         responses = post_all(service, [sample.data for sample in sent])
 
-    pixels = [Image.fromarray(sample.pixels).resize((224, 224), Image.Resampling.BICUBIC) for sample in sent]
-    prepared = keras.applications.resnet50.preprocess_input(np.stack([np.asarray(p, np.float32) for p in pixels]))
-    plain = network.predict(prepared, verbose=0)
     assert len(sent) >= 20
     for sample, response, expected in zip(sent, responses, decoded(plain, imagenet_names), strict=True):
         got = [(each["label"], each["probability"]) for each in response.json()["predictions"]]
