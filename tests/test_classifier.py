@@ -144,12 +144,12 @@ def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
     assert max(network.sizes) == 8
 
 
-def test_warm_up_wastes_no_time_on_long_batches() -> None:
+def test_warm_up_measures_a_long_batch_once() -> None:
     network = Network(lambda images: time.sleep(0.015 * len(images)))
 
     Classifier(network, FACTS).warm_up()
 
-        assert network.sizes.count(8) == 2  # compiled, and measured once
+    assert network.sizes.count(8) == 2  # compiled, and measured once
 
 
 def test_what_a_batch_costs_besides_its_computing_counts() -> None:
