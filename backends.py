@@ -140,6 +140,8 @@ class Torch:
 
         if settings.XLA:
             log.warning("XLA=true changes nothing with PyTorch")
+        # TorchScript's fuser compiles for seconds at later calls, and again in each thread, where warm-up has ended.
+        torch._C._jit_set_texpr_fuser_enabled(False)
         self._torch: Any = torch
         self._model = model.eval()
         self._device = next((weights.device for weights in model.parameters()), "cpu")

@@ -60,13 +60,17 @@ unused = [name for name in ("matplotlib", "sklearn") if name in sys.modules]
 hidden = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
 with ThreadPoolExecutor(2) as pool:
     differences = list(pool.map(difference, range(2)))
+fuser = False
+if keras.backend.backend() == "torch":
+    import torch
+    fuser = torch._C._jit_texpr_fuser_enabled()
 try:
     np.asarray(keras.ops.zeros((1 << 46,)))
 except Exception as error:
     out_of_memory = classifier.out_of_memory(error)
 print(json.dumps({"differences": differences, "logged": logged, "keras_calls": len(keras_calls),
                   "spread": float(np.ptp(plain, axis=0).max()), "out_of_memory": out_of_memory,
-                  "unused": unused, "hidden": hidden,
+                  "unused": unused, "hidden": hidden, "fuser": fuser,
                   "preallocate": os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]}))
 """
 
@@ -99,6 +103,10 @@ def test_two_threads_at_once_get_the_answers_of_plain_keras(seen: dict[str, Any]
 
 def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> None:
     assert seen["keras_calls"] == 0
+
+
+def test_torchscript_s_fuser_which_compiles_at_later_calls_is_off(seen: dict[str, Any]) -> None:
+    assert seen["fuser"] is False  # what it costs needs a network of dozens of layers to be seen
 
 
 def test_the_backend_s_own_error_is_known_as_out_of_memory(seen: dict[str, Any]) -> None:
