@@ -14,14 +14,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 import settings
-from helpers import Refusal
+from helpers import BATCHES_AT_ONCE, Refusal
 from import_noise import without_noise
 
 # Keras imports these where they are installed, for training and plots. They take 3 seconds of each start.
@@ -140,28 +142,56 @@ class Torch:
 
         if settings.XLA:
             log.warning("XLA=true changes nothing with PyTorch")
-        # TorchScript's fuser compiles for seconds at later calls, and again in each thread, where warm-up has ended.
-        torch._C._jit_set_texpr_fuser_enabled(False)
         self._torch: Any = torch
         self._model = model.eval()
-        self._device = next((weights.device for weights in model.parameters()), "cpu")
+        self._device = next((weights.device for weights in model.parameters()), torch.device("cpu"))
+        # On a CPU TorchScript's fuser fuses nothing, but it compiles for seconds at calls long after the first.
+        torch._C._jit_set_texpr_fuser_enabled(self._device.type != "cpu")
         self._functions: dict[tuple[int, ...], Callable[[Any], Any]] = {}  # by the shape of a batch
         self._compiling = threading.Lock()
+        # cuDNN plans a convolution anew in each thread, which takes seconds for a whole network. So the same threads
+        # compute always, and each has computed a shape before it counts as compiled.
+        self._threads = [ThreadPoolExecutor(1, "torch") for _ in range(BATCHES_AT_ONCE)]
+        self._free: SimpleQueue[ThreadPoolExecutor] = SimpleQueue()
+        for thread in self._threads:
+            self._free.put(thread)
 
     def predict_on_batch(self, images: Images) -> Output:
         """Return the probabilities (n, classes) of `images` (n, height, width, channels)."""
-        batch = self._torch.tensor(images, device=self._device)
-        with self._torch.inference_mode():
-            if images.shape not in self._functions:
-                with self._compiling:
-                    self._functions[images.shape] = self._compile(batch)
-            return np.asarray(self._functions[images.shape](batch).float().cpu())
+        if images.shape not in self._functions:
+            with self._compiling:
+                self._prepare(images)
+        thread = self._free.get()
+        try:
+            return thread.submit(self._predict, self._functions[images.shape], images).result()
+        finally:
+            self._free.put(thread)
 
-    def _compile(self, batch: Any) -> Callable[[Any], Any]:
+    def _prepare(self, images: Images) -> None:
+        """Compile for batches of this shape, and compute one on each thread."""
+        if images.shape in self._functions:
+            return  # another call has done it meanwhile
+        function = self._threads[0].submit(self._compile, images).result()
+        for thread in self._threads:
+            thread.submit(self._predict, function, images).result()
+        self._functions[images.shape] = function
+
+    def _predict(self, function: Callable[[Any], Any], images: Images) -> Output:
+        with self._torch.inference_mode():
+            return np.asarray(function(self._on_device(images)).float().cpu())
+
+    def _on_device(self, images: Images) -> Any:
+        return self._torch.tensor(images, device=self._device)
+
+    def _compile(self, images: Images) -> Callable[[Any], Any]:
         """Return a function that is right for batches like this one.
 
         It may have been compiled for another batch size. A model that can't be compiled is run as it is.
         """
+        with self._torch.inference_mode():
+            return self._checked(self._on_device(images))
+
+    def _checked(self, batch: Any) -> Callable[[Any], Any]:
         plain = self._model(batch.clone())  # a model may write into its input
         exact = settings.DTYPE_POLICY == "float32"
         tolerance = {"rtol": 0.01, "atol": 1e-4} if exact else {"rtol": 0.1, "atol": 0.02}

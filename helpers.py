@@ -21,6 +21,10 @@ Shape = tuple[int, int, int]  # height, width, channels
 
 USUAL_SHAPE: Shape = (224, 224, 3)  # where neither a setting nor a model says another
 MOST_SIDE = 4096  # pixels
+# Batches that a model server computes at the same time: while one waits for the slower of its threads, or for Python to
+# begin it, the other computes. With ResNet50 on a CPU that is 5 to 10% faster than one at a time, and a third gains
+# nothing.
+BATCHES_AT_ONCE = 2
 
 
 def as_shape(value: object) -> Shape | None:

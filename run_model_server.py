@@ -39,6 +39,7 @@ import model_checks
 import server_metrics
 import settings
 from helpers import (
+    BATCHES_AT_ONCE,
     Pixels,
     Refusal,
     ServiceError,
@@ -61,9 +62,6 @@ log = logging.getLogger(__name__)
 EXIT_STOPPED = 0
 EXIT_REFUSED = settings.EXIT_BAD_SETTING
 
-# Batches that are computed at the same time: where one waits for the slower of its threads, or for Python to begin it,
-# the other computes. With ResNet50 on a CPU that is 5 to 10% faster than one at a time, and a third gains nothing.
-BATCHES_AT_ONCE = 2
 # A server whose heartbeat is older than this many of its slowest batches counts as dead. A batch can take several
 # times as long as at warm-up when the web prepares images on the same cores.
 BATCHES_TO_LIVE = 5

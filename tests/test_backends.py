@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from conftest import AS_INSTALLED, ROOT, missing
 
+from helpers import BATCHES_AT_ONCE
+
 # Serves a small model that has weights of all kinds, and prints what two threads with 100 batches each saw.
 CHILD = """
-import importlib.util, json, logging, os, pathlib, sys, tempfile
+import importlib.util, json, logging, os, pathlib, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 import classifier, settings  # before Keras, as the model server does
 import keras, numpy as np
@@ -41,6 +43,15 @@ plain = keras.saving.load_model(path).predict(images.astype(np.float32), verbose
 settings.MODEL = str(path)
 served = classifier.load()
 served.warm_up()
+fuser, threads = False, set()
+if keras.backend.backend() == "torch":
+    import torch
+    fuser = torch._C._jit_texpr_fuser_enabled()
+    network = served._network
+    predict = network._predict
+    network._predict = lambda *given: threads.add(threading.get_ident()) or predict(*given)
+    network.predict_on_batch(images[:3])  # a size that is new
+    network._predict = predict
 served._seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # whatever this machine is busy with: all sizes are in use
 keras_calls, logged = [], []
 compute = layers.Dense.call
@@ -60,17 +71,13 @@ unused = [name for name in ("matplotlib", "sklearn") if name in sys.modules]
 hidden = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
 with ThreadPoolExecutor(2) as pool:
     differences = list(pool.map(difference, range(2)))
-fuser = False
-if keras.backend.backend() == "torch":
-    import torch
-    fuser = torch._C._jit_texpr_fuser_enabled()
 try:
     np.asarray(keras.ops.zeros((1 << 46,)))
 except Exception as error:
     out_of_memory = classifier.out_of_memory(error)
 print(json.dumps({"differences": differences, "logged": logged, "keras_calls": len(keras_calls),
                   "spread": float(np.ptp(plain, axis=0).max()), "out_of_memory": out_of_memory,
-                  "unused": unused, "hidden": hidden, "fuser": fuser,
+                  "unused": unused, "hidden": hidden, "fuser": fuser, "threads": len(threads),
                   "preallocate": os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]}))
 """
 
@@ -105,8 +112,14 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
     assert seen["keras_calls"] == 0
 
 
-def test_torchscript_s_fuser_which_compiles_at_later_calls_is_off(seen: dict[str, Any]) -> None:
+@pytest.mark.parametrize("seen", ["torch"], indirect=True)
+def test_torchscript_s_fuser_which_compiles_at_later_calls_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
     assert seen["fuser"] is False  # what it costs needs a network of dozens of layers to be seen
+
+
+@pytest.mark.parametrize("seen", ["torch"], indirect=True)
+def test_each_thread_of_torch_has_computed_a_size_before_it_counts_as_compiled(seen: dict[str, Any]) -> None:
+    assert seen["threads"] == BATCHES_AT_ONCE
 
 
 def test_the_backend_s_own_error_is_known_as_out_of_memory(seen: dict[str, Any]) -> None:

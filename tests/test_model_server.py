@@ -31,9 +31,9 @@ import redis_connection
 import run_model_server
 import settings
 from classifier import Classifier
-from helpers import Refusal, base64_encode_image
+from helpers import BATCHES_AT_ONCE, Refusal, base64_encode_image
 from image_queue import ServerQueue, WebQueue
-from run_model_server import BATCHES_AT_ONCE, ModelServer
+from run_model_server import ModelServer
 
 POISON = 13
 
