@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from stress_test import percentile
 
-BUNDLED = str(ROOT / "models/digits.keras")
+DIGITS = str(ROOT / "models/digits.keras")
 IMAGES = [(ROOT / f"models/digits/{name}", label) for name, label in (("three.png", "3"), ("seven.jpg", "7"))]
 CLIENTS = 256  # requests that may be in flight, in the closed loop that measures the capacity as in the open one
 CAPACITY_SECONDS = 40.0
@@ -79,7 +79,7 @@ def service(log: Path) -> Iterator[tuple[str, int, int]]:
     """Run bin/serve; give its URL, its pid and the port of its Redis."""
     port, redis_port = free_port(), free_port()
     environment = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}
-    environment = {"MODEL": BUNDLED} | os.environ | environment
+    environment = {"MODEL": DIGITS} | os.environ | environment
     with log.open("w") as output:
         process = subprocess.Popen([str(ROOT / "bin/serve")], env=environment, stdout=output, stderr=output)
     try:
@@ -241,7 +241,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that bin/serve is stopped then, too
     log = Path(f"/tmp/soak-{os.getpid()}.log")  # noqa: S108  bin/serve's, for when something goes wrong
     with service(log) as (url, serve, redis_port):
-        check = os.environ.get("MODEL", BUNDLED) == BUNDLED
+        check = os.environ.get("MODEL", DIGITS) == DIGITS
         most = capacity(url, check)
         rate = most * arguments.share
         print(f"capacity {most:.1f} requests/s in a closed loop of {CLIENTS}; sending {rate:.1f}/s", flush=True)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import AS_INSTALLED, ROOT, missing
+from conftest import ROOT, missing
 
 from helpers import BATCHES_AT_ONCE
 
@@ -85,7 +85,7 @@ print(json.dumps({"differences": differences, "logged": logged, "keras_calls": l
 @cache
 def seen_with(backend: str) -> dict[str, Any]:
     """What the child prints with this backend."""
-    environment = {**os.environ, **AS_INSTALLED, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
+    environment = {**os.environ, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
     ended = subprocess.run(
         [sys.executable, "-c", CHILD],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False,
