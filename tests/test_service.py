@@ -400,7 +400,7 @@ def stress(service: Service, *options: str) -> dict[str, Any]:
 
 
 def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
-    command = [sys.executable, "simple_request.py", "--url", f"{service.url}/predict"]
+    command = [sys.executable, "simple_request.py", "models/digits/three.png", "--url", f"{service.url}/predict"]
 
     printed = subprocess.check_output(command, cwd=ROOT, text=True, timeout=60)
 
