@@ -32,6 +32,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
 import settings
@@ -88,7 +89,10 @@ class PrimaryConnectionBase(AbstractConnection):
         """
         if not super().can_read(timeout):
             return False
-        self.read_response()
+        try:
+            self.read_response(timeout=0, disconnect_on_error=False)
+        except RedisTimeout:
+            return False  # what is there is no reply: by TLS, a ticket for the next session
         return True
 
 

@@ -238,6 +238,21 @@ def test_idle_connections_of_a_burst_are_closed_and_those_in_steady_use_are_kept
     assert pool._created_connections == 0
 
 
+def test_what_is_readable_but_no_reply_does_not_hold_a_connection_up(redis_port: int) -> None:
+    """By TLS a server sends tickets for the next session, at any time after the handshake."""
+    make: Any = redis_connection.PrimaryConnection
+    connection = make(host="127.0.0.1", port=redis_port, socket_timeout=3)
+    connection.connect()
+    connection._parser.can_read = lambda timeout: True
+    begun = time.monotonic()
+
+    assert not connection.can_read()
+    assert time.monotonic() - begun < 2
+    connection.send_command("PING")
+    assert connection.read_response() == b"PONG"
+    connection.disconnect()
+
+
 def test_a_redis_without_a_free_connection_is_said_to_have_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
