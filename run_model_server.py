@@ -322,7 +322,7 @@ def loaded_model() -> "Classifier":
         # Here, because it takes seconds, and a wrong setting or no Redis should be told at once.
         import classifier  # noqa: PLC0415
 
-        gc.freeze()  # it stays
+        gc.freeze()  # what was imported stays, so the collection at the end can skip it
         log.info("* Loading model...")
         model = classifier.load()
         model.warm_up()
