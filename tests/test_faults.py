@@ -541,8 +541,9 @@ def test_five_reloads_of_the_web_processes_alone_fail_no_request(hurt: Service, 
             load.wait_for(100)
             reload_web_processes(hurt.url)
         load.wait_for(100)
+        wait_until(lambda: all_serving(hurt.url), "web processes that serve")
         hurt.servers[0].send(signal.SIGSTOP)
-        before = web_processes(hurt.url)
+        before = all_serving(hurt.url)
         (ROOT / "keras_rest_api_app.wsgi").touch()
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(requests.get, f"{hurt.url}/livez", timeout=60) for _ in range(8)]
@@ -558,9 +559,19 @@ def test_five_reloads_of_the_web_processes_alone_fail_no_request(hurt: Service, 
 
 def reload_web_processes(url: str) -> None:
     """What the README says to do after an update."""
-    before = web_processes(url)
+    # mod_wsgi notes the file's time when its import ends, so a process that is just starting would miss the change.
+    before = wait_until(lambda: all_serving(url), "web processes that serve")
     (ROOT / "keras_rest_api_app.wsgi").touch()
     wait_until(lambda: not set(before) & set(web_processes(url)), "other web processes", 60)
+
+
+def all_serving(url: str) -> list[int]:
+    """The web processes, when all have begun to serve: their request threads start after the import."""
+    processes = web_processes(url)
+    with suppress(OSError):  # one ended while we looked
+        if len(processes) == 2 and all(len(os.listdir(f"/proc/{pid}/task")) > 100 for pid in processes):
+            return processes
+    return []
 
 
 def test_a_killed_web_process_takes_only_its_own_requests_along(
