@@ -2,7 +2,7 @@
 #
 #   docker build --target web -t keras-rest-api-web .
 #   docker build --target model -t keras-rest-api-model .
-#   docker build --target model --build-arg REQUIREMENTS=requirements-gpu.txt -t keras-rest-api-model .   # NVIDIA
+#   docker build --target model --build-arg REQUIREMENTS=requirements/gpu.txt -t keras-rest-api-model .   # NVIDIA
 #
 # Packages come before the code, so that a change of the code installs none again.
 ARG BASE=debian:12-slim
@@ -12,9 +12,9 @@ RUN apt-get update -q \
     && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/keras-rest-api
-COPY requirements-web.txt constraints.txt ./
+COPY requirements/web.txt requirements/constraints.txt requirements/
 RUN /usr/bin/python3 -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir --no-input -r requirements-web.txt -c constraints.txt
+    && .venv/bin/pip install --no-cache-dir --no-input -r requirements/web.txt -c requirements/constraints.txt
 # Of the image, not of a setting: where the log of a program that was killed would else be lost.
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
@@ -36,9 +36,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
 CMD ["deploy/apache/run-private"]
 
 FROM base AS model
-ARG REQUIREMENTS=requirements.txt
-COPY requirements*.txt ./
-RUN .venv/bin/pip install --no-cache-dir --no-input -r ${REQUIREMENTS} -c constraints.txt
+ARG REQUIREMENTS=requirements/service.txt
+COPY requirements requirements
+RUN .venv/bin/pip install --no-cache-dir --no-input -r ${REQUIREMENTS} -c requirements/constraints.txt
 RUN useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin keras-rest-api \
     && install -d -o keras-rest-api -g keras-rest-api /var/cache/keras-rest-api
 COPY . .

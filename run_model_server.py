@@ -35,8 +35,6 @@ import numpy as np
 from PIL import Image
 from redis.exceptions import RedisError
 
-import model_checks
-import server_metrics
 import settings
 from helpers import (
     BATCHES_AT_ONCE,
@@ -51,11 +49,13 @@ from helpers import (
     print_anything,
     tell_systemd,
 )  # fmt: skip
-from image_preparation import TooLarge, open_image, prepare_image
 from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
+from model_server import metrics as server_metrics
+from model_server import model_checks
+from web.image_preparation import TooLarge, open_image, prepare_image
 
 if TYPE_CHECKING:
-    from classifier import Classifier, Probabilities
+    from model_server.classifier import Classifier, Probabilities
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ def loaded_model() -> "Classifier":
     """Return the model, warmed up. Raises Refusal."""
     with garbage_left():
         # Here, because it takes seconds, and a wrong setting or no Redis should be told at once.
-        import classifier  # noqa: PLC0415
+        from model_server import classifier  # noqa: PLC0415
 
         gc.freeze()  # what was imported stays, so the collection at the end can skip it
         log.info("* Loading model...")

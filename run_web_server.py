@@ -25,19 +25,19 @@ from redis.exceptions import RedisError
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 import settings
-import web_metrics
-from access import RateLimited, Unauthorized, check_key, rate_check
-from cors import add_cors
-from health import add_health_routes
 from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, megabytes, pauses
-from image_preparation import BadImage, TooLarge, bytes_to_decode, open_image, prepare_image, reason
 from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
-from inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
-from pages import WELCOME, add_pages, send, wants_page
-from redis_connection import CLOSE_SURPLUS_EVERY, UnfitRedis
-from storage import choose_folder
-from turns import NoMemoryNow, Turns
-from uploads import UnsupportedMediaType, uploads
+from image_queue.connection import CLOSE_SURPLUS_EVERY, UnfitRedis
+from web import metrics as web_metrics
+from web.access import RateLimited, Unauthorized, check_key, rate_check
+from web.cors import add_cors
+from web.health import add_health_routes
+from web.image_preparation import BadImage, TooLarge, bytes_to_decode, open_image, prepare_image, reason
+from web.inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
+from web.pages import WELCOME, add_pages, send, wants_page
+from web.storage import choose_folder
+from web.turns import NoMemoryNow, Turns
+from web.uploads import UnsupportedMediaType, uploads
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 2**21  # bytes
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MOST_TOP = 1000
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parent / "web/static"
 
 
 app = flask.Flask(__name__, static_folder=None)  # no address leads to a folder

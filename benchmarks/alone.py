@@ -49,7 +49,7 @@ def model(size: int, way: str) -> dict[str, float]:
     """Return images/s of ResNet50 in batches of `size`, raw pixels in, probabilities out."""
     import keras  # noqa: PLC0415 - only here
 
-    from backends import TensorFlow  # noqa: PLC0415
+    from model_server.backends import TensorFlow  # noqa: PLC0415
 
     network = keras.applications.ResNet50(weights=None)
     pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.uint8)
@@ -114,7 +114,7 @@ def answer(path: str) -> dict[str, float]:
     """Return ms of one image from its file to its probabilities, one after the other: a service without a service."""
     import keras  # noqa: PLC0415 - only here
 
-    from backends import TensorFlow  # noqa: PLC0415
+    from model_server.backends import TensorFlow  # noqa: PLC0415
 
     data = Path(path).read_bytes()
     network = TensorFlow(keras.applications.ResNet50(weights=None))
@@ -123,7 +123,7 @@ def answer(path: str) -> dict[str, float]:
 
 def served() -> dict[str, float]:
     """Return images/s of the model that the settings name, as the model server computes it, and its batch size."""
-    import classifier  # noqa: PLC0415 - reads the settings
+    from model_server import classifier  # noqa: PLC0415 - reads the settings
 
     network = classifier.load()
     network.warm_up()
@@ -135,7 +135,7 @@ def served() -> dict[str, float]:
 def load() -> dict[str, float]:
     """Return the seconds of each step of a model server's start."""
     started = time.perf_counter()
-    import classifier  # noqa: PLC0415 - is measured
+    from model_server import classifier  # noqa: PLC0415 - is measured
 
     imported = time.perf_counter()
     loaded = classifier.load()

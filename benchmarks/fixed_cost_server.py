@@ -43,9 +43,9 @@ class Sleeper:
         return [("something", 1.0)]
 
 
-stand_in: Any = types.ModuleType("classifier")
+stand_in: Any = types.ModuleType("model_server.classifier")
 stand_in.load = Sleeper
-sys.modules["classifier"] = stand_in
+sys.modules["model_server.classifier"] = stand_in
 
 if __name__ == "__main__":
     sys.exit(run_model_server.main())

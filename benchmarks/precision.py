@@ -17,8 +17,8 @@ from system import ROOT
 sys.path.append(str(ROOT))
 sys.path.append(str(ROOT / "models"))
 
-import classifier
 import settings
+from model_server import classifier
 
 
 def load(policy: str, xla: bool) -> classifier.Classifier:

@@ -39,9 +39,9 @@ if __name__ == "__main__":  # until everything is imported there is nothing to s
 import default_model  # noqa: E402
 import serve_redis  # noqa: E402
 
-import model_checks  # noqa: E402
 import settings  # noqa: E402
 from helpers import Refusal, available_cores  # noqa: E402
+from model_server import model_checks  # noqa: E402
 
 WORKERS = 640  # requests in flight, in all web processes together
 SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")

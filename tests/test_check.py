@@ -15,9 +15,9 @@ from conftest import ROOT, Service
 from PIL import Image
 from samples import saved
 
-import classifier
 import run_model_server
 import settings
+from model_server import classifier
 
 SEVEN = Image.open(ROOT / "models/digits/seven.jpg").convert("L").resize((300, 400))
 WHITE_ON_BLACK = Image.eval(SEVEN, lambda level: 255 - level)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from conftest import AS_INSTALLED, ROOT
 
-import classifier
 import run_model_server
 import settings
-from classifier import Classifier, Facts, Prediction
 from helpers import Refusal
+from model_server import classifier
+from model_server.classifier import Classifier, Facts, Prediction
 
 LABELS = ["zero", "one", "two"]
 FACTS = Facts((4, 6, 3), LABELS, "LABELS")

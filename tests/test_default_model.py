@@ -17,10 +17,9 @@ import keras
 import pytest
 from conftest import ROOT, free_port, running, wait_until
 
-import classifier
-import model_file
 import settings
 from helpers import Refusal, keras_downloads
+from model_server import classifier, model_file
 
 sys.path.insert(0, str(ROOT / "deploy"))
 

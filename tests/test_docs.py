@@ -11,8 +11,8 @@ import make_samples
 import pytest
 from conftest import AS_INSTALLED, ROOT, Process, Service, free_port, running, wait_until
 
-import server_metrics
-import web_metrics
+from model_server import metrics as server_metrics
+from web import metrics as web_metrics
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/operations.md",
              "docs/architecture.md"]  # fmt: skip

@@ -47,10 +47,10 @@ from conftest import (
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
-import access
 import run_web_server
 from helpers import Refusal
 from run_model_server import give_up_root
+from web import access
 
 PNG = (ROOT / "models/digits/three.png").read_bytes()
 OLD_KEY = "the-key-of-2026-is-this"

@@ -29,8 +29,8 @@ from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngImageFile
 from samples import saved
 
-import image_preparation as preparation
 import run_web_server as web
+from web import image_preparation as preparation
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 WARM = EXAMPLES // 2  # examples after which a process has seen every decoder at its worst

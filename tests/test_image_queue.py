@@ -16,10 +16,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 import image_queue
-import redis_connection
 import settings
 from helpers import Refusal, ServiceError
 from image_queue import DeclaredDead, Job, ServerQueue, WebQueue, failed
+from image_queue import connection as redis_connection
 
 ABOUT = {"model": "digits", "weights": "digits.keras"}
 ANSWER = {"predictions": [{"label": "three", "probability": 0.75}]}

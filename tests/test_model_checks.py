@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port
 
-import classifier
 import helpers
-import model_checks
-import model_file
 import settings
 from helpers import Refusal
+from model_server import classifier, model_checks, model_file
 
 CODE = """
 import sys, run_model_server

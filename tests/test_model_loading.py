@@ -19,11 +19,11 @@ from PIL import Image
 from redis import Redis
 from samples import colours, saved
 
-import classifier
 import run_model_server
 import run_web_server
 import settings
 from image_queue import ServerQueue
+from model_server import classifier
 from run_model_server import ModelServer
 
 PICTURE = Image.fromarray(colours(1, (40, 30)))

@@ -27,12 +27,12 @@ from conftest import Process, free_port, run_redis, running, wait_until
 from PIL import Image
 from redis import Redis
 
-import redis_connection
 import run_model_server
 import settings
-from classifier import Classifier
 from helpers import BATCHES_AT_ONCE, Refusal, base64_encode_image
 from image_queue import ServerQueue, WebQueue
+from image_queue import connection as redis_connection
+from model_server.classifier import Classifier
 from run_model_server import ModelServer
 
 POISON = 13
@@ -466,7 +466,7 @@ def test_garbage_is_collected_once_the_model_is_loaded(monkeypatch: pytest.Monke
             raise error
         return Mock()
 
-    monkeypatch.setitem(sys.modules, "classifier", cast(types.ModuleType, Mock(load=load)))
+    monkeypatch.setitem(sys.modules, "model_server.classifier", cast(types.ModuleType, Mock(load=load)))
 
     with pytest.raises(Refusal) if error else nullcontext():
         run_model_server.loaded_model()

@@ -25,7 +25,7 @@ schemathesis.openapi.format("binary", st.sampled_from(IMAGES))
 for kind in ("image/*", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, st.sampled_from(IMAGES))
 
-described = schemathesis.openapi.from_path(ROOT / "static/openapi.json")
+described = schemathesis.openapi.from_path(ROOT / "web/static/openapi.json")
 
 
 @described.parametrize()
@@ -143,5 +143,5 @@ def test_the_client_that_openapi_python_client_makes_classifies(
 
 
 def document() -> dict[str, Any]:
-    text: dict[str, Any] = json.loads((ROOT / "static/openapi.json").read_text())
+    text: dict[str, Any] = json.loads((ROOT / "web/static/openapi.json").read_text())
     return text

@@ -40,11 +40,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 from samples import colours, saved
 
-import classifier
 import image_queue
 import settings
 from helpers import Refusal, Shape, base64_encode_image
 from image_queue import Job, ServerQueue, WebQueue
+from model_server import classifier
 from run_model_server import ModelServer, fitted
 
 LABELS = ["dark", "medium", "bright"]
@@ -233,7 +233,7 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
     """What each model makes of the images, computed twice, in a process with this backend of Keras."""
     np.save(paths[0].with_suffix(".npy"), images)
     code = (
-        "import sys, json, numpy as np, settings, classifier\n"
+        "import sys, json, numpy as np, settings\nfrom model_server import classifier\n"
         "images = np.load(sys.argv[1])\n"
         "for settings.MODEL in sys.argv[2:]:\n"
         "    model = classifier.load(); model.warm_up()\n"

@@ -23,7 +23,7 @@ from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeServic
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from pages import FILES, SAMPLES, SCRIPTS
+from web.pages import FILES, SAMPLES, SCRIPTS
 
 SEVEN, THREE, TWO = (ROOT / "models/digits" / name for name in ("seven.jpg", "three.png", "two.webp"))
 BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
@@ -874,7 +874,7 @@ def test_without_javascript_the_form_posts_plainly(service: Service, browser: Br
 def test_docs_shows_every_operation_and_does_one(service: Service, browser: Browser) -> None:
     browser.open(service.url + "/docs")
     wait_until(lambda: browser.all(".opblock"), "the operations are there")
-    described = json.loads((ROOT / "static/openapi.json").read_text())["paths"]
+    described = json.loads((ROOT / "web/static/openapi.json").read_text())["paths"]
     assert {text.replace("\u200b", "") for text in browser.texts(".opblock-summary-path")} == set(described)
 
     open_operation(browser, "health", "livez")
@@ -1061,7 +1061,7 @@ def test_only_the_named_files_have_an_address(service: Service, address: str) ->
 
 
 def test_the_pages_have_nothing_inline_and_name_no_other_host() -> None:
-    files = [path for path in (ROOT / "static").iterdir() if path.suffix in (".html", ".css", ".js")]
+    files = [path for path in (ROOT / "web/static").iterdir() if path.suffix in (".html", ".css", ".js")]
     assert len(files) >= len(SCRIPTS) + 5
     for path in files:
         name, text = path.name, path.read_text()

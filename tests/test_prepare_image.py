@@ -13,9 +13,9 @@ import samples
 from PIL import Image
 from samples import colours, saved
 
-import image_preparation as preparation
 import settings
 from helpers import Pixels
+from web import image_preparation as preparation
 
 TARGET = (224, 224)
 

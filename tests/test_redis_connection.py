@@ -23,11 +23,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 import image_queue
-import redis_connection
 import settings
-from health import add_health_routes
 from image_queue import ServerQueue, WebQueue
-from redis_connection import NotPrimary, QueuePool, UnfitRedis, connect, fault_of
+from image_queue import connection as redis_connection
+from image_queue.connection import NotPrimary, QueuePool, UnfitRedis, connect, fault_of
+from web.health import add_health_routes
 
 GRACE = 10  # seconds for what takes milliseconds on an idle machine
 

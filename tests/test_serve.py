@@ -394,7 +394,7 @@ def test_a_redis_that_answers_but_not_us_is_told_with_its_reason(
     guarded: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str, said: str
 ) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", url.format(**guarded))
-    monkeypatch.setattr("redis_connection.SOCKET_GRACE", 0.5)
+    monkeypatch.setattr("image_queue.connection.SOCKET_GRACE", 0.5)
 
     with pytest.raises(Refusal) as refused:
         serve_redis.redis_answers()
@@ -465,9 +465,8 @@ def test_missing_packages_without_root_and_sudo_are_named_in_one_line() -> None:
 
 def test_packages_without_a_network_fail_in_one_line(tmp_path: Path) -> None:
     app = Path(tempfile.mkdtemp(dir=tmp_path))
-    shutil.copytree(ROOT / "bin", app / "bin")
-    for name in ("requirements.txt", "requirements-web.txt", "constraints.txt"):
-        shutil.copy(ROOT / name, app)
+    for folder in ("bin", "requirements"):
+        shutil.copytree(ROOT / folder, app / folder)
     offline = {
         "PIP_INDEX_URL": "http://127.0.0.1:1/",
         "PIP_RETRIES": "0",
@@ -475,7 +474,7 @@ def test_packages_without_a_network_fail_in_one_line(tmp_path: Path) -> None:
         "PIP_FIND_LINKS": "",
     }
 
-    ended = setup("setup_venv requirements.txt", app, **offline)
+    ended = setup("setup_venv requirements/service.txt", app, **offline)
 
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1

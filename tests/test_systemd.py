@@ -16,9 +16,9 @@ from conftest import Service, free_port, run_apache, run_redis, running, wait_un
 from redis import Redis
 from test_model_server import MeanClassifier, push
 
-from classifier import Classifier
 from helpers import tell_systemd
 from image_queue import ServerQueue
+from model_server.classifier import Classifier
 from run_model_server import ModelServer
 
 LONG = 2.0  # seconds without a word that count as silence: idle there are four in each

@@ -14,13 +14,13 @@ from conftest import ROOT, Service, resident_bytes, wait_until, web_processes
 
 import settings
 from helpers import cgroup_quota
-from turns import NoMemoryNow, Turns
+from web.turns import NoMemoryNow, Turns
 
 # A process that has jobs of 20 ms, and writes when each began and ended.
 WORKER = """if True:
     import sys, time
     from pathlib import Path
-    from turns import Turns
+    from web.turns import Turns
     turns = Turns(lambda: Path(sys.argv[1]), 2)
     def job():
         begun = time.monotonic()

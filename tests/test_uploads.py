@@ -355,7 +355,7 @@ def test_without_room_for_uploads_they_are_503_until_there_is(
 
 def impatient_site(folder: Path) -> list[str]:
     """Copy the project, with an Apache that waits 1, 2 or 4 seconds where ours waits 10, 20 or more; how to run it."""
-    for name in ("deploy/apache", "static"):
+    for name in ("deploy/apache", "image_queue", "web"):
         shutil.copytree(ROOT / name, folder / name)
     for file in (*ROOT.glob("*.py"), *ROOT.glob("*.wsgi")):
         shutil.copy(file, folder)

@@ -12,10 +12,10 @@ from typing import Any
 
 import keras
 
-import model_checks
 from helpers import Refusal
-from keras2_files import rewrite
-from model_file import shown
+from model_server import model_checks
+from model_server.keras2_files import rewrite
+from model_server.model_file import shown
 
 SAVE = "save it again with model.save('name.keras')"
 SHOWN_LAYERS = 3  # in one line, of those that can't be loaded

@@ -11,8 +11,8 @@ from PIL import AvifImagePlugin, Image, TiffTags
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from heif_checks import heif_pixels
-from image_checks import (
+from web.heif_checks import heif_pixels
+from web.image_checks import (
     MAX_READS,
     MAX_RLE_PIXELS,
     Bomb,

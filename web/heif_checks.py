@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from image_checks import Bomb, TooManyPixels, without
+from web.image_checks import Bomb, TooManyPixels, without
 
 # Limits, all far above what phones write.
 MAX_BOXES = 20_000  # and extents, references and properties: each costs a microsecond or two

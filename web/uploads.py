@@ -24,8 +24,8 @@ from werkzeug.wsgi import get_input_stream
 
 import settings
 from helpers import ServiceError, megabytes
-from image_preparation import MissingImage, TooLarge
-from storage import new_file, out_of_room_is_503
+from web.image_preparation import MissingImage, TooLarge
+from web.storage import new_file, out_of_room_is_503
 
 FORM = "multipart/form-data"
 # What programs send that know nothing of the file; the last is Amazon S3's.

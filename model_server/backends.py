@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 import settings
 from helpers import BATCHES_AT_ONCE, Refusal
-from import_noise import without_noise
+from model_server.import_noise import without_noise
 
 # Keras imports these where they are installed, for training and plots. They take 3 seconds of each start.
 UNUSED = ("matplotlib", "sklearn")

@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from redis.exceptions import RedisError
 
 from image_queue import WebQueue
-from redis_connection import UnfitRedis
+from image_queue.connection import UnfitRedis
 
 log = logging.getLogger(__name__)
 

@@ -66,7 +66,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 import settings
 from helpers import USUAL_SHAPE, Pixels, Refusal, ServiceError, Shape, as_shape, pauses
-from redis_connection import (
+from image_queue.connection import (
     MOST_CONNECTIONS,
     SPARE_CONNECTIONS,
     QueuePool,

@@ -11,11 +11,11 @@ from typing import Any
 import flask
 
 import settings
-from access import check_key
-from health import Body, Servers, look
 from helpers import ServiceError
 from image_queue import WebQueue
-from storage import check_room
+from web.access import check_key
+from web.health import Body, Servers, look
+from web.storage import check_room
 
 PREFIX = "/v2"
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # IMAGE_DTYPE, by the protocol's names

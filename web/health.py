@@ -6,8 +6,8 @@ import flask
 from redis.exceptions import RedisError
 
 from image_queue import NoModelServer, RedisDown, WebQueue
-from redis_connection import UnfitRedis, fault_of
-from storage import check_room
+from image_queue.connection import UnfitRedis, fault_of
+from web.storage import check_room
 
 Body = dict[str, Any]
 Servers = dict[str, dict[str, Any]]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import flask
 
-STATIC, IMAGES = (Path(__file__).parent / name for name in ("static", "images"))
+STATIC = Path(__file__).parent / "static"
+IMAGES = Path(__file__).parents[1] / "images"
 # Swagger UI, as its package has it; found without importing that, of which nothing but the files is wanted.
 SWAGGER = "flask_swagger_ui"
 
@@ -32,7 +33,7 @@ def swagger() -> Path:
     """Return the folder of Swagger UI's files. Raises ModuleNotFoundError where it is not installed."""
     package = find_spec(SWAGGER)
     if package is None or package.origin is None:
-        raise ModuleNotFoundError(f"{SWAGGER} is not installed, so install what requirements.txt names.")
+        raise ModuleNotFoundError(f"{SWAGGER} is not installed, so install what requirements/service.txt names.")
     return Path(package.origin).parent / "dist"
 
 

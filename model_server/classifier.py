@@ -19,17 +19,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import backends  # isort: skip - before Keras: it sets what the backends read when they are imported
+from model_server import backends  # isort: skip - before Keras: it sets what the backends read when they are imported
 import keras
 import numpy as np
 import numpy.typing as npt
 
-import model_checks
-import model_file
-import model_loading
 import settings
 from helpers import MOST_SIDE, USUAL_SHAPE, Refusal, Shape, as_shape, keras_downloads
-from model_file import ModelFile, first_line, read_labels, shown
+from model_server import model_checks, model_file, model_loading
+from model_server.model_file import ModelFile, first_line, read_labels, shown
 
 log = logging.getLogger(__name__)
 

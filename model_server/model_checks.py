@@ -16,10 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import model_file
 import settings
 from helpers import Refusal
-from model_file import shown
+from model_server import model_file
+from model_server.model_file import shown
 
 NAME = re.compile(r"[\w-]+")  # of a classifier; whatever else MODEL may be is a path
 BEGINNING = 1024  # bytes of a file that tell its format
@@ -76,7 +76,7 @@ def application_names() -> list[str]:
     """Return the names of the classifiers in keras.applications, read from its source: to import it takes seconds."""
     keras = importlib.util.find_spec("keras")  # which only looks for it
     if keras is None or not keras.submodule_search_locations:
-        raise Refusal("Keras is not installed: .venv/bin/pip install -r requirements.txt")
+        raise Refusal("Keras is not installed: .venv/bin/pip install -r requirements/service.txt")
     source = Path(keras.submodule_search_locations[0], "applications/__init__.py").read_text(encoding="utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
     return sorted(name.name for node in imports for name in node.names if name.name[0].isupper())

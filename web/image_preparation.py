@@ -20,8 +20,8 @@ from PIL import ExifTags, Image
 
 import settings
 from helpers import Pixels, ServiceError, megapixels
-from image_checks import END_OF_JPEG, MAX_EXIF_BYTES, MAX_SHRUNK, MAX_SIDE, TooManyPixels
-from image_formats import IN_FULL, UNFINISHED, NotTaken, open_frugally
+from web.image_checks import END_OF_JPEG, MAX_EXIF_BYTES, MAX_SHRUNK, MAX_SIDE, TooManyPixels
+from web.image_formats import IN_FULL, UNFINISHED, NotTaken, open_frugally
 
 log = logging.getLogger(__name__)
 
