@@ -144,7 +144,7 @@ def quota_of(folder: Path) -> float:
     return math.inf
 
 
-def tell_systemd(state: str) -> None:
+def notify_systemd(state: str) -> None:
     """Say of this program what sd_notify(3) knows, as READY=1; nothing where systemd does not ask for it."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
@@ -155,7 +155,7 @@ def tell_systemd(state: str) -> None:
         messenger.send(state.encode())
 
 
-class Refusal(Exception):
+class StartupError(Exception):
     """The program can't run as it is set up; the message is one line that says what to set."""
 
 

@@ -39,17 +39,17 @@ import settings
 from helpers import (
     BATCHES_AT_ONCE,
     Pixels,
-    Refusal,
     ServiceError,
     Shape,
+    StartupError,
     base64_decode_image,
     log_to_stderr,
     megabytes,
+    notify_systemd,
     pauses,
     print_anything,
-    tell_systemd,
 )  # fmt: skip
-from image_queue import Answer, Batch, DeclaredDead, ImageQueue, Job, ServerQueue, failed
+from image_queue import Answer, Batch, HeartbeatExpired, ImageQueue, Job, ServerQueue, failed
 from model_server import metrics as server_metrics
 from model_server import model_checks
 from web.image_preparation import TooLarge, open_image, prepare_image
@@ -105,22 +105,22 @@ class ModelServer:
         while not self.stopping:
             try:
                 self.step()
-            except DeclaredDead:
+            except HeartbeatExpired:
                 log.warning("The heartbeat lapsed: joining again")
                 self._join()
             except RedisError as error:
-                self.queue.complain(error, 0)
+                self.queue.log_redis_error(error, 0)
                 self._join()
-        tell_systemd("STOPPING=1")
+        notify_systemd("STOPPING=1")
         self._leave()
 
     def step(self) -> None:
         """Take a batch and have it computed and answered, or wait SERVER_SLEEP for one.
 
-        Raises DeclaredDead and RedisError, also those that the answers to earlier batches met.
+        Raises HeartbeatExpired and RedisError, also those that the answers to earlier batches met.
         """
         self.queue.beat()
-        tell_systemd("WATCHDOG=1")
+        notify_systemd("WATCHDOG=1")
         self.settle(BATCHES_AT_ONCE)
         batch = self._take(self.classifier.batch_size, settings.SERVER_SLEEP)
         if not batch.entries:
@@ -138,7 +138,7 @@ class ModelServer:
             self.settle()
 
     def settle(self, most: int = 0) -> None:
-        """Wait until at most so many batches are in flight. Raises what their answers met: DeclaredDead, RedisError."""
+        """Wait until at most so many batches are in flight. Raises what their answers met: HeartbeatExpired, RedisError."""
         while self._in_flight and (len(self._in_flight) > most or self._in_flight[0].done()):
             self._in_flight.popleft().result()
 
@@ -183,7 +183,7 @@ class ModelServer:
         answers = [UNREADABLE if image is None else self._answer_to(job, next(each), spent) for job, image in pairs]
         try:
             self.queue.answer(batch.jobs, answers, entries)
-        except DeclaredDead:  # they were handed out all the same
+        except HeartbeatExpired:  # they were handed out all the same
             self._sent(answers)
             raise
         self._sent(answers)
@@ -209,22 +209,22 @@ class ModelServer:
         for pause in pauses():
             if self.stopping:
                 return
-            tell_systemd("WATCHDOG=1")  # to start again would not bring Redis back
+            notify_systemd("WATCHDOG=1")  # to start again would not bring Redis back
             try:
                 self._send_late()
                 self.queue.join()
                 log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
-                tell_systemd("READY=1")
+                notify_systemd("READY=1")
                 return
             except RedisError as error:
-                self.queue.complain(error, pause)
+                self.queue.log_redis_error(error, pause)
                 self._sleep(pause)
 
     def _send_late(self) -> None:
         """Hand out answers that outlived the connection, or the Redis, that their jobs came through."""
         while self._unsent:
             jobs = self._unsent[0].batch.jobs
-            with suppress(DeclaredDead):  # which it was, and is about to join again
+            with suppress(HeartbeatExpired):  # which it was, and is about to join again
                 self._send_oldest(entries=0)  # which are in no taken list of ours any more
             log.info("Answered %d images late", len(jobs))
 
@@ -240,7 +240,7 @@ class ModelServer:
             self._send_late()
             self.queue.leave()
         except RedisError as error:
-            self.queue.complain(error, 0, "what was taken goes back when the heartbeat lapses")
+            self.queue.log_redis_error(error, 0, "what was taken goes back when the heartbeat lapses")
 
 
 UNREADABLE = failed(
@@ -255,7 +255,7 @@ TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")  # of REDIS_URL
 
 
 def give_up_root() -> None:
-    """Become an ordinary user where root started us. Raises Refusal.
+    """Become an ordinary user where root started us. Raises StartupError.
 
     Root never parses what strangers sent. The code, Python itself and the model may be readable by root alone, as under
     /root, so everything that is read later is read before.
@@ -269,7 +269,7 @@ def give_up_root() -> None:
         os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
         os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
     except OSError as error:
-        raise Refusal(
+        raise StartupError(
             f"Root can't become {UNPRIVILEGED[0]} ({error}): start the model server as another user."
         ) from None
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # nor may a program that it starts
@@ -317,7 +317,7 @@ def _unprivileged_user() -> pwd.struct_passwd:
 
 
 def loaded_model() -> "Classifier":
-    """Return the model, warmed up. Raises Refusal."""
+    """Return the model, warmed up. Raises StartupError."""
     with garbage_left():
         # Here, because it takes seconds, and a wrong setting or no Redis should be told at once.
         from model_server import classifier  # noqa: PLC0415
@@ -346,7 +346,7 @@ def garbage_left() -> Iterator[None]:
 
 
 def classify_process() -> None:
-    """Load the model, then classify what comes until told to stop. Raises Refusal."""
+    """Load the model, then classify what comes until told to stop. Raises StartupError."""
     model = loaded_model()
     give_up_root()
     log.info("* Model loaded")
@@ -359,7 +359,7 @@ def classify_process() -> None:
 
 
 def check(path: Path) -> None:
-    """Load the model, say what POST /predict says of the image at `path`, and how fast it is. Raises Refusal."""
+    """Load the model, say what POST /predict says of the image at `path`, and how fast it is. Raises StartupError."""
     with said_of(path):
         image = opened(path)
     model = loaded_model()
@@ -368,7 +368,7 @@ def check(path: Path) -> None:
         pixels = prepare_image(image, (width, height), channels)
     [result] = model.classify(pixels[np.newaxis])
     if isinstance(result, Exception):
-        raise Refusal(f"The model can't classify {path} ({result}).")
+        raise StartupError(f"The model can't classify {path} ({result}).")
     print(f"{settings.MODEL}: {described(model)}")
     print(f"{path}: " + ", ".join(f"{label} {probability:.4f}" for label, probability in model.decode(result)))
     speed = images_per_second(model, np.stack([pixels] * model.batch_size))
@@ -377,13 +377,13 @@ def check(path: Path) -> None:
 
 @contextmanager
 def said_of(path: Path) -> Iterator[None]:
-    """Turn what the service would answer to the image at `path`, or that it can't be read, into a Refusal."""
+    """Turn what the service would answer to the image at `path`, or that it can't be read, into a StartupError."""
     try:
         yield
     except ServiceError as error:
-        raise Refusal(f"{path} can't be read as an image: {error}") from None
+        raise StartupError(f"{path} can't be read as an image: {error}") from None
     except OSError as error:
-        raise Refusal(f"{path} can't be read as an image ({error.strerror or error}).") from None
+        raise StartupError(f"{path} can't be read as an image ({error.strerror or error}).") from None
 
 
 def opened(path: Path) -> Image.Image:
@@ -448,13 +448,13 @@ def pin_gpu(number: int) -> None:
 
 
 def look_for_redis() -> None:
-    """Say at once when Redis is not there; the wait for it comes when the model is loaded. Raises Refusal."""
+    """Say at once when Redis is not there; the wait for it comes when the model is loaded. Raises StartupError."""
     queue = ImageQueue()
     try:
         queue.check()
         queue.warn()
     except RedisError as error:
-        queue.complain(error, 0)
+        queue.log_redis_error(error, 0)
 
 
 def main() -> int:
@@ -486,7 +486,7 @@ def main() -> int:
         server_metrics.serve_metrics(arguments.gpu or 0)
         look_for_redis()
         classify_process()
-    except Refusal as error:
+    except StartupError as error:
         log.error("%s", error)
         return EXIT_REFUSED
     return EXIT_STOPPED

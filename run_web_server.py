@@ -27,7 +27,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntity
 import settings
 from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, megabytes, pauses
 from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
-from image_queue.connection import CLOSE_SURPLUS_EVERY, UnfitRedis
+from image_queue.connection import CLOSE_SURPLUS_EVERY, UnusableRedis
 from web import metrics as web_metrics
 from web.access import RateLimited, Unauthorized, check_key, rate_check
 from web.cors import add_cors
@@ -350,10 +350,10 @@ def watch_for_redis() -> None:
             queue.warn()
             break
         except RedisError as error:
-            queue.complain(error, pause)
+            queue.log_redis_error(error, pause)
             time.sleep(pause)
-        except UnfitRedis as error:
-            queue.complain(error, 60, IMAGES_REFUSED)
+        except UnusableRedis as error:
+            queue.log_redis_error(error, 60, IMAGES_REFUSED)
             break
     while True:
         time.sleep(CLOSE_SURPLUS_EVERY)

@@ -1,7 +1,7 @@
 """Every knob of the service: its name, default, meaning and unit.
 
 A variable of the same name in the environment wins over a line `NAME=value` in the file `.env` beside this module, and
-that over the default. A value that makes no sense stops the program with exit code 2 and one line that names the
+that over the default. An invalid value stops the program with exit code 2 and one line that names the
 variable, the value and what is allowed: a service that starts with a guess is worse than one that does not start.
 `warnings` tells what is not wrong enough for that, such as a name that is almost one of ours.
 """
@@ -37,7 +37,7 @@ def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Stop the program with the one line that says which setting is wrong and what it may be."""
     shown = re.sub(_secrets[name], "***", str(value)) if name in _secrets else str(value)
     shown = "".join(sign if sign.isprintable() else "?" for sign in shown[:200])
-    _stop(f"{name}={shown} makes no sense: it must be {allowed}.")
+    _stop(f"{name}={shown} is invalid: it must be {allowed}.")
 
 
 def _read_file() -> None:
@@ -48,7 +48,7 @@ def _read_file() -> None:
         _stop(f"{_file} can't be read ({error}): it needs lines NAME=value, and this user must be let read it.")
     wrong = next((number for number, line in enumerate(lines, 1) if not _line.fullmatch(line)), None)
     if wrong:  # which may hold a secret, so it is not shown
-        _stop(f"{_file}, line {wrong}, makes no sense: it must be NAME=value, or begin with #.")
+        _stop(f"{_file}, line {wrong} is invalid: it must be NAME=value, or begin with #.")
     for number, line in enumerate(lines, 1):
         if (found := _line.fullmatch(line)) and found["name"]:
             _lines_of.setdefault(found["name"], []).append(number)

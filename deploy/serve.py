@@ -40,7 +40,7 @@ import default_model  # noqa: E402
 import serve_redis  # noqa: E402
 
 import settings  # noqa: E402
-from helpers import Refusal, available_cores  # noqa: E402
+from helpers import StartupError, available_cores  # noqa: E402
 from model_server import model_checks  # noqa: E402
 
 WORKERS = 640  # requests in flight, in all web processes together
@@ -103,24 +103,26 @@ def become_subreaper() -> None:
 
 
 def free_port() -> int:
-    """Return PORT, which nothing listens on. Waits PORT_LIMIT for an Apache that may be ending. Raises Refusal."""
+    """Return PORT, which nothing listens on. Waits PORT_LIMIT for an Apache that may be ending. Raises StartupError."""
     port = settings.PORT
     deadline = time.monotonic() + PORT_LIMIT
     while not bindable(port):
         if time.monotonic() > deadline:
-            raise Refusal(f"port {port} is taken: choose another, as in PORT={port % 65535 + 1} bin/serve.")
+            raise StartupError(f"port {port} is taken: choose another, as in PORT={port % 65535 + 1} bin/serve.")
         time.sleep(0.1)
     return port
 
 
 def bindable(port: int) -> bool:
-    """Whether nothing listens on the port. Raises Refusal where this user may not."""
+    """Whether nothing listens on the port. Raises StartupError where this user may not."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except PermissionError:
-            raise Refusal(f"port {port} is for root only: choose one above 1023, as in PORT=8080 bin/serve.") from None
+            raise StartupError(
+                f"port {port} is for root only: choose one above 1023, as in PORT=8080 bin/serve."
+            ) from None
         except OSError:
             return False
     return True
@@ -133,7 +135,7 @@ def whole_paths() -> dict[str, str]:
 
 
 def check_model() -> None:
-    """Raise Refusal where MODEL, or a file that goes with it, can't be right, before anything is started."""
+    """Raise StartupError where MODEL, or a file that goes with it, can't be right, before anything is started."""
     for name, path in whole_paths().items():
         setattr(settings, name, path)
     with chdir(APP_ROOT):  # where the model server looks for what is not in this folder
@@ -253,12 +255,12 @@ def relay_log(log: IO[bytes]) -> None:
 
 
 def wait_for_own_redis(directory: Path, supervisor: subprocess.Popen[bytes]) -> None:
-    """Return when our own Redis answers: until then nothing may use the port. Raises Refusal when that can't come."""
+    """Return when our own Redis answers: until then nothing may use the port. Raises StartupError when that can't come."""
     deadline = time.monotonic() + serve_redis.START_LIMIT
     while not serve_redis.started(directory):
         check_supervisor(supervisor)
         if "redis" in given_up(directory) or time.monotonic() > deadline:
-            raise Refusal(f"Redis does not start: {serve_redis.why_not_started(directory)}")
+            raise StartupError(f"Redis does not start: {serve_redis.why_not_started(directory)}")
         time.sleep(0.05)
 
 
@@ -275,23 +277,23 @@ def start_programs(directory: Path, supervisor: subprocess.Popen[bytes]) -> None
 
 
 def wait_until_ready(port: int, directory: Path, supervisor: subprocess.Popen[bytes]) -> None:
-    """Return when /readyz of our own Apache says so. Raises Refusal when that can't come."""
+    """Return when /readyz of our own Apache says so. Raises StartupError when that can't come."""
     deadline = time.monotonic() + START_LIMIT
     while not (apache_is_up(directory) and ready(port)):
         check_supervisor(supervisor)
         for name in given_up(directory):
-            raise Refusal(f"{name} does not start; its reason is in the lines above.")
+            raise StartupError(f"{name} does not start; its reason is in the lines above.")
         if time.monotonic() > deadline:
-            raise Refusal(f"not ready after {START_LIMIT} seconds.")
+            raise StartupError(f"not ready after {START_LIMIT} seconds.")
         time.sleep(0.1)
 
 
 def watch(directory: Path, supervisor: subprocess.Popen[bytes]) -> NoReturn:
-    """Run for ever. Raises Refusal when supervisor or our own Redis is gone for good."""
+    """Run for ever. Raises StartupError when supervisor or our own Redis is gone for good."""
     while True:
         check_supervisor(supervisor)
         if "redis" in given_up(directory):
-            raise Refusal(f"Redis has ended and does not start again: {serve_redis.why_not_started(directory)}")
+            raise StartupError(f"Redis has ended and does not start again: {serve_redis.why_not_started(directory)}")
         end_orphans(supervisor.pid)
         time.sleep(1)
 
@@ -303,11 +305,11 @@ def end_orphans(supervisor: int) -> None:
 
 
 def check_supervisor(supervisor: subprocess.Popen[bytes]) -> None:
-    """Raise Refusal when supervisor has ended, SystemExit when we are told to."""
+    """Raise StartupError when supervisor has ended, SystemExit when we are told to."""
     if TOLD.is_set():
         sys.exit(0)
     if (code := supervisor.poll()) is not None:
-        raise Refusal(f"supervisor ended by itself, with exit code {code}.")
+        raise StartupError(f"supervisor ended by itself, with exit code {code}.")
 
 
 def ready(port: int) -> bool:
@@ -350,5 +352,5 @@ def announce(port: int) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Refusal as refusal:
+    except StartupError as refusal:
         sys.exit(f"bin/serve: {refusal}")

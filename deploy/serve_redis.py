@@ -12,7 +12,7 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 import settings
-from helpers import Refusal
+from helpers import StartupError
 from image_queue import ImageQueue
 from image_queue.connection import fault_of
 
@@ -26,7 +26,7 @@ PROBE_LIMIT = 2  # seconds
 
 
 def redis_answers() -> bool:
-    """Whether there is a Redis to use; where not, one may be started. Raises Refusal where neither is so."""
+    """Whether there is a Redis to use; where not, one may be started. Raises StartupError where neither is so."""
     queue = ImageQueue()
     try:
         wait_for_another_to_end(queue)
@@ -34,7 +34,7 @@ def redis_answers() -> bool:
     except RedisError as error:
         if is_local() and not port_answers():
             return False
-        raise Refusal(f"{fault(queue, error)}.") from None
+        raise StartupError(f"{fault(queue, error)}.") from None
     print(f"* Using the Redis at {queue.address}", flush=True)
     return True
 
@@ -58,7 +58,7 @@ def run_directory_of(queue: ImageQueue) -> Path | None:
 
 
 def wait_for_another_to_end(queue: ImageQueue) -> None:
-    """Return when the Redis at hand is not another bin/serve's. Raises RedisError where none answers, or Refusal."""
+    """Return when the Redis at hand is not another bin/serve's. Raises RedisError where none answers, or StartupError."""
     begun = time.monotonic()
     limit = 0
     while True:
@@ -79,11 +79,15 @@ def wait_for_another_to_end(queue: ImageQueue) -> None:
         time.sleep(0.1)
 
 
-def another_has_it(queue: ImageQueue) -> Refusal:
+def another_has_it(queue: ImageQueue) -> StartupError:
     """Return what to say of the Redis of another bin/serve."""
     if not is_local():
-        return Refusal(f"the Redis at {queue.address} is another bin/serve's and ends with it: name one of your own.")
-    return Refusal(f"port {settings.REDIS_PORT} has another bin/serve's Redis: stop that one, or {another_port()}.")
+        return StartupError(
+            f"the Redis at {queue.address} is another bin/serve's and ends with it: name one of your own."
+        )
+    return StartupError(
+        f"port {settings.REDIS_PORT} has another bin/serve's Redis: stop that one, or {another_port()}."
+    )
 
 
 def another_port() -> str:
@@ -97,7 +101,7 @@ def write_configuration(directory: Path) -> None:
 
 
 def started(directory: Path) -> bool:
-    """Whether our own Redis answers. Raises Refusal when another bin/serve was faster."""
+    """Whether our own Redis answers. Raises StartupError when another bin/serve was faster."""
     queue = ImageQueue()
     try:
         found = run_directory_of(queue)
@@ -107,7 +111,7 @@ def started(directory: Path) -> bool:
         raise (
             another_has_it(queue)
             if found
-            else Refusal(
+            else StartupError(
                 f"another Redis has taken port {settings.REDIS_PORT} meanwhile: start bin/serve again to use it."
             )
         )

@@ -65,12 +65,12 @@ import orjson
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 import settings
-from helpers import USUAL_SHAPE, Pixels, Refusal, ServiceError, Shape, as_shape, pauses
+from helpers import USUAL_SHAPE, Pixels, ServiceError, Shape, StartupError, as_shape, pauses
 from image_queue.connection import (
     MOST_CONNECTIONS,
     SPARE_CONNECTIONS,
     QueuePool,
-    UnfitRedis,
+    UnusableRedis,
     address_of,
     connect,
     fault_of,
@@ -149,7 +149,7 @@ return alive
 """
 
 # Back to where they came from, in order: the last of what was taken goes first.
-GIVE_BACK = """#!lua flags=allow-oom
+REQUEUE = """#!lua flags=allow-oom
 for i = 1, tonumber(ARGV[1]) do
     if not redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') then break end
 end
@@ -157,7 +157,7 @@ end
 
 # Several servers may find the same dead one: whoever comes second finds its list gone. First come the answers, then the
 # jobs for the head of the queue, then those for its end.
-RECOVER = """#!lua flags=allow-oom
+RECLAIM = """#!lua flags=allow-oom
 if redis.call('LLEN', KEYS[2]) ~= tonumber(ARGV[1]) then return 0 end
 for i = 3, #KEYS, 2 do
     redis.call('DEL', KEYS[i], KEYS[i + 1])
@@ -198,7 +198,7 @@ class ResultTimeout(ServiceError):
     status, code = 504, "timeout"
 
 
-class DeclaredDead(Exception):
+class HeartbeatExpired(Exception):
     """The heartbeat lapsed, so others may have taken what this server had; it must join again."""
 
 
@@ -395,14 +395,14 @@ class ImageQueue:
     def check(self) -> None:
         """Find out whether this Redis can be used, and into `risks` what of it may still cost requests.
 
-        Raises UnfitRedis when the service can never work with it, NotPrimary while it is a replica, and RedisError when
+        Raises UnusableRedis when the service can never work with it, NotPrimary while it is a replica, and RedisError when
         it does not answer or refuses a write.
         """
         info = info_of_primary(self.redis)
         fault = unfitness(info)
         self.unfit = bool(fault)
         if fault:
-            raise UnfitRedis(self.address, fault)
+            raise UnusableRedis(self.address, fault)
         self._share_connections(share_of_connections(info))
         self.redis.delete(f"{self.key}:never")  # changes nothing, and is refused where other writes would be
         self.risks = risks_of(info)
@@ -415,7 +415,7 @@ class ImageQueue:
     def _share_connections(self, share: int) -> None:
         """Learn how many images of this process may wait for answers at once."""
 
-    def complain(self, error: Exception, pause: float, then: str = "") -> None:
+    def log_redis_error(self, error: Exception, pause: float, then: str = "") -> None:
         """Log what is wrong with Redis: one line per attempt, and one for all threads that attempt at once.
 
         `then` says what follows where that is not another attempt after `pause` seconds.
@@ -425,7 +425,7 @@ class ImageQueue:
                 return
             self._complained[then] = time.monotonic()
         then = then or "trying again" + (f" in {pause:.1f} s" if pause else "")
-        reason = "" if isinstance(error, UnfitRedis) else f" ({_reason(error)})"
+        reason = "" if isinstance(error, UnusableRedis) else f" ({_reason(error)})"
         log.warning("Redis at %s %s%s; %s", self.address, fault_of(error), reason, then)
 
 
@@ -495,8 +495,8 @@ class WebQueue(ImageQueue):
         """Raise RedisDown if Redis can't be used at all, and has not been replaced: to wait would be of no use."""
         try:
             self.check()
-        except UnfitRedis as error:
-            self.complain(error, 60, IMAGES_REFUSED)
+        except UnusableRedis as error:
+            self.log_redis_error(error, 60, IMAGES_REFUSED)
             raise RedisDown("The queue can't be used as it is set up, so tell the operator of the service.") from None
         except RedisError:
             pass  # it may be back soon
@@ -549,7 +549,7 @@ class WebQueue(ImageQueue):
                     self._refuse_unfit()
                 error = problem
                 seconds = next(pause)
-                self.complain(problem, seconds)
+                self.log_redis_error(problem, seconds)
                 time.sleep(min(seconds, max(0.0, until - time.monotonic())))
         if not accepted:
             raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
@@ -568,7 +568,7 @@ class WebQueue(ImageQueue):
         except OutOfMemoryError as error:
             if unlimited:
                 raise  # was promised an answer, so it goes on trying
-            self.complain(error, 1, IMAGES_REFUSED)
+            self.log_redis_error(error, 1, IMAGES_REFUSED)
             raise QueueFull("Redis has no memory for another image, so try again in a few seconds.") from error
         if not room:
             if self.live_servers():
@@ -628,8 +628,8 @@ class ServerQueue(ImageQueue):
         self._lives = self.redis.register_script(LIVES)
         self._beat = self.redis.register_script(BEAT)
         self._answer = self.redis.register_script(ANSWER)
-        self._return = self.redis.register_script(GIVE_BACK)
-        self._recover = self.redis.register_script(RECOVER)
+        self._return = self.redis.register_script(REQUEUE)
+        self._reclaim = self.redis.register_script(RECLAIM)
         self._next_beat = 0.0
         self._shape = as_shape(about.get("shape"))
         self._longest_job = longest_job(self._shape or USUAL_SHAPE)
@@ -637,7 +637,7 @@ class ServerQueue(ImageQueue):
     def join(self) -> None:
         """Put back what this process had taken, and what one that died in its place had; then be alive.
 
-        Raises RedisError, and Refusal when this Redis can't be used or another model is served on this queue: half of
+        Raises RedisError, and StartupError when this Redis can't be used or another model is served on this queue: half of
         the answers would be wrong.
         """
         self.check()
@@ -647,30 +647,30 @@ class ServerQueue(ImageQueue):
         self._begin_session()
         for dead in self.redis.scan_iter(self.server_key(f"{self.slot}.*"), count=1000):
             self.redis.delete(dead)
-        self.recover()
+        self.reclaim()
         self._renew()
 
     def leave(self) -> None:
         """Put back what was taken and not computed, and be gone at once. Raises RedisError."""
-        self._give_back(ALL)
+        self._requeue(ALL)
         self.redis.delete(self.heartbeat)
 
     def beat(self) -> None:
         """Renew the heartbeat when a fifth of its life is over, and bring back the jobs of servers that died.
 
-        Raises DeclaredDead when the heartbeat had lapsed, RedisError.
+        Raises HeartbeatExpired when the heartbeat had lapsed, RedisError.
         """
         if time.monotonic() < self._next_beat:
             return
         self._renew("XX")
-        self.recover()
+        self.reclaim()
 
-    def recover(self) -> None:
+    def reclaim(self) -> None:
         """Put the jobs of every server without a heartbeat back at the head of the queue. Raises RedisError."""
         for key in self.redis.scan_iter(self.taken_key("*"), count=1000, _type="list"):
             server = _last_part(key)
             if server != self.name and not self.redis.exists(self.server_key(server)):
-                self._recover_from(server)
+                self._reclaim_from(server)
 
     def take(self, most: int, wait: float = 0, *, ahead: bool = False) -> Batch:
         """Move up to `most` jobs from the queue to the taken list and return them. Raises RedisError.
@@ -683,7 +683,7 @@ class ServerQueue(ImageQueue):
         parsed = self._jobs(raw)
         keep = self._before_suspect(parsed, ahead=ahead)
         if keep < len(raw):
-            self._give_back(len(raw) - keep)
+            self._requeue(len(raw) - keep)
         jobs = [job for job in parsed[:keep] if job]
         wanted = [job for job in jobs if not job.expired]
         self.count("taken", len(wanted))
@@ -694,21 +694,21 @@ class ServerQueue(ImageQueue):
         """Hand out the `answers` to `jobs`, one each in the same order, and forget the batch, in one transaction.
 
         The batch is the first `entries` of the taken list. Raises ValueError when there are more or fewer answers than
-        jobs, DeclaredDead when the heartbeat had lapsed (the answers were handed out all the same), RedisError.
+        jobs, HeartbeatExpired when the heartbeat had lapsed (the answers were handed out all the same), RedisError.
         """
         keys, args = [self.taken, self.heartbeat], [str(entries)]
         for job, answer in zip(jobs, answers, strict=True):
             keys += [self.result_key(job.id), self.accepted_key(job.id)]
             args += [json.dumps(answer, allow_nan=False), str(_ttl(job))]
         if not self._answer(keys, args):
-            raise DeclaredDead
+            raise HeartbeatExpired
 
     def _refuse_other_models(self) -> None:
         mine = (self.about["model"], self.about["weights"])
         for name, about in self.live_servers().items():
             theirs = (about.get("model"), about.get("weights"))
             if name.rpartition(".")[0] != self.slot and theirs != mine:
-                raise Refusal(
+                raise StartupError(
                     f"Model server {name} serves {theirs[0]} ({theirs[1]}) on the queue {self.key}: stop it, or set "
                     f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
                 )
@@ -739,10 +739,10 @@ class ServerQueue(ImageQueue):
             return len(parsed)
         return first or (0 if ahead else 1)
 
-    def _give_back(self, count: int) -> None:
+    def _requeue(self, count: int) -> None:
         self._return([self.key, self.taken], [count])
 
-    def _recover_from(self, dead: str) -> None:
+    def _reclaim_from(self, dead: str) -> None:
         """Mark what `dead` had in flight and put it back, but answer what was in flight at a crash before."""
         taken = self.taken_key(dead)
         entries = self.redis.lrange(taken, 0, -1)
@@ -755,7 +755,7 @@ class ServerQueue(ImageQueue):
         keys = [self.key, taken]
         for job in killers:
             keys += [self.result_key(job.id), self.accepted_key(job.id)]
-        if entries and self._recover(keys, [len(entries), len(first), *answers, *first, *last]):
+        if entries and self._reclaim(keys, [len(entries), len(first), *answers, *first, *last]):
             back = len(first) + len(last)
             self.count("recovered", back)
             self.count("given_up", len(killers))
@@ -767,12 +767,12 @@ class ServerQueue(ImageQueue):
         self.heartbeat = self.server_key(self.name)
 
     def _renew(self, *condition: str) -> None:
-        """Write the heartbeat; with the condition "XX" only over one that is there. Raises DeclaredDead, RedisError."""
+        """Write the heartbeat; with the condition "XX" only over one that is there. Raises HeartbeatExpired, RedisError."""
         keys = [self.heartbeat, self.shape_key] if self._shape else [self.heartbeat]
         shape = json.dumps({"shape": self._shape, "server": self.name})
         beat = [json.dumps(self.about), "PX", str(int(self.ttl * 1000)), *condition]
         if not self._beat(keys, [shape, str(SHAPE_TTL), *beat]):
-            raise DeclaredDead
+            raise HeartbeatExpired
         self._next_beat = time.monotonic() + self.ttl / 5
 
     def _jobs(self, entries: Sequence[bytes | str]) -> list[Job | None]:
@@ -823,7 +823,7 @@ def claim_slot(key: str) -> tuple[socket.socket, str]:
             held.close()
             continue
         return held, f"{re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname())}-{mark}-{number}"
-    raise Refusal("1000 model servers of this queue run on this host: no name is left.")
+    raise StartupError("1000 model servers of this queue run on this host: no name is left.")
 
 
 def _redis_mark() -> str:

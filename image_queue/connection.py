@@ -36,7 +36,7 @@ from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
 import settings
-from helpers import Refusal
+from helpers import StartupError
 
 # Seconds beyond a blocking poll after which a connection counts as dead. Without it a cut cable is never noticed;
 # below a second a busy Redis would be taken for a dead one.
@@ -60,7 +60,7 @@ class NotPrimary(ConnectionError):
     """Redis is a replica and takes no writes: as after a fail-over, on a connection to the old primary."""
 
 
-class UnfitRedis(Refusal):
+class UnusableRedis(StartupError):
     """The service can't work with this Redis, however long it waits; `fault` says why, as fault_of() does."""
 
     def __init__(self, address: str, fault: str) -> None:
@@ -292,9 +292,9 @@ FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
 def fault_of(error: Exception) -> str:
     """Return what is wrong with Redis and what to do, in words that follow its name, as "refuses the password, so ...".
 
-    `error` is what redis-py raised, or UnfitRedis. The words hold no piece of the error, so they may go to a client.
+    `error` is what redis-py raised, or UnusableRedis. The words hold no piece of the error, so they may go to a client.
     """
-    if isinstance(error, UnfitRedis):
+    if isinstance(error, UnusableRedis):
         return error.fault
     known = (words for kind, text, words in FAULTS if isinstance(error, kind) and text in str(error))
     fault = next(known, NO_ANSWER)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 import settings
-from helpers import BATCHES_AT_ONCE, Refusal
+from helpers import BATCHES_AT_ONCE, StartupError
 from model_server.import_noise import without_noise
 
 # Keras imports these where they are installed, for training and plots. They take 3 seconds of each start.
@@ -52,7 +52,7 @@ def _import_keras() -> None:
     try:
         import keras  # noqa: PLC0415
     except (ImportError, ValueError) as error:
-        raise Refusal(
+        raise StartupError(
             f"Keras can't be imported with KERAS_BACKEND={os.environ.get('KERAS_BACKEND', 'tensorflow')} ({error}): "
             "install that package into .venv, or choose tensorflow, torch or jax."
         ) from error
@@ -217,12 +217,12 @@ BACKENDS: dict[str, Callable[[Any], Network]] = {"tensorflow": TensorFlow, "jax"
 
 
 def compiled(model: Any) -> Network:
-    """Return the Keras `model` as a function of the backend that Keras runs on. Raises Refusal for other backends."""
+    """Return the Keras `model` as a function of the backend that Keras runs on. Raises StartupError for other backends."""
     import keras  # noqa: PLC0415 - quietly imported above
 
     backend = keras.backend.backend()
     if backend not in BACKENDS:
-        raise Refusal(f"KERAS_BACKEND={backend} makes no sense: it must be one of {', '.join(sorted(BACKENDS))}.")
+        raise StartupError(f"KERAS_BACKEND={backend} is invalid: it must be one of {', '.join(sorted(BACKENDS))}.")
     return BACKENDS[backend](model)
 
 

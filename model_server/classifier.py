@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 import settings
-from helpers import MOST_SIDE, USUAL_SHAPE, Refusal, Shape, as_shape, keras_downloads
+from helpers import MOST_SIDE, USUAL_SHAPE, Shape, StartupError, as_shape, keras_downloads
 from model_server import model_checks, model_file, model_loading
 from model_server.model_file import ModelFile, first_line, read_labels, shown
 
@@ -132,7 +132,7 @@ class Classifier:
     def warm_up(self) -> None:
         """Compile and measure the model at every batch shape that it will run, up to where larger ones gain nothing.
 
-        Raises Refusal when the model can't be computed, or what comes out is not one probability a label.
+        Raises StartupError when the model can't be computed, or what comes out is not one probability a label.
         """
         noise = np.random.default_rng(SEED).integers(0, 256, (settings.BATCH_SIZE, *self.shape))
         images = noise.astype(settings.IMAGE_DTYPE)
@@ -235,7 +235,7 @@ class Classifier:
         return np.concatenate([1 - values, values], axis=1) if self.of_second else values
 
     def _check_output(self, noise: Images) -> None:
-        """Raise Refusal unless the model gives probabilities, one a label, of `noise` (1, *shape) and other images."""
+        """Raise StartupError unless the model gives probabilities, one a label, of `noise` (1, *shape) and other images."""
         self._check_shape(self._outputs(noise).shape)
         self._check_probabilities(np.concatenate([self._outputs(noise), *self._outputs_of_flat_images(noise)]))
 
@@ -257,22 +257,22 @@ class Classifier:
                 yield values
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise Refusal unless values of `shape`, for one image, are one a label; note where they are of the second."""
+        """Raise StartupError unless values of `shape`, for one image, are one a label; note where they are of the second."""
         classes, values = len(self._labels), shape[1:]
         if len(shape) != 2:
-            raise Refusal(
+            raise StartupError(
                 f"MODEL={settings.MODEL} gives {values} values an image, but one a class is needed: let it end in "
                 "GlobalAveragePooling2D or Flatten, and a Dense layer with softmax or sigmoid."
             )
         self.of_second = shape == (1, 1) and classes == 2
         if shape != (1, classes) and not self.of_second:
-            raise Refusal(
+            raise StartupError(
                 f"MODEL={settings.MODEL} gives {values} values an image, but there are {classes} "
                 f"labels: {self.facts.labels_from} must have one a class."
             )
 
     def _check_probabilities(self, values: npt.NDArray[Any]) -> None:
-        """Raise Refusal where these values (images, classes) are no probabilities, or only happen to look like some."""
+        """Raise StartupError where these values (images, classes) are no probabilities, or only happen to look like some."""
         ending = self.facts.ending
         known = ending in ("", *model_loading.PROBABLE)
         because = "" if known else f", for its last activation is {ending}"
@@ -281,12 +281,14 @@ class Classifier:
         one_value = self.of_second or real.shape[1] == 1
         add_up = not one_value and np.abs(real.sum(axis=1) - 1).max() < NEARLY_ONE
         if values.dtype.kind in "iub" or not inside or not (known or add_up):
-            raise Refusal(
+            raise StartupError(
                 f"MODEL={settings.MODEL} does not give probabilities: end it with a softmax, or a sigmoid where "
                 f"several classes may be true{because}."
             )
         if ending == "softmax" and one_value:
-            raise Refusal(f"MODEL={settings.MODEL} ends in a softmax of one value, which is always 1: use a sigmoid.")
+            raise StartupError(
+                f"MODEL={settings.MODEL} ends in a softmax of one value, which is always 1: use a sigmoid."
+            )
 
 
 def _flat_images(like: Images) -> list[Images]:
@@ -297,16 +299,16 @@ def _flat_images(like: Images) -> list[Images]:
 
 @contextmanager
 def model_at_fault(what: str) -> Iterator[None]:
-    """Turn what goes wrong within into a Refusal that says `what` of MODEL, but for what may pass by itself."""
+    """Turn what goes wrong within into a StartupError that says `what` of MODEL, but for what may pass by itself."""
     try:
         yield
-    except Refusal:
+    except StartupError:
         raise
     except Exception as error:
         if may_pass(error):
             raise
         log.debug(what, exc_info=True)
-        raise Refusal(f"MODEL={settings.MODEL} {what} ({model_loading.gist(error)}).") from error
+        raise StartupError(f"MODEL={settings.MODEL} {what} ({model_loading.gist(error)}).") from error
 
 
 def may_pass(error: Exception) -> bool:
@@ -316,7 +318,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def load() -> Classifier:
-    """Return the classifier that the settings ask for, not yet warmed up. Raises Refusal."""
+    """Return the classifier that the settings ask for, not yet warmed up. Raises StartupError."""
     model_checks.check()
     with model_at_fault("can't be loaded"):
         return (
@@ -371,10 +373,10 @@ def _loaded(path: Path, setting: str) -> Any:
     try:
         return model_loading.load_file(path)
     except Exception as error:
-        if isinstance(error, Refusal) or may_pass(error):
+        if isinstance(error, StartupError) or may_pass(error):
             raise
         log.debug("load_model", exc_info=True)
-        raise Refusal(f"{setting}={shown(path)} {model_loading.why_not(path, error)}.") from error
+        raise StartupError(f"{setting}={shown(path)} {model_loading.why_not(path, error)}.") from error
 
 
 def _from_applications(name: str) -> Classifier:
@@ -408,7 +410,7 @@ def _imagenet_labels(module: Any) -> list[str]:
 
 
 def _with_weights(model: Any, path: Path) -> Any:
-    """Return `model` with the weights at `path`, or the whole model that is there instead. Raises Refusal."""
+    """Return `model` with the weights at `path`, or the whole model that is there instead. Raises StartupError."""
     if path.suffix == ".keras":
         return model_loading.one_to_one(_loaded(path, "MODEL_WEIGHTS"), f"MODEL_WEIGHTS={path}")
     try:
@@ -416,7 +418,7 @@ def _with_weights(model: Any, path: Path) -> Any:
     except Exception as error:
         if may_pass(error):
             raise
-        raise Refusal(
+        raise StartupError(
             f"MODEL_WEIGHTS={path} does not fit MODEL={settings.MODEL} ({model_loading.gist(error)}): set MODEL to the "
             "model that it was saved from."
         ) from error
@@ -433,7 +435,7 @@ def _download(fetch: Callable[[], Any]) -> Any:
         url = next((word.rstrip(":") for word in str(error).split() if word.startswith(("https:", "http:"))), "")
         if not (url or isinstance(error, CUT_OFF) or "corrupted file" in str(error)):
             raise
-        raise Refusal(
+        raise StartupError(
             f"{url or f'What MODEL={settings.MODEL} needs'} can't be fetched ({_why_not_fetched(error)}): get it where "
             f"there is internet and put it in {keras_downloads()}/, or set MODEL=models/efficientnet_lite0.keras, "
             "which needs nothing."
@@ -467,7 +469,7 @@ def _set_precision(model: Any) -> None:
 
 
 def _preprocess(file: ModelFile, shape: Shape) -> Callable[[Any], Any]:
-    """Return what is done to pixels 0..255 before the model. Raises Refusal."""
+    """Return what is done to pixels 0..255 before the model. Raises StartupError."""
     mode = file.preprocessing
     if mode in model_file.FOR_COLOUR and shape[2] == 1:
         raise file.refusal("preprocessing", mode, "none, scale or tf for a grey image")
@@ -479,13 +481,13 @@ def _preprocess(file: ModelFile, shape: Shape) -> Callable[[Any], Any]:
 
 
 def _input_shape(model: Any, file: ModelFile) -> Shape:
-    """Return the (height, width, channels) to serve `model` with: its own. Raises Refusal.
+    """Return the (height, width, channels) to serve `model` with: its own. Raises StartupError.
 
     Where it takes any, it is what IMAGE_* ask for, or `file`, or the usual.
     """
     takes = model.input_shape
     if not (isinstance(takes, tuple) and len(takes) == 4):
-        raise Refusal(f"MODEL={settings.MODEL} takes {takes}, but one image (height, width, channels) is needed.")
+        raise StartupError(f"MODEL={settings.MODEL} takes {takes}, but one image (height, width, channels) is needed.")
     said = {"height": file.height, "width": file.width, "channels": file.channels}
     for (key, value), own in zip(said.items(), takes[1:], strict=True):
         if value and own not in (None, value):
@@ -494,7 +496,7 @@ def _input_shape(model: Any, file: ModelFile) -> Shape:
     shape = as_shape(settings.image_shape((height, width, channels)))
     _refuse_other_size(takes)
     if not shape:
-        raise Refusal(
+        raise StartupError(
             f"MODEL={settings.MODEL} takes images of {width}x{height}x{channels}, but the service has 1 or 3 channels "
             f"(grey or RGB) and at most {MOST_SIDE} pixels a side: save the model with another input."
         )
@@ -506,13 +508,13 @@ def _first_given(*values: int | None) -> int:
 
 
 def _refuse_other_size(takes: tuple[int | None, ...]) -> None:
-    """Raise Refusal where a setting asks for another size than the model `takes`."""
+    """Raise StartupError where a setting asks for another size than the model `takes`."""
     _, height, width, channels = takes
     wanted = {"IMAGE_WIDTH": width, "IMAGE_HEIGHT": height, "IMAGE_CHANS": channels}
     asked = {name: getattr(settings, name) for name in wanted}
     wrong = [f"{name}={value}" for name, value in wanted.items() if value and asked[name] not in (None, value)]
     if wrong:
-        raise Refusal(f"MODEL={settings.MODEL} takes images of another size: set {' and '.join(wrong)}.")
+        raise StartupError(f"MODEL={settings.MODEL} takes images of another size: set {' and '.join(wrong)}.")
 
 
 def _sizes(most: int) -> list[int]:

@@ -3,7 +3,7 @@
 from prometheus_client import Counter, Histogram, Info, disable_created_metrics, start_http_server
 
 import settings
-from helpers import Refusal
+from helpers import StartupError
 
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -34,7 +34,7 @@ def count_jobs(event: str, times: int = 1) -> None:
 
 
 def serve_metrics(number: int) -> None:
-    """Serve the metrics, from a thread, where METRICS_PORT is set. Raises Refusal when the port is taken.
+    """Serve the metrics, from a thread, where METRICS_PORT is set. Raises StartupError when the port is taken.
 
     `number` is added to the port, so that several model servers on one host, each on a GPU, share the settings.
     """
@@ -44,4 +44,6 @@ def serve_metrics(number: int) -> None:
     try:
         start_http_server(port, settings.METRICS_HOST)
     except (OSError, OverflowError) as error:
-        raise Refusal(f"Port {port} of {settings.METRICS_HOST} can't be had ({error}): set METRICS_PORT.") from None
+        raise StartupError(
+            f"Port {port} of {settings.METRICS_HOST} can't be had ({error}): set METRICS_PORT."
+        ) from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import settings
-from helpers import Refusal
+from helpers import StartupError
 from model_server import model_file
 from model_server.model_file import shown
 
@@ -52,7 +52,7 @@ SUFFIXES = {
 
 
 def check() -> None:
-    """Raise Refusal where MODEL, MODEL_WEIGHTS, LABELS or a file beside the model can't be right."""
+    """Raise StartupError where MODEL, MODEL_WEIGHTS, LABELS or a file beside the model can't be right."""
     if is_path(settings.MODEL):
         path = Path(settings.MODEL)
         whole_model(path)
@@ -76,17 +76,17 @@ def application_names() -> list[str]:
     """Return the names of the classifiers in keras.applications, read from its source: to import it takes seconds."""
     keras = importlib.util.find_spec("keras")  # which only looks for it
     if keras is None or not keras.submodule_search_locations:
-        raise Refusal("Keras is not installed: .venv/bin/pip install -r requirements/service.txt")
+        raise StartupError("Keras is not installed: .venv/bin/pip install -r requirements/service.txt")
     source = Path(keras.submodule_search_locations[0], "applications/__init__.py").read_text(encoding="utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
     return sorted(name.name for node in imports for name in node.names if name.name[0].isupper())
 
 
-def _unknown(name: str) -> Refusal:
+def _unknown(name: str) -> StartupError:
     near = _nearest(name, application_names())
     allowed = f"the path of a .keras or .h5 file or one of {', '.join(application_names())}"
     asked = f"did you mean {near}? It" if near else "it"
-    return Refusal(f"MODEL={shown(name)} makes no sense: {asked} must be {allowed}.")
+    return StartupError(f"MODEL={shown(name)} is invalid: {asked} must be {allowed}.")
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -96,10 +96,10 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def whole_model(path: Path) -> str:
-    """Return the format of the model in the file at `path`: "keras" or "h5". Raises Refusal."""
+    """Return the format of the model in the file at `path`: "keras" or "h5". Raises StartupError."""
     form = file_format("MODEL", path)
     if form == "h5" and "model_config" not in _attributes(path):
-        raise Refusal(
+        raise StartupError(
             f"MODEL={shown(path)} holds no model, but at most weights: save the whole model with "
             "model.save('name.keras'), or set MODEL to a name in keras.applications and MODEL_WEIGHTS to this file."
         )
@@ -107,13 +107,13 @@ def whole_model(path: Path) -> str:
 
 
 def file_format(setting: str, path: Path) -> str:
-    """Return the format of the file that `setting` names, by its content: "keras" or "h5". Raises Refusal."""
+    """Return the format of the file that `setting` names, by its content: "keras" or "h5". Raises StartupError."""
     data = _beginning(setting, path)
     if data.startswith(HDF5):
         return "h5"
     what, todo = _in_zip(path) if data.startswith(ZIP) else _foreign(path, data)
     if what:
-        raise Refusal(f"{setting}={shown(path)} is {what}: {todo}.")
+        raise StartupError(f"{setting}={shown(path)} is {what}: {todo}.")
     return "keras"
 
 
@@ -121,18 +121,20 @@ def _beginning(setting: str, path: Path) -> bytes:
     try:
         if path.is_dir():
             what, todo = _folder(path)
-            raise Refusal(f"{setting}={shown(path)} is {what}: {todo}.")
+            raise StartupError(f"{setting}={shown(path)} is {what}: {todo}.")
         if path.exists() and not path.is_file():
-            raise Refusal(f"{setting}={shown(path)} is not a file: set {setting} to the path of one.")
+            raise StartupError(f"{setting}={shown(path)} is not a file: set {setting} to the path of one.")
         with path.open("rb") as file:
             data = file.read(BEGINNING)
     except (FileNotFoundError, NotADirectoryError):
         allowed = "the path of a .keras or .h5 file" if setting == "MODEL" else "imagenet, random, or a weights file"
-        raise Refusal(f"{setting}={shown(path)} is not there: it must be {allowed}.") from None
+        raise StartupError(f"{setting}={shown(path)} is not there: it must be {allowed}.") from None
     except OSError as error:
-        raise Refusal(f"{setting}={shown(path)} can't be read ({error.strerror}): let this user read it.") from error
+        raise StartupError(
+            f"{setting}={shown(path)} can't be read ({error.strerror}): let this user read it."
+        ) from error
     if not data:
-        raise Refusal(f"{setting}={shown(path)} is empty: {COPY_AGAIN}.")
+        raise StartupError(f"{setting}={shown(path)} is empty: {COPY_AGAIN}.")
     return data
 
 
@@ -185,12 +187,12 @@ def _member(path: Path, name: str) -> Any:
 
 
 def _attributes(path: Path) -> dict[str, str]:
-    """Return the texts that an HDF5 file has at its top. Raises Refusal."""
+    """Return the texts that an HDF5 file has at its top. Raises StartupError."""
     import h5py  # noqa: PLC0415 - for the few who have such a file
 
     try:
         with h5py.File(path, "r") as file:
             texts = {key: file.attrs[key] for key in ("model_config", "keras_version") if key in file.attrs}
     except OSError as error:
-        raise Refusal(f"MODEL={shown(path)} is cut off or damaged: {COPY_AGAIN}.") from error
+        raise StartupError(f"MODEL={shown(path)} is cut off or damaged: {COPY_AGAIN}.") from error
     return {key: text.decode() if isinstance(text, bytes) else str(text) for key, text in texts.items()}

@@ -14,7 +14,7 @@ from typing import Any
 from marshmallow import Schema, ValidationError, fields
 from marshmallow.validate import Length, OneOf, Range
 
-from helpers import MOST_SIDE, Refusal
+from helpers import MOST_SIDE, StartupError
 
 LONGEST = 10_000_000  # bytes: a path like /dev/zero has no end
 NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # such as what changes the colours of a terminal
@@ -80,50 +80,50 @@ class ModelFile:
     top: int = 0
     description: str = ""
 
-    def refusal(self, key: str, value: object, allowed: str) -> Refusal:
+    def refusal(self, key: str, value: object, allowed: str) -> StartupError:
         """Return the one line that says which key is wrong and what it may be."""
-        return Refusal(f"{self.path}: {key}={shown(value)} makes no sense: it must be {allowed}.")
+        return StartupError(f"{self.path}: {key}={shown(value)} is invalid: it must be {allowed}.")
 
 
 def read(path: Path) -> ModelFile:
-    """Return what the file at `path` says, which need not be there. Raises Refusal."""
+    """Return what the file at `path` says, which need not be there. Raises StartupError."""
     try:
         said = json.loads(_text(path))
     except FileNotFoundError:
         return ModelFile(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise Refusal(
+        raise StartupError(
             f'{path} can\'t be read as JSON ({first_line(error)}): it needs an object such as {{"top": 3}}.'
         ) from error
     if not isinstance(said, dict):
-        raise Refusal(f'{path} holds {shown(said)}, but it needs an object such as {{"top": 3}}.')
+        raise StartupError(f'{path} holds {shown(said)}, but it needs an object such as {{"top": 3}}.')
     try:
         return ModelFile(path, **SCHEMA().load(said))
     except ValidationError as error:
         key = next(iter(error.messages_dict))
     if key in ALLOWED:
         raise ModelFile(path).refusal(key, said[key], ALLOWED[key])
-    raise Refusal(f"{path}: {shown(key)}={shown(said[key])} makes no sense: the keys are {', '.join(ALLOWED)}.")
+    raise StartupError(f"{path}: {shown(key)}={shown(said[key])} is invalid: the keys are {', '.join(ALLOWED)}.")
 
 
 def read_labels(path: Path) -> list[str]:
-    """Return the labels in the file at `path`, one a line. Raises Refusal."""
+    """Return the labels in the file at `path`, one a line. Raises StartupError."""
     try:
         text = _text(path)
     except (OSError, ValueError) as error:
-        raise Refusal(
+        raise StartupError(
             f"The labels file {path} can't be read ({first_line(error)}): it needs one class a line, in UTF-8."
         ) from error
     labels = [label.strip() for label in text.splitlines()]
     if any(map(NO_TEXT.search, labels)):
-        raise Refusal(f"The labels file {path} is not one of plain text: it needs one class a line.")
+        raise StartupError(f"The labels file {path} is not one of plain text: it needs one class a line.")
     if not all(labels) or not labels:
-        raise Refusal(f"The labels file {path} has an empty line or none at all: it needs one class a line.")
+        raise StartupError(f"The labels file {path} has an empty line or none at all: it needs one class a line.")
     return labels
 
 
 def labels_of(file: ModelFile, chosen: str) -> tuple[Sequence[str], str]:
-    """Return the labels of a model with this file, and where they are from, for people. Raises Refusal.
+    """Return the labels of a model with this file, and where they are from, for people. Raises StartupError.
 
     `chosen` is LABELS, the path of a labels file that wins, or empty.
     """
@@ -136,7 +136,7 @@ def labels_of(file: ModelFile, chosen: str) -> tuple[Sequence[str], str]:
         return read_labels(path), str(path)
     try:
         return read_labels(file.path.parent / file.labels), f"labels={file.labels} in {file.path}"
-    except Refusal as refusal:
+    except StartupError as refusal:
         raise file.refusal("labels", file.labels, f"{ALLOWED['labels']} ({str(refusal).rstrip('.')})") from None
 
 

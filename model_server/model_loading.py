@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from helpers import Refusal
+from helpers import StartupError
 from model_server import model_checks
 from model_server.keras2_files import rewrite
 from model_server.model_file import shown
@@ -34,7 +34,7 @@ LINEAR = {"BatchNormalization", "LayerNormalization", "GroupNormalization", "Nor
 def load_file(path: Path) -> Any:
     """Return the model in a .keras or HDF5 file, by its content, whatever its name ends in. Code in it is not run.
 
-    Raises Refusal where it is another kind of file, and what Keras raises where Keras can't load it.
+    Raises StartupError where it is another kind of file, and what Keras raises where Keras can't load it.
     """
     form = model_checks.whole_model(path)
     version = model_checks.saved_by(path, form)
@@ -52,7 +52,7 @@ def _load(path: Path) -> Any:
 
 
 def why_not(path: Path, error: Exception) -> str:
-    """Return why the model in a file can't be loaded, and what to do, for the end of a line. Raises Refusal."""
+    """Return why the model in a file can't be loaded, and what to do, for the end of a line. Raises StartupError."""
     form = model_checks.whole_model(path)
     foreign = list(dict.fromkeys(_foreign(model_checks.configuration(path, form))))
     if foreign:
@@ -155,20 +155,20 @@ def gist(error: Exception) -> str:
 
 
 def one_to_one(model: Any, setting: str) -> Any:
-    """Return `model` with one tensor as its input and one as its output, out of a list or dict too. Raises Refusal."""
+    """Return `model` with one tensor as its input and one as its output, out of a list or dict too. Raises StartupError."""
     inputs, outputs = _ports(model, "inputs"), _ports(model, "outputs")
     if not inputs or not outputs:
-        raise Refusal(
+        raise StartupError(
             f"{setting} does not say what goes in and comes out: begin it with keras.Input((height, width, channels)) "
             f"and {SAVE}."
         )
     if len(inputs) > 1:
-        raise Refusal(
+        raise StartupError(
             f"{setting} takes {len(inputs)} inputs ({_names(inputs)}), but one image is needed: save a model of one "
             "input."
         )
     if len(outputs) > 1:
-        raise Refusal(
+        raise StartupError(
             f"{setting} gives {len(outputs)} outputs ({_names(outputs)}), but one with a probability a class is "
             "needed: save one of them with keras.Model(model.inputs, model.outputs[0]).save('name.keras')."
         )

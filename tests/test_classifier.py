@@ -18,7 +18,7 @@ from conftest import AS_INSTALLED, ROOT
 
 import run_model_server
 import settings
-from helpers import Refusal
+from helpers import StartupError
 from model_server import classifier
 from model_server.classifier import Classifier, Facts, Prediction
 
@@ -346,7 +346,7 @@ def test_what_can_not_be_served_is_refused_with_a_line(
     path = saved_model(tmp_path / "own.keras")
     fault(path)
 
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(StartupError) as refusal:
         load(monkeypatch, MODEL=path)
 
     assert line in str(refusal.value)
@@ -354,7 +354,7 @@ def test_what_can_not_be_served_is_refused_with_a_line(
 
 
 def test_a_model_of_another_size_says_which_values_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="set IMAGE_WIDTH=32 and IMAGE_HEIGHT=16 and IMAGE_CHANS=1"):
+    with pytest.raises(StartupError, match="set IMAGE_WIDTH=32 and IMAGE_HEIGHT=16 and IMAGE_CHANS=1"):
         load(monkeypatch, MODEL=saved_model(tmp_path / "other.keras", (16, 32, 1)))
 
 
@@ -362,7 +362,7 @@ def test_a_model_of_another_size_says_which_values_to_set(monkeypatch: pytest.Mo
 def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, activation: str) -> None:
     path = saved_model(tmp_path / "logits.keras", activation=activation)
 
-    with pytest.raises(Refusal, match="does not give probabilities: end it with a softmax"):
+    with pytest.raises(StartupError, match="does not give probabilities: end it with a softmax"):
         load(monkeypatch, MODEL=path)
 
 
@@ -377,7 +377,7 @@ def test_every_classifier_of_keras_is_known_by_name() -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_names_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refusal, match=r"MODEL=ResNet51 makes no sense: did you mean ResNet50\?.* VGG16,"):
+    with pytest.raises(StartupError, match=r"MODEL=ResNet51 is invalid: did you mean ResNet50\?.* VGG16,"):
         load(monkeypatch, MODEL="ResNet51")
 
 
@@ -431,7 +431,7 @@ def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPa
     other = saved_model(tmp_path / "other.keras")
     keras.saving.load_model(other).save_weights(tmp_path / "other.weights.h5")
 
-    with pytest.raises(Refusal, match="does not fit MODEL=MobileNetV2"):
+    with pytest.raises(StartupError, match="does not fit MODEL=MobileNetV2"):
         load(monkeypatch, MODEL="MobileNetV2", MODEL_WEIGHTS=tmp_path / "other.weights.h5")
 
 

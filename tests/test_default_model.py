@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, free_port, running, wait_until
 
 import settings
-from helpers import Refusal, keras_downloads
+from helpers import StartupError, keras_downloads
 from model_server import classifier, model_file
 
 sys.path.insert(0, str(ROOT / "deploy"))
@@ -200,7 +200,7 @@ def test_a_download_of_keras_that_breaks_says_what_to_do(
     monkeypatch.setattr(classifier, "DOWNLOAD_TIMEOUT", 0.3)
     release = threading.Event()
     with answering(said, lambda: release.wait(5 if said.endswith(b"200 O") else 0)) as url:
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(StartupError) as refused:
             classifier._download(
                 lambda: keras.utils.get_file("x", url, cache_dir=tmp_path, cache_subdir="", file_hash=32 * "0")
             )

@@ -48,7 +48,7 @@ from redis import Redis
 from redis.exceptions import NoPermissionError
 
 import run_web_server
-from helpers import Refusal
+from helpers import StartupError
 from run_model_server import give_up_root
 from web import access
 
@@ -600,7 +600,7 @@ def test_root_that_can_not_give_itself_up_is_refused_and_others_have_nothing_to_
 
     monkeypatch.setattr(os, "setgroups", not_permitted)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(Refusal, match="start the model server as another user"):
+    with pytest.raises(StartupError, match="start the model server as another user"):
         give_up_root()
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -17,8 +17,8 @@ from redis.exceptions import RedisError
 
 import image_queue
 import settings
-from helpers import Refusal, ServiceError
-from image_queue import DeclaredDead, Job, ServerQueue, WebQueue, failed
+from helpers import ServiceError, StartupError
+from image_queue import HeartbeatExpired, Job, ServerQueue, WebQueue, failed
 from image_queue import connection as redis_connection
 
 ABOUT = {"model": "digits", "weights": "digits.keras"}
@@ -261,7 +261,7 @@ def test_jobs_of_a_dead_server_go_back_to_the_head_in_order(
     server.take(3)
 
     die(server)
-    second.recover()
+    second.reclaim()
 
     assert waiting_ids(redis) == ["a", "b", "c", "d"]
     assert redis.llen(server.taken) == 0
@@ -271,7 +271,7 @@ def test_jobs_of_a_live_server_stay_with_it(redis: Redis, server: ServerQueue, s
     push(redis, "a", "b")
     server.take(2)
 
-    second.recover()
+    second.reclaim()
 
     assert waiting_ids(redis) == []
     assert redis.llen(server.taken) == 2
@@ -287,7 +287,7 @@ def test_a_dead_servers_jobs_go_back_once_however_many_find_it(redis: Redis, ser
         other._recover = after(all_have_looked, other._recover)  # type: ignore[assignment]
 
     with ThreadPoolExecutor(len(others)) as pool:
-        list(pool.map(lambda other: other.recover(), others))
+        list(pool.map(lambda other: other.reclaim(), others))
 
     assert waiting_ids(redis) == [f"job{i}" for i in range(40)]
 
@@ -342,7 +342,7 @@ def test_what_a_held_up_command_takes_for_a_server_that_joined_again_is_brought_
     server._take([settings.IMAGE_QUEUE, taken_before], [1])
     batch = server.take(1)
     server.answer(batch.jobs, [ANSWER], batch.entries)
-    server.recover()
+    server.reclaim()
 
     assert ids(batch) == ["b"]
     assert waiting_ids(redis) == ["a"]
@@ -352,7 +352,7 @@ def test_after_a_crash_each_job_is_computed_alone(redis: Redis, server: ServerQu
     push(redis, "a", "b", "c")
     server.take(2)
     die(server)
-    second.recover()
+    second.reclaim()
 
     batches = [second.take(32) for _ in range(3)]
 
@@ -377,7 +377,7 @@ def test_a_job_in_flight_at_three_crashes_is_given_up_and_holds_up_nobody(
     server.take(2)
     push(redis, "later")
     die(server)
-    second.recover()
+    second.reclaim()
     assert ids(second.take(32)) == ["killer"]
     die(second)
     server.join()
@@ -399,7 +399,7 @@ def test_a_job_that_is_given_up_leaves_no_mark_either(redis: Redis, server: Serv
     server.take(1)
 
     die(server)
-    second.recover()
+    second.reclaim()
 
     assert result_of(redis, "killer")["error"]["code"] == "model_failed"
     assert not redis.exists(server.accepted_key("killer"))
@@ -437,11 +437,11 @@ def test_a_late_answer_is_handed_out_and_leaves_the_lists_alone(
     push(redis, "a")
     frozen = server.take(1)
     die(server)
-    second.recover()
+    second.reclaim()
     push(redis, "b")
     server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it knew
 
-    with pytest.raises(DeclaredDead):
+    with pytest.raises(HeartbeatExpired):
         server.answer(frozen.jobs, [ANSWER], frozen.entries)
 
     assert result_of(redis, "a") == ANSWER
@@ -452,14 +452,14 @@ def test_a_lapsed_heartbeat_is_noticed_by_the_server_itself(server: ServerQueue)
     die(server)
     server._next_beat = 0
 
-    with pytest.raises(DeclaredDead):
+    with pytest.raises(HeartbeatExpired):
         server.beat()
 
 
 def test_another_model_on_the_same_queue_is_refused(redis: Redis, server: ServerQueue) -> None:
     other = ServerQueue({"model": "ResNet50", "weights": "imagenet"}, 5)
 
-    with pytest.raises(Refusal, match="IMAGE_QUEUE"):
+    with pytest.raises(StartupError, match="IMAGE_QUEUE"):
         other.join()
 
 
@@ -660,7 +660,7 @@ def test_a_model_server_with_a_fast_clock_brings_the_jobs_of_a_dead_one_back(
     die(server)
     shift_clock(monkeypatch, 7200)
 
-    second.recover()
+    second.reclaim()
     batch = second.take(1)
     second.answer(batch.jobs, [ANSWER] * len(batch.jobs), batch.entries)
 
@@ -901,7 +901,7 @@ def test_a_redis_out_of_memory_refuses_at_once(
 def test_a_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
     monkeypatch.setattr(redis_connection, "OLDEST_REDIS", 999)
 
-    with pytest.raises(Refusal, match="999 or newer is needed"):
+    with pytest.raises(StartupError, match="999 or newer is needed"):
         web.check()
 
 

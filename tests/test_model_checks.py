@@ -13,7 +13,7 @@ from conftest import ROOT, free_port
 
 import helpers
 import settings
-from helpers import Refusal
+from helpers import StartupError
 from model_server import classifier, model_checks, model_file
 
 CODE = """
@@ -36,7 +36,7 @@ def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"MODEL": "resnet50"}, "MODEL=resnet50 makes no sense: did you mean ResNet50? It must be the path of"),
+        ({"MODEL": "resnet50"}, "MODEL=resnet50 is invalid: did you mean ResNet50? It must be the path of"),
         ({"MODEL": "no/such.h5"}, "MODEL=no/such.h5 is not there: it must be the path of a .keras or .h5 file."),
         ({"MODEL": "models/"}, "MODEL=models is a folder: set it to the path of a file in it."),
         ({"MODEL": "README.md"}, "MODEL=README.md is no file that Keras writes, or damaged: the service needs a Keras"),
@@ -68,7 +68,7 @@ def test_a_model_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(Path, "open", _denied)  # root, who may run the tests, may read everything
     monkeypatch.setattr(settings, "MODEL", str(path))
 
-    with pytest.raises(Refusal, match=r"own\.keras can't be read \(Permission denied\): let this user read it\."):
+    with pytest.raises(StartupError, match=r"own\.keras can't be read \(Permission denied\): let this user read it\."):
         model_checks.check()
 
 
@@ -87,7 +87,7 @@ def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stdout == ""
     [line] = ended.stderr.splitlines()
-    assert line.startswith("bin/serve: MODEL=resnet50 makes no sense: did you mean ResNet50?")
+    assert line.startswith("bin/serve: MODEL=resnet50 is invalid: did you mean ResNet50?")
 
 
 def test_the_names_are_those_that_keras_has() -> None:
@@ -102,7 +102,7 @@ def test_the_names_are_those_that_keras_has() -> None:
 def test_a_name_that_is_nearly_right_is_recognized(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setattr(settings, "MODEL", name)
 
-    with pytest.raises(Refusal, match=rf"MODEL={name} makes no sense: did you mean {meant}\? It must be .* ResNet50,"):
+    with pytest.raises(StartupError, match=rf"MODEL={name} is invalid: did you mean {meant}\? It must be .* ResNet50,"):
         model_checks.check()
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_keras_model_is_named_for_what_it_is(
     make(tmp_path / name)
     monkeypatch.setattr(settings, "MODEL", str(tmp_path / name))
 
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(StartupError) as refusal:
         classifier.load()
 
     assert line in str(refusal.value)
@@ -190,7 +190,7 @@ def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
     (tmp_path / "labels.txt").write_bytes(data)
     monkeypatch.setattr(settings, "LABELS", str(tmp_path / "labels.txt"))
 
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(StartupError) as refusal:
         model_checks.check()
 
     assert str(refusal.value) == (
@@ -201,7 +201,7 @@ def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
 def test_a_model_s_own_file_of_another_encoding_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "own.json").write_bytes('{"top": 1,\n"description": "Vögel"}'.encode("latin-1"))
 
-    with pytest.raises(Refusal, match=r"own\.json can't be read as JSON \(line 2 is not UTF-8\)"):
+    with pytest.raises(StartupError, match=r"own\.json can't be read as JSON \(line 2 is not UTF-8\)"):
         model_file.read(tmp_path / "own.json")
 
 

@@ -29,7 +29,7 @@ from redis import Redis
 
 import run_model_server
 import settings
-from helpers import BATCHES_AT_ONCE, Refusal, base64_encode_image
+from helpers import BATCHES_AT_ONCE, StartupError, base64_encode_image
 from image_queue import ServerQueue, WebQueue
 from image_queue import connection as redis_connection
 from model_server.classifier import Classifier
@@ -401,7 +401,7 @@ def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
-        ("MODEL", "ResNet51", "MODEL=ResNet51 makes no sense"),
+        ("MODEL", "ResNet51", "MODEL=ResNet51 is invalid"),
         ("MODEL", "no/such.keras", "MODEL=no/such.keras is not there"),
         ("IMAGE_WIDTH", "100", "set IMAGE_WIDTH=224."),
     ],
@@ -452,8 +452,10 @@ def test_a_check_that_can_not_be_made_says_why(arguments: list[str], reason: str
     assert reason in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("error", [None, Refusal("no such model")])
-def test_garbage_is_collected_once_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, error: Refusal | None) -> None:
+@pytest.mark.parametrize("error", [None, StartupError("no such model")])
+def test_garbage_is_collected_once_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: StartupError | None
+) -> None:
     collecting: list[bool] = []
     left: list[weakref.ref[Mock]] = []
 
@@ -468,7 +470,7 @@ def test_garbage_is_collected_once_the_model_is_loaded(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(sys.modules, "model_server.classifier", cast(types.ModuleType, Mock(load=load)))
 
-    with pytest.raises(Refusal) if error else nullcontext():
+    with pytest.raises(StartupError) if error else nullcontext():
         run_model_server.loaded_model()
 
     assert collecting == [False]

@@ -42,7 +42,7 @@ from samples import colours, saved
 
 import image_queue
 import settings
-from helpers import Refusal, Shape, base64_encode_image
+from helpers import Shape, StartupError, base64_encode_image
 from image_queue import Job, ServerQueue, WebQueue
 from model_server import classifier
 from run_model_server import ModelServer, fitted
@@ -136,26 +136,26 @@ def test_without_a_file_or_a_setting_a_model_that_takes_any_size_gets_the_usual(
 
 
 WRONG = [
-    ({"colour": 1}, "colour=1 makes no sense: the keys are width, height, "),
-    ({"width": "96"}, "width=96 makes no sense: it must be a whole number of pixels from 1 to 4096."),
-    ({"width": 96.5}, "width=96.5 makes no sense: it must be a whole number"),
-    ({"height": 0}, "height=0 makes no sense: it must be a whole number"),
-    ({"height": None}, "height=null makes no sense: it must be a whole number"),
-    ({"channels": 2}, "channels=2 makes no sense: it must be 3 (RGB) or 1 (grey)."),
-    ({"channels": True}, "channels=true makes no sense: it must be 3 (RGB) or 1 (grey)."),
-    ({"width": 100}, "width=100 makes no sense: it must be 96, which is what the model takes, or left out."),
-    ({"channels": 3}, "channels=3 makes no sense: it must be 1, which is what the model takes, or left out."),
-    ({"preprocessing": "std"}, "preprocessing=std makes no sense: it must be one of none, scale, tf, torch, caffe."),
-    ({"preprocessing": ["tf"]}, 'preprocessing=["tf"] makes no sense: it must be one of none'),
-    ({"preprocessing": "caffe"}, "preprocessing=caffe makes no sense: it must be none, scale or tf for a grey image."),
-    ({"labels": []}, "labels=[] makes no sense: it must be a list of texts, or the name of a file beside it"),
-    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] makes no sense: it must be a list of texts'),
+    ({"colour": 1}, "colour=1 is invalid: the keys are width, height, "),
+    ({"width": "96"}, "width=96 is invalid: it must be a whole number of pixels from 1 to 4096."),
+    ({"width": 96.5}, "width=96.5 is invalid: it must be a whole number"),
+    ({"height": 0}, "height=0 is invalid: it must be a whole number"),
+    ({"height": None}, "height=null is invalid: it must be a whole number"),
+    ({"channels": 2}, "channels=2 is invalid: it must be 3 (RGB) or 1 (grey)."),
+    ({"channels": True}, "channels=true is invalid: it must be 3 (RGB) or 1 (grey)."),
+    ({"width": 100}, "width=100 is invalid: it must be 96, which is what the model takes, or left out."),
+    ({"channels": 3}, "channels=3 is invalid: it must be 1, which is what the model takes, or left out."),
+    ({"preprocessing": "std"}, "preprocessing=std is invalid: it must be one of none, scale, tf, torch, caffe."),
+    ({"preprocessing": ["tf"]}, 'preprocessing=["tf"] is invalid: it must be one of none'),
+    ({"preprocessing": "caffe"}, "preprocessing=caffe is invalid: it must be none, scale or tf for a grey image."),
+    ({"labels": []}, "labels=[] is invalid: it must be a list of texts, or the name of a file beside it"),
+    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] is invalid: it must be a list of texts'),
     ({"labels": ["a", " ", "c"]}, "makes no sense: it must be a list of texts"),
     ({"labels": ["a", "\x1b[31mb", "c"]}, "makes no sense: it must be a list of texts"),
-    ({"labels": "nowhere.txt"}, "labels=nowhere.txt makes no sense: it must be a list of texts, or the name of a file"),
+    ({"labels": "nowhere.txt"}, "labels=nowhere.txt is invalid: it must be a list of texts, or the name of a file"),
     ({"labels": ["a", "b"]}, "gives (3,) values an image, but there are 2 labels: `labels` in "),
-    ({"top": 0}, "top=0 makes no sense: it must be a whole number from 1 to 1000."),
-    ({"description": "a\nb"}, "description=a?b makes no sense: it must be one line of at most 500 letters."),
+    ({"top": 0}, "top=0 is invalid: it must be a whole number from 1 to 1000."),
+    ({"description": "a\nb"}, "description=a?b is invalid: it must be one line of at most 500 letters."),
     ("[]", "holds [], but it needs an object such as"),
     ("{", "can't be read as JSON"),
     ("[" * 100_000, "can't be read as JSON"),
@@ -169,7 +169,7 @@ def test_a_wrong_file_is_refused_with_a_line(
 ) -> None:
     said = {"labels": LABELS} | said if isinstance(said, dict) else said
 
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(StartupError) as refusal:
         load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
 
     assert line in str(refusal.value)
@@ -189,7 +189,7 @@ def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
 
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].endswith(
-        f"{tmp_path}/own.json: tpo=3 makes no sense: the keys are width, height, channels, preprocessing, labels, top, "
+        f"{tmp_path}/own.json: tpo=3 is invalid: the keys are width, height, channels, preprocessing, labels, top, "
         "description."
     )
     assert "Traceback" not in ended.stderr
@@ -201,12 +201,12 @@ def test_a_model_of_channels_that_no_image_has_is_refused(
 ) -> None:
     path = save_model(tmp_path / "own.keras", (64, 96, channels), {"labels": LABELS})
 
-    with pytest.raises(Refusal, match="the service has 1 or 3 channels"):
+    with pytest.raises(StartupError, match="the service has 1 or 3 channels"):
         load(monkeypatch, path)
 
 
 def test_a_setting_of_another_size_than_the_model_s_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="another size: set IMAGE_WIDTH=96 and IMAGE_CHANS=1"):
+    with pytest.raises(StartupError, match="another size: set IMAGE_WIDTH=96 and IMAGE_CHANS=1"):
         load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
 
 

@@ -26,7 +26,7 @@ import image_queue
 import settings
 from image_queue import ServerQueue, WebQueue
 from image_queue import connection as redis_connection
-from image_queue.connection import NotPrimary, QueuePool, UnfitRedis, connect, fault_of
+from image_queue.connection import NotPrimary, QueuePool, UnusableRedis, connect, fault_of
 from web.health import add_health_routes
 
 GRACE = 10  # seconds for what takes milliseconds on an idle machine
@@ -269,7 +269,7 @@ def fault_now() -> str:
     """What is wrong with the Redis of the settings, now."""
     try:
         WebQueue().check()
-    except (RedisError, UnfitRedis) as error:
+    except (RedisError, UnusableRedis) as error:
         return fault_of(error)
     return ""
 
@@ -330,7 +330,7 @@ def test_a_redis_that_can_not_be_used_is_refused_by_name(
         web = WebQueue()
         started = time.monotonic()
 
-        with pytest.raises(UnfitRedis, match=f"Redis at 127.0.0.1:{port} is ") as caught:
+        with pytest.raises(UnusableRedis, match=f"Redis at 127.0.0.1:{port} is ") as caught:
             web.check()
         with pytest.raises(image_queue.RedisDown, match="tell the operator"):
             web.ask("aW1hZ2U=", time.time() + 20)
@@ -362,7 +362,7 @@ def test_when_a_fit_redis_takes_the_place_of_an_unfit_one_images_are_taken_again
     with fake_redis(bulk("redis_version:7.4.0", "redis_mode:cluster")) as unfit, name_for(unfit) as name:
         use(monkeypatch, name.port)
         web = WebQueue()
-        with pytest.raises(UnfitRedis):
+        with pytest.raises(UnusableRedis):
             web.check()
         name.leads_to = port_of(pair.primary)
         web.pool.close_idle()

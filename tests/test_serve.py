@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT / "deploy"))
 import serve
 import serve_redis
 
-from helpers import Refusal
+from helpers import StartupError
 
 SERVE = str(ROOT / "bin/serve")
 # What bin/serve runs, which gives requests in flight less time than the usual 30 seconds.
@@ -279,12 +279,12 @@ def assert_refused(port: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_redis, "ENDING_LIMIT", 0.3)
         patch.setattr(settings, "REDIS_PORT", int(port))
-        with pytest.raises(Refusal, match=f"port {port} has another bin/serve's Redis"):
+        with pytest.raises(StartupError, match=f"port {port} has another bin/serve's Redis"):
             serve_redis.redis_answers()
-        with pytest.raises(Refusal, match=f"port {port} has another bin/serve's Redis"):
+        with pytest.raises(StartupError, match=f"port {port} has another bin/serve's Redis"):
             serve_redis.started(Path("/tmp/keras-rest-api-ours"))
         patch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{port}/0")
-        with pytest.raises(Refusal, match="ends with it: name one of your own"):
+        with pytest.raises(StartupError, match="ends with it: name one of your own"):
             serve_redis.redis_answers()
 
 
@@ -396,7 +396,7 @@ def test_a_redis_that_answers_but_not_us_is_told_with_its_reason(
     monkeypatch.setattr(settings, "REDIS_URL", url.format(**guarded))
     monkeypatch.setattr("image_queue.connection.SOCKET_GRACE", 0.5)
 
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(StartupError) as refused:
         serve_redis.redis_answers()
 
     assert said in str(refused.value)
@@ -411,7 +411,7 @@ def test_a_redis_in_protected_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         threading.Thread(target=deny, args=(server, said), daemon=True).start()
         monkeypatch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{server.getsockname()[1]}")
 
-        with pytest.raises(Refusal, match=r"lets in its own machine only \(protected mode\), so set a password"):
+        with pytest.raises(StartupError, match=r"lets in its own machine only \(protected mode\), so set a password"):
             serve_redis.redis_answers()
 
 

@@ -1,4 +1,4 @@
-"""A setting that makes no sense stops each program with one line; one that does is taken from where it should be."""
+"""An invalid setting stops each program with one line; valid ones are read from the right place."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_senseless_value_is_named_with_what_is_allowed(name: str, value: str, 
 
     assert ended.returncode == 2
     shown = "***" if name == "API_KEYS" else value
-    assert ended.stderr.startswith(f"{name}={shown} makes no sense: it must be ")
+    assert ended.stderr.startswith(f"{name}={shown} is invalid: it must be ")
     assert allowed in ended.stderr
     assert ended.stderr.count("\n") == 1
 
@@ -84,7 +84,7 @@ def test_each_program_stops_with_that_one_line(program: str) -> None:
 
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr == "BATCH_SIZE=0 makes no sense: it must be a whole number from 1 to 1024.\n"
+    assert ended.stderr == "BATCH_SIZE=0 is invalid: it must be a whole number from 1 to 1024.\n"
 
 
 def test_a_password_in_a_senseless_url_is_not_shown() -> None:
@@ -134,7 +134,7 @@ def test_the_file_counts_where_the_environment_is_silent(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"TOP=3\nBATCH_SIZE 8 secret\n", ".env, line 2, makes no sense: it must be NAME=value, or begin with #."),
+        (b"TOP=3\nBATCH_SIZE 8 secret\n", ".env, line 2 is invalid: it must be NAME=value, or begin with #."),
         (b"\xff\xfe\x00", ".env can't be read"),
         (None, ".env can't be read"),
     ],

@@ -16,7 +16,7 @@ from conftest import Service, free_port, run_apache, run_redis, running, wait_un
 from redis import Redis
 from test_model_server import MeanClassifier, push
 
-from helpers import tell_systemd
+from helpers import notify_systemd
 from image_queue import ServerQueue
 from model_server.classifier import Classifier
 from run_model_server import ModelServer
@@ -55,7 +55,7 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
     listener = Systemd()
     monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
     yield listener
-    tell_systemd("")  # which ends the listening
+    notify_systemd("")  # which ends the listening
 
 
 def serves(redis: Redis, name: str) -> bool:
@@ -134,7 +134,7 @@ def test_a_wait_for_redis_is_no_hang(systemd: Systemd, tmp_path: Path, monkeypat
 def test_where_nobody_listens_nothing_happens(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
 
-    tell_systemd("READY=1")
+    notify_systemd("READY=1")
 
 
 def test_a_socket_in_a_file_is_reached_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,6 +143,6 @@ def test_a_socket_in_a_file_is_reached_too(monkeypatch: pytest.MonkeyPatch, tmp_
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(address)
 
-        tell_systemd("READY=1")
+        notify_systemd("READY=1")
 
         assert listener.recv(100) == b"READY=1"

@@ -79,7 +79,7 @@ def rate_check(app: flask.Flask, queue: WebQueue) -> Callable[[], None]:
             count()
         except RedisError as error:
             # To lose the count is better than to lose the request: the queue waits for its Redis to come back.
-            queue.complain(error, 1, "until it does, RATE_LIMIT lets everybody pass")
+            queue.log_redis_error(error, 1, "until it does, RATE_LIMIT lets everybody pass")
 
     return check
 

@@ -6,7 +6,7 @@ import flask
 from redis.exceptions import RedisError
 
 from image_queue import NoModelServer, RedisDown, WebQueue
-from image_queue.connection import UnfitRedis, fault_of
+from image_queue.connection import UnusableRedis, fault_of
 from web.storage import check_room
 
 Body = dict[str, Any]
@@ -38,7 +38,7 @@ def look(queue: WebQueue) -> tuple[Servers, int]:
     try:
         queue.check()
         servers, waiting = queue.live_servers(), queue.waiting()
-    except (RedisError, UnfitRedis) as error:
+    except (RedisError, UnusableRedis) as error:
         raise RedisDown(f"Redis {fault_of(error)}.", ready=False) from None
     if not servers:
         raise NoModelServer("No model server is alive, so start run_model_server.py or wait until it is.", ready=False)

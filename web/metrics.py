@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from redis.exceptions import RedisError
 
 from image_queue import WebQueue
-from image_queue.connection import UnfitRedis
+from image_queue.connection import UnusableRedis
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class QueueCollector:
         try:
             self.queue.check()
             servers, waiting = self.queue.live_servers(), self.queue.waiting()
-        except (RedisError, UnfitRedis):
+        except (RedisError, UnusableRedis):
             yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and takes writes.", 0)
             return
         yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and takes writes.", 1)
