@@ -284,7 +284,7 @@ def test_a_dead_servers_jobs_go_back_once_however_many_find_it(redis: Redis, ser
     others = [ServerQueue(ABOUT, 5) for _ in range(6)]
     all_have_looked = threading.Barrier(len(others))
     for other in others:
-        other._recover = after(all_have_looked, other._recover)  # type: ignore[assignment]
+        other._reclaim = after(all_have_looked, other._recover)  # type: ignore[assignment]
 
     with ThreadPoolExecutor(len(others)) as pool:
         list(pool.map(lambda other: other.reclaim(), others))
