@@ -26,8 +26,16 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntity
 
 import settings
 from helpers import ServiceError, Shape, base64_encode_image, log_to_stderr, megabytes, pauses
-from image_queue import IMAGES_REFUSED, QueueFull, WebQueue
-from image_queue.connection import CLOSE_SURPLUS_EVERY, UnusableRedis
+from image_queue import (
+    CLOSE_SURPLUS_EVERY,
+    IMAGES_REFUSED,
+    NoModelServer,
+    QueueFull,
+    RedisDown,
+    ResultTimeout,
+    UnusableRedis,
+    WebQueue,
+)
 from web import metrics as web_metrics
 from web.access import RateLimited, Unauthorized, check_key, rate_check
 from web.cors import add_cors
@@ -41,6 +49,7 @@ from web.uploads import UnsupportedMediaType, uploads
 
 log = logging.getLogger(__name__)
 
+QUEUE_STATUSES: dict[type[ServiceError], int] = {QueueFull: 503, RedisDown: 503, NoModelServer: 503, ResultTimeout: 504}
 RETRY_AFTER = 5  # seconds, told to clients whose request can't be accepted now
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 2**21  # bytes
@@ -280,10 +289,15 @@ def too_many_images() -> QueueFull:
     return QueueFull("Too many images are being prepared, so try again in a few seconds.")
 
 
+def status_of(kind: type[ServiceError]) -> int:
+    """Return the HTTP status of an error."""
+    return QUEUE_STATUSES.get(kind, kind.status)
+
+
 @app.errorhandler(ServiceError)
 def service_error(error: ServiceError) -> tuple[flask.Response, int]:
     """Answer what the service itself found wrong."""
-    response, status = error_response(error.status, error.code, str(error), **error.more)
+    response, status = error_response(status_of(type(error)), error.code, str(error), **error.more)
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RateLimited):

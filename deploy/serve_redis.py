@@ -13,8 +13,7 @@ from redis.exceptions import RedisError
 
 import settings
 from helpers import StartupError
-from image_queue import ImageQueue
-from image_queue.connection import fault_of
+from image_queue import ImageQueue, fault_of
 
 CONFIGURATION = "bin-serve-redis.conf"  # in the run directory; not a name that others give theirs
 ENDING = "ending"  # the file in a run directory that says so

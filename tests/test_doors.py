@@ -326,9 +326,9 @@ def test_the_user_of_the_readme_may_do_nothing_else(vault: Vault) -> None:
 
 
 WRONG = {
-    "password": "refuses the password, so check the user and the password in REDIS_URL",
-    "certificate": "shows a certificate that we do not trust, so check ssl_ca_certs",
-    "rights": "does not give this user the rights it needs, so set those in docs/operations.md",
+    "password": "rejects the password, so check the user and the password in REDIS_URL",
+    "certificate": "presents an untrusted certificate, so check ssl_ca_certs",
+    "rights": "does not grant this user the permissions it needs, so set those in docs/operations.md",
 }
 
 

@@ -1,4 +1,4 @@
-"""The Redis protocol, both sides, on a real Redis."""
+"""Both sides of the queue on a real Redis."""
 
 import errno
 import io
@@ -15,11 +15,20 @@ from conftest import free_port, own_keys, run_redis, wait_until
 from redis import Redis
 from redis.exceptions import RedisError
 
-import image_queue
 import settings
 from helpers import ServiceError, StartupError
-from image_queue import HeartbeatExpired, Job, ServerQueue, WebQueue, failed
-from image_queue import connection as redis_connection
+from image_queue import (
+    HeartbeatExpired,
+    Job,
+    NoModelServer,
+    QueueFull,
+    RedisDown,
+    ResultTimeout,
+    ServerQueue,
+    WebQueue,
+    failed,
+)
+from image_queue.pending_job import PendingJob
 
 ABOUT = {"model": "digits", "weights": "digits.keras"}
 ANSWER = {"predictions": [{"label": "three", "probability": 0.75}]}
@@ -34,7 +43,7 @@ def joined() -> Iterator[ServerQueue]:
     queue = ServerQueue(ABOUT, 5)
     queue.join()
     yield queue
-    queue._held.close()
+    queue._slot_socket.close()
 
 
 @pytest.fixture
@@ -68,7 +77,7 @@ def result_of(redis: Redis, job_id: str) -> Any:
 
 
 def die(queue: ServerQueue) -> None:
-    """What kill -9 leaves behind once the heartbeat has lapsed."""
+    """Leave what kill -9 leaves once the heartbeat has expired."""
     queue.redis.delete(queue.heartbeat)
 
 
@@ -96,29 +105,29 @@ def test_an_answered_image_leaves_no_key(redis: Redis, web: WebQueue, server: Se
     assert own_keys(redis) == [server.heartbeat.encode()]
 
 
-def test_a_job_that_is_answered_is_not_queued_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
-    job = Job("same", "aW1hZ2U=", time.time() + 10)
-    web._push(job.id, job.dump(), time.monotonic() + 10, unlimited=False)
+def test_answered_job_is_not_pushed_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+    job = PendingJob(Job("same", "aW1hZ2U=", time.time() + 10))
+    web._push(job, accepted=False)
     batch = server.take(32)
     server.answer(batch.jobs, [ANSWER], batch.entries)
 
-    assert web._known(job.id)
+    assert web._known(job)
     assert waiting_ids(redis) == []
     assert result_of(redis, "same") == ANSWER
 
 
-def test_an_answer_that_is_lost_on_its_way_is_computed_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
-    """Redis hands it out and forgets it, and the connection breaks before it arrives."""
-    job = Job("same", "aW1hZ2U=", time.time() + 10)
-    web._push(job.id, job.dump(), time.monotonic() + 10, unlimited=False)
+def test_job_is_unknown_when_its_answer_was_popped_but_lost(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+    """Redis deletes an answer when a poll fetches it, but the connection may break before the answer arrives."""
+    job = PendingJob(Job("same", "aW1hZ2U=", time.time() + 10))
+    web._push(job, accepted=False)
     batch = server.take(32)
     server.answer(batch.jobs, [ANSWER], batch.entries)
     assert redis.blpop([web.result_key("same")], 1)
 
-    assert not web._known(job.id)
+    assert not web._known(job)
 
 
-def test_first_in_is_first_out_and_a_batch_has_its_limit(redis: Redis, server: ServerQueue) -> None:
+def test_jobs_are_taken_first_in_first_out_up_to_the_limit(redis: Redis, server: ServerQueue) -> None:
     push(redis, "a", "b", "c", "d", "e")
 
     assert ids(server.take(3)) == ["a", "b", "c"]
@@ -126,7 +135,7 @@ def test_first_in_is_first_out_and_a_batch_has_its_limit(redis: Redis, server: S
     assert ids(server.take(3)) == []
 
 
-def test_taking_waits_for_the_first_job_only(redis: Redis, server: ServerQueue) -> None:
+def test_take_waits_only_for_the_first_job(redis: Redis, server: ServerQueue) -> None:
     taken = in_background(lambda: server.take(32, wait=4))
     wait_until(lambda: redis.info("clients")["blocked_clients"], "the server waits")
     started = time.monotonic()
@@ -137,7 +146,7 @@ def test_taking_waits_for_the_first_job_only(redis: Redis, server: ServerQueue) 
     assert time.monotonic() - started < 2
 
 
-def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
+def test_only_the_queue_and_taken_lists_have_no_ttl(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
     asked = [in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3)) for _ in range(2)]
     wait_until(lambda: web.waiting() == 2, "two jobs wait")
     batch = server.take(1)
@@ -147,21 +156,21 @@ def test_only_the_queue_and_the_taken_lists_live_for_ever(redis: Redis, web: Web
     push(redis, "waiting")
     server.take(1)
     asked.append(in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3)))
-    wait_until(lambda: web.waiting() == 1, "another job waits")
+    wait_until(lambda: web.waiting() == 1, "a third job waits")
 
     kinds = {}
     for key in (key.decode() for key in own_keys(redis)):
         assert key.startswith(settings.IMAGE_QUEUE)
         kinds[re.sub(r":[^:]*$", "", key)] = redis.pttl(key)
-    eternal = {kind for kind, ttl in kinds.items() if ttl == -1}
-    assert eternal == {settings.IMAGE_QUEUE, f"{settings.IMAGE_QUEUE}:taken"}
+    permanent = {kind for kind, ttl in kinds.items() if ttl == -1}
+    assert permanent == {settings.IMAGE_QUEUE, f"{settings.IMAGE_QUEUE}:taken"}
     assert {f"{settings.IMAGE_QUEUE}:{part}" for part in ("server", "result", "accepted")} <= set(kinds)
     assert [each.result(10) for each in asked[:2]] == [ANSWER] * 2
-    with pytest.raises(image_queue.ResultTimeout):
+    with pytest.raises(ResultTimeout):
         asked[2].result(10)
 
 
-def test_an_expired_job_is_dropped_unanswered(redis: Redis, server: ServerQueue) -> None:
+def test_expired_job_is_dropped_without_an_answer(redis: Redis, server: ServerQueue) -> None:
     push(redis, "late", deadline=time.time() - 1)
     push(redis, "in-time")
 
@@ -173,7 +182,7 @@ def test_an_expired_job_is_dropped_unanswered(redis: Redis, server: ServerQueue)
     assert redis.llen(server.taken) == 0
 
 
-def test_answers_that_are_not_one_per_image_are_not_handed_out(redis: Redis, server: ServerQueue) -> None:
+def test_nothing_is_published_when_the_number_of_answers_is_wrong(redis: Redis, server: ServerQueue) -> None:
     push(redis, "a", "b")
     batch = server.take(32)
 
@@ -185,12 +194,12 @@ def test_answers_that_are_not_one_per_image_are_not_handed_out(redis: Redis, ser
 
 
 @pytest.mark.parametrize(
-    "rubbish",
+    "malformed",
     [b"not json", b"[]", b"7", b"null", b"{}", b'{"id": 7}', b'{"id": "\\ud800"}', b'{"id": ""}', b"\xff" * 9,
      b"[" * 100_000, b'{"id": "' + b"x" * 100 + b'"}'],
 )  # fmt: skip
-def test_rubbish_without_an_id_is_dropped(redis: Redis, server: ServerQueue, rubbish: bytes) -> None:
-    redis.rpush(settings.IMAGE_QUEUE, rubbish)
+def test_malformed_entry_without_an_id_is_dropped(redis: Redis, server: ServerQueue, malformed: bytes) -> None:
+    redis.rpush(settings.IMAGE_QUEUE, malformed)
     push(redis, "good")
 
     batch = server.take(32)
@@ -205,7 +214,7 @@ def test_rubbish_without_an_id_is_dropped(redis: Redis, server: ServerQueue, rub
     [{"image": 7}, {"image": None}, {"deadline": "soon"}, {"deadline": float("nan")}, {"deadline": float("inf")},
      {"deadline": None}, {"crashes": "many"}, {"crashes": -1}],
 )  # fmt: skip
-def test_rubbish_with_an_id_can_be_answered(redis: Redis, server: ServerQueue, wrong: dict[str, Any]) -> None:
+def test_job_with_an_invalid_field_can_be_answered(redis: Redis, server: ServerQueue, wrong: dict[str, Any]) -> None:
     push(redis, "wrong", **wrong)
 
     batch = server.take(32)
@@ -216,10 +225,10 @@ def test_rubbish_with_an_id_can_be_answered(redis: Redis, server: ServerQueue, w
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b'{"id": "wrong", "image": "AA', b'{"deadline": 1, "id":"wrong"', b'{"id": "wrong"}}']
+    "malformed", [b'{"id": "wrong", "image": "AA', b'{"deadline": 1, "id":"wrong"', b'{"id": "wrong"}}']
 )
-def test_rubbish_that_begins_with_an_id_can_be_answered(redis: Redis, server: ServerQueue, rubbish: bytes) -> None:
-    redis.rpush(settings.IMAGE_QUEUE, rubbish)
+def test_invalid_json_that_contains_an_id_can_be_answered(redis: Redis, server: ServerQueue, malformed: bytes) -> None:
+    redis.rpush(settings.IMAGE_QUEUE, malformed)
 
     batch = server.take(32)
     server.answer(batch.jobs, [failed("No.")], batch.entries)
@@ -228,7 +237,7 @@ def test_rubbish_that_begins_with_an_id_can_be_answered(redis: Redis, server: Se
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_an_entry_too_long_for_an_image_is_not_parsed_but_answered(
+def test_oversized_entry_is_answered_without_parsing_it(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ServerQueue, waits: bool
 ) -> None:
     parsed: list[int] = []
@@ -247,14 +256,14 @@ def test_an_entry_too_long_for_an_image_is_not_parsed_but_answered(
     assert redis.llen(server.taken) == 0
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"[]", b"7", b"\xff", b"{", b"[" * 100_000])
-def test_a_heartbeat_that_is_rubbish_harms_nobody(redis: Redis, web: WebQueue, rubbish: bytes) -> None:
-    redis.set(f"{settings.IMAGE_QUEUE}:server:odd", rubbish, ex=60)
+@pytest.mark.parametrize("malformed", [b"", b"[]", b"7", b"\xff", b"{", b"[" * 100_000])
+def test_malformed_heartbeat_is_read_as_empty(redis: Redis, web: WebQueue, malformed: bytes) -> None:
+    redis.set(f"{settings.IMAGE_QUEUE}:server:odd", malformed, ex=60)
 
-    assert web.live_servers() == ({"odd": {}} if rubbish else {})
+    assert web.live_servers() == ({"odd": {}} if malformed else {})
 
 
-def test_jobs_of_a_dead_server_go_back_to_the_head_in_order(
+def test_jobs_of_a_dead_server_are_requeued_at_the_head_in_order(
     redis: Redis, server: ServerQueue, second: ServerQueue
 ) -> None:
     push(redis, "a", "b", "c", "d")
@@ -267,7 +276,7 @@ def test_jobs_of_a_dead_server_go_back_to_the_head_in_order(
     assert redis.llen(server.taken) == 0
 
 
-def test_jobs_of_a_live_server_stay_with_it(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
+def test_jobs_of_a_live_server_are_not_reclaimed(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
     push(redis, "a", "b")
     server.take(2)
 
@@ -277,14 +286,14 @@ def test_jobs_of_a_live_server_stay_with_it(redis: Redis, server: ServerQueue, s
     assert redis.llen(server.taken) == 2
 
 
-def test_a_dead_servers_jobs_go_back_once_however_many_find_it(redis: Redis, server: ServerQueue) -> None:
+def test_only_one_of_several_servers_reclaims_a_dead_one(redis: Redis, server: ServerQueue) -> None:
     push(redis, *(f"job{i}" for i in range(40)))
     server.take(40)
     die(server)
     others = [ServerQueue(ABOUT, 5) for _ in range(6)]
-    all_have_looked = threading.Barrier(len(others))
+    all_found_it = threading.Barrier(len(others))
     for other in others:
-        other._reclaim = after(all_have_looked, other._recover)  # type: ignore[assignment]
+        other._scripts["reclaim"] = after(all_found_it, other._scripts["reclaim"])  # type: ignore[assignment]
 
     with ThreadPoolExecutor(len(others)) as pool:
         list(pool.map(lambda other: other.reclaim(), others))
@@ -293,7 +302,7 @@ def test_a_dead_servers_jobs_go_back_once_however_many_find_it(redis: Redis, ser
 
 
 def after(barrier: threading.Barrier, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, but only when so many threads are about to make it."""
+    """Wait until all threads of the barrier are about to call `call`."""
 
     def wait_and_call(*arguments: Any) -> Any:
         barrier.wait(10)
@@ -302,12 +311,12 @@ def after(barrier: threading.Barrier, call: Callable[..., Any]) -> Callable[...,
     return wait_and_call
 
 
-def test_a_server_started_again_finds_its_own_jobs_without_waiting(redis: Redis) -> None:
+def test_restarted_server_reclaims_its_jobs_at_once(redis: Redis) -> None:
     killed = ServerQueue(ABOUT, 60)
     killed.join()
     push(redis, "a", "b")
     killed.take(2)
-    killed._held.close()  # as the kernel does when the process dies
+    killed._slot_socket.close()  # as the kernel does when the process dies
 
     again = ServerQueue(ABOUT, 60)
     again.join()
@@ -316,10 +325,10 @@ def test_a_server_started_again_finds_its_own_jobs_without_waiting(redis: Redis)
     assert list(again.live_servers()) == [again.name]
 
 
-def test_a_server_started_again_may_serve_another_model(redis: Redis) -> None:
+def test_restarted_server_may_serve_another_model(redis: Redis) -> None:
     killed = ServerQueue(ABOUT, 60)
     killed.join()
-    killed._held.close()
+    killed._slot_socket.close()
 
     again = ServerQueue(ABOUT | {"weights": "better.keras"}, 60)
     again.join()
@@ -331,15 +340,13 @@ def test_two_live_servers_never_share_a_slot(server: ServerQueue, second: Server
     assert server.slot != second.slot
 
 
-def test_what_a_held_up_command_takes_for_a_server_that_joined_again_is_brought_back(
-    redis: Redis, server: ServerQueue
-) -> None:
-    """Its connection was cut, and the network delivers what was sent on it later."""
-    taken_before = server.taken
+def test_jobs_taken_by_a_delayed_command_are_reclaimed(redis: Redis, server: ServerQueue) -> None:
+    """The connection was cut, and the network delivers the command later."""
+    old_list = server.taken
     server.join()
     push(redis, "a", "b")
 
-    server._take([settings.IMAGE_QUEUE, taken_before], [1])
+    server._scripts["take"]([settings.IMAGE_QUEUE, old_list], [1])
     batch = server.take(1)
     server.answer(batch.jobs, [ANSWER], batch.entries)
     server.reclaim()
@@ -370,9 +377,7 @@ def test_no_suspect_is_taken_while_another_batch_is_computed(redis: Redis, serve
     assert waiting_ids(redis) == ["suspect", "b"]
 
 
-def test_a_job_in_flight_at_three_crashes_is_given_up_and_holds_up_nobody(
-    redis: Redis, server: ServerQueue, second: ServerQueue
-) -> None:
+def test_job_in_flight_at_three_crashes_is_given_up(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
     push(redis, "killer", "mate")
     server.take(2)
     push(redis, "later")
@@ -392,8 +397,8 @@ def test_a_job_in_flight_at_three_crashes_is_given_up_and_holds_up_nobody(
     assert waiting_ids(redis) == []
 
 
-def test_a_job_that_is_given_up_leaves_no_mark_either(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
-    """Else an answer that is lost on its way would not be asked for again."""
+def test_given_up_job_leaves_no_accepted_marker(redis: Redis, server: ServerQueue, second: ServerQueue) -> None:
+    """With a marker, the web would not notice that the answer was lost."""
     push(redis, "killer", crashes=2)
     redis.set(server.accepted_key("killer"), "", ex=60)
     server.take(1)
@@ -405,14 +410,14 @@ def test_a_job_that_is_given_up_leaves_no_mark_either(redis: Redis, server: Serv
     assert not redis.exists(server.accepted_key("killer"))
 
 
-def test_an_image_that_waits_alone_when_its_server_is_killed_has_another_chance(
+def test_job_alone_in_flight_at_two_crashes_is_tried_again(
     redis: Redis, server: ServerQueue, second: ServerQueue
 ) -> None:
     push(redis, "unlucky")
-    for killed, finder in ((server, second), (second, server)):
+    for killed, other in ((server, second), (second, server)):
         killed.take(1)
         die(killed)
-        finder.join()
+        other.join()
 
     batch = server.take(1)
 
@@ -420,7 +425,7 @@ def test_an_image_that_waits_alone_when_its_server_is_killed_has_another_chance(
     assert batch.suspect
 
 
-def test_leaving_puts_back_what_was_not_computed_and_blames_nobody(redis: Redis, server: ServerQueue) -> None:
+def test_leaving_requeues_jobs_without_counting_a_crash(redis: Redis, server: ServerQueue) -> None:
     push(redis, "a", "b")
     server.take(2)
 
@@ -431,7 +436,7 @@ def test_leaving_puts_back_what_was_not_computed_and_blames_nobody(redis: Redis,
     assert server.live_servers() == {}
 
 
-def test_a_late_answer_is_handed_out_and_leaves_the_lists_alone(
+def test_late_answer_is_published_without_touching_the_lists(
     redis: Redis, server: ServerQueue, second: ServerQueue
 ) -> None:
     push(redis, "a")
@@ -439,7 +444,7 @@ def test_a_late_answer_is_handed_out_and_leaves_the_lists_alone(
     die(server)
     second.reclaim()
     push(redis, "b")
-    server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it knew
+    server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it noticed
 
     with pytest.raises(HeartbeatExpired):
         server.answer(frozen.jobs, [ANSWER], frozen.entries)
@@ -448,7 +453,7 @@ def test_a_late_answer_is_handed_out_and_leaves_the_lists_alone(
     assert [json.loads(job)["id"] for job in redis.lrange(server.taken, 0, -1)] == ["b"]
 
 
-def test_a_lapsed_heartbeat_is_noticed_by_the_server_itself(server: ServerQueue) -> None:
+def test_server_notices_that_its_heartbeat_expired(server: ServerQueue) -> None:
     die(server)
     server._next_beat = 0
 
@@ -456,14 +461,14 @@ def test_a_lapsed_heartbeat_is_noticed_by_the_server_itself(server: ServerQueue)
         server.beat()
 
 
-def test_another_model_on_the_same_queue_is_refused(redis: Redis, server: ServerQueue) -> None:
+def test_second_model_on_the_same_queue_is_refused(redis: Redis, server: ServerQueue) -> None:
     other = ServerQueue({"model": "ResNet50", "weights": "imagenet"}, 5)
 
     with pytest.raises(StartupError, match="IMAGE_QUEUE"):
         other.join()
 
 
-def test_racing_requests_never_overfill_the_queue(monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue,
+def test_concurrent_requests_never_overfill_the_queue(monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue,
                                                   server: ServerQueue) -> None:  # fmt: skip
     monkeypatch.setattr(settings, "MAX_QUEUE", 5)
     outcomes = []
@@ -483,54 +488,54 @@ def test_racing_requests_never_overfill_the_queue(monkeypatch: pytest.MonkeyPatc
     assert sorted(outcomes) == ["queue_full"] * 35 + ["timeout"] * 5
 
 
-def test_a_full_queue_without_a_model_server_says_so(
+def test_full_queue_without_a_model_server_is_reported(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue
 ) -> None:
     monkeypatch.setattr(settings, "MAX_QUEUE", 1)
     push(redis, "a")
 
-    with pytest.raises(image_queue.NoModelServer):
+    with pytest.raises(NoModelServer):
         web.ask("aW1hZ2U=", time.time() + 5)
 
 
 @pytest.mark.parametrize(
     ("alive", "cause"), [(False, "no model server is alive"), (True, "the model servers are busy")]
 )
-def test_a_timeout_names_its_cause(web: WebQueue, server: ServerQueue, alive: bool, cause: str) -> None:
+def test_timeout_names_its_cause(web: WebQueue, server: ServerQueue, alive: bool, cause: str) -> None:
     if not alive:
         die(server)
 
-    with pytest.raises(image_queue.ResultTimeout, match=cause):
+    with pytest.raises(ResultTimeout, match=cause):
         web.ask("aW1hZ2U=", time.time() + 0.5)
 
 
 def test_a_request_that_times_out_leaves_no_key(redis: Redis, web: WebQueue) -> None:
-    with pytest.raises(image_queue.ResultTimeout):
+    with pytest.raises(ResultTimeout):
         web.ask("aW1hZ2U=", time.time() + 0.5)
 
     assert own_keys(redis) == []
 
 
-def test_an_image_whose_push_got_no_reply_is_queued_once(
+def test_job_whose_push_got_no_reply_is_queued_once(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     append, known = web._append, web._known
-    looked = threading.Event()
+    checked = threading.Event()
 
     def without_reply(*arguments: Any) -> bool:
         append(*arguments)
         raise RedisError("the connection broke")
 
-    def look(job_id: str) -> bool:
+    def look(job: PendingJob) -> bool:
         try:
-            return known(job_id)
+            return known(job)
         finally:
-            looked.set()
+            checked.set()
 
     monkeypatch.setattr(web, "_append", without_reply)
     monkeypatch.setattr(web, "_known", look)
     asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
-    assert looked.wait(10)
+    assert checked.wait(10)
 
     batch = server.take(32, wait=10)
     server.answer(batch.jobs, [ANSWER], batch.entries)
@@ -539,7 +544,7 @@ def test_an_image_whose_push_got_no_reply_is_queued_once(
     assert batch.entries == 1
 
 
-def test_an_image_too_many_that_is_taken_before_it_is_withdrawn_is_answered(
+def test_surplus_job_old_list_its_withdrawal_is_answered(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     monkeypatch.setattr(settings, "MAX_QUEUE", 1)
@@ -559,18 +564,18 @@ def test_an_image_too_many_that_is_taken_before_it_is_withdrawn_is_answered(
     assert asked.result(10) == ANSWER
 
 
-def test_without_redis_a_request_is_refused_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_redis_a_request_fails_after_redis_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "REDIS_PORT", free_port())
     monkeypatch.setattr(settings, "REDIS_TIMEOUT", 0.6)
     started = time.monotonic()
 
-    with pytest.raises(image_queue.RedisDown):
+    with pytest.raises(RedisDown):
         WebQueue().ask("aW1hZ2U=", time.time() + 30)
 
     assert 0.5 < time.monotonic() - started < 5
 
 
-def test_a_restart_of_redis_that_forgets_all_loses_no_request(
+def test_redis_restart_without_its_data_loses_no_request(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
@@ -581,7 +586,7 @@ def test_a_restart_of_redis_that_forgets_all_loses_no_request(
         asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 30))
         wait_until(lambda: web.waiting() == 1, "the job waits")
         process.stop(9)
-    wait_until(lambda: "does not answer" in caplog.text, "the log says that Redis is away")
+    wait_until(lambda: "does not answer" in caplog.text, "the log says that Redis does not answer")
 
     with run_redis(tmp_path / "log2", port) as process:
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up again")
@@ -594,31 +599,31 @@ def test_a_restart_of_redis_that_forgets_all_loses_no_request(
         assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
 
 
-def test_a_redis_swapped_between_two_polls_is_given_the_job_again(
+def test_job_is_pushed_again_when_redis_is_replaced_between_polls(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """redis-py connects to the new one silently: no error tells the web that its job is gone."""
+    """redis-py reconnects silently, so no error tells the web that its job is gone."""
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
     monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.3)
     web = WebQueue()
-    poll, between, swapped = web._poll, threading.Event(), threading.Event()
+    poll, polled, replaced = web._poll, threading.Event(), threading.Event()
 
-    def poll_when_swapped(*arguments: Any) -> Any:
+    def poll_then_wait(*arguments: Any) -> Any:
         answer = poll(*arguments)
-        if not swapped.is_set():
-            between.set()
-            swapped.wait(20)
+        if not replaced.is_set():
+            polled.set()
+            replaced.wait(20)
         return answer
 
-    monkeypatch.setattr(web, "_poll", poll_when_swapped)
+    monkeypatch.setattr(web, "_poll", poll_then_wait)
     with run_redis(tmp_path / "log", port) as process:
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
         asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
-        assert between.wait(10)
+        assert polled.wait(10)
     with run_redis(tmp_path / "log2", port) as process:
-        wait_until(lambda: "Ready to accept" in process.log, "another is up")
-        swapped.set()
+        wait_until(lambda: "Ready to accept" in process.log, "another Redis is up")
+        replaced.set()
         server = ServerQueue(ABOUT, 5)
         server.join()
         batch = server.take(1, wait=3)
@@ -632,7 +637,7 @@ def test_a_redis_swapped_between_two_polls_is_given_the_job_again(
 
 
 def shift_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Set the clock of this process, which the web has read already, as on another machine that is wrong."""
+    """Change the clock of this process, as if the next to read it ran on a machine with a wrong clock."""
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + seconds)
 
@@ -652,7 +657,7 @@ def test_a_model_server_with_a_wrong_clock_answers(
     assert asked.result(10) == ANSWER
 
 
-def test_a_model_server_with_a_fast_clock_brings_the_jobs_of_a_dead_one_back(
+def test_model_server_with_a_fast_clock_reclaims_jobs(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, second: ServerQueue
 ) -> None:
     asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
@@ -669,7 +674,7 @@ def test_a_model_server_with_a_fast_clock_brings_the_jobs_of_a_dead_one_back(
 
 
 @pytest.mark.parametrize("shift", [3600, -3600])
-def test_a_step_of_the_webs_clock_changes_nothing(
+def test_clock_change_on_the_web_server_has_no_effect(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
 ) -> None:
     monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.1)
@@ -678,7 +683,7 @@ def test_a_step_of_the_webs_clock_changes_nothing(
     shift_clock(monkeypatch, shift)
     stepped = time.monotonic()
     if shift < 0:
-        with pytest.raises(image_queue.ResultTimeout):
+        with pytest.raises(ResultTimeout):
             asked.result(10)
         assert time.monotonic() - stepped < 6
         return
@@ -690,15 +695,15 @@ def test_a_step_of_the_webs_clock_changes_nothing(
 
 
 @pytest.mark.parametrize("shift", [0, 7200])
-def test_a_job_whose_mark_has_expired_is_dropped_unanswered(
+def test_job_with_an_expired_marker_is_dropped(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
 ) -> None:
-    """Its web process died, else it would have taken it back."""
+    """The web process died; otherwise it would have removed the job."""
     job = Job("late", "aW1hZ2U=", time.time() + 0.3)
-    web._push(job.id, job.dump(), time.monotonic() + 0.3, unlimited=False)
+    web._push(PendingJob(job), accepted=False)
     push(redis, "in-time", deadline=time.time() + shift + 30)
-    wait_until(lambda: not redis.exists(web.accepted_key("late")), "its mark has expired")
-    wait_until(lambda: time.time() > job.deadline, "its deadline has passed")
+    wait_until(lambda: not redis.exists(web.accepted_key("late")), "the marker expires")
+    wait_until(lambda: time.time() > job.deadline, "the deadline passes")
     shift_clock(monkeypatch, shift)
 
     batch = server.take(32)
@@ -708,13 +713,14 @@ def test_a_job_whose_mark_has_expired_is_dropped_unanswered(
     assert result_of(redis, "late") is None
 
 
-def test_a_job_expires_in_a_batch_when_its_mark_does(
+def test_job_in_a_batch_expires_with_its_marker(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
-    """While the batch before it is computed; its deadline, by a clock that is wrong, says nothing."""
+    """The deadlines, by a wrong clock, have no effect."""
     for name, seconds in (("soon", 2.0), ("later", 30.0)):
-        job = Job(name, "aW1hZ2U=", time.time() - 7200)
-        web._push(name, job.dump(), time.monotonic() + seconds, unlimited=False)
+        job = PendingJob(Job(name, "aW1hZ2U=", time.time() - 7200))
+        job.until = time.monotonic() + seconds
+        web._push(job, accepted=False)
     batch = server.take(2)
     batch.images = [None, None]
     taken = ids(batch)
@@ -726,7 +732,7 @@ def test_a_job_expires_in_a_batch_when_its_mark_does(
 
 
 @pytest.mark.parametrize(("marked", "left"), [(None, 3602), (200, 202)])
-def test_an_answer_is_kept_as_long_as_its_job_lives_and_an_hour_at_most(
+def test_answer_is_kept_until_the_deadline_but_at_most_an_hour(
     redis: Redis, server: ServerQueue, marked: int | None, left: int
 ) -> None:
     push(redis, "tool", deadline=1e300)
@@ -743,10 +749,10 @@ def test_an_answer_is_kept_as_long_as_its_job_lives_and_an_hour_at_most(
 # Connections
 
 
-def test_no_more_images_wait_at_once_than_redis_has_connections_for(
+def test_images_in_flight_are_limited_by_the_connections_of_redis(
     redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
-    web._share_connections(3)
+    web._limit_connections(3)
     before = redis.info("clients")["connected_clients"]
     with ThreadPoolExecutor(30) as pool:
         asked = [pool.submit(web.ask, "aW1hZ2U=", time.time() + 20) for _ in range(30)]
@@ -760,15 +766,15 @@ def test_no_more_images_wait_at_once_than_redis_has_connections_for(
     assert most <= 3
 
 
-def test_an_image_that_finds_no_connection_free_is_refused_after_its_patience(
+def test_image_without_a_free_connection_is_refused(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     monkeypatch.setattr(settings, "REDIS_TIMEOUT", 0.3)
-    web._share_connections(1)
+    web._limit_connections(1)
     first = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
-    wait_until(lambda: web.waiting() == 1, "the first waits")
+    wait_until(lambda: web.waiting() == 1, "the first job waits")
 
-    with pytest.raises(image_queue.QueueFull, match="no connection free"):
+    with pytest.raises(QueueFull, match="no free connection"):
         web.ask("aW1hZ2U=", time.time() + 20)
 
     batch = server.take(1)
@@ -781,7 +787,7 @@ def no_file(**_: Any) -> IO[bytes]:
 
 
 def half_a_file(**_: Any) -> IO[bytes]:
-    """A file on a disk that is full after ten bytes."""
+    """Return a file on a disk that is full after ten bytes."""
 
     class Full(io.BytesIO):
         def write(self, data: Any) -> int:
@@ -791,20 +797,20 @@ def half_a_file(**_: Any) -> IO[bytes]:
 
 
 @pytest.mark.parametrize("disk", [no_file, half_a_file])
-def test_a_full_disk_is_no_reason_to_lose_an_image(
+def test_full_disk_loses_no_image(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, disk: Any
 ) -> None:
-    monkeypatch.setattr(image_queue, "TemporaryFile", disk)
+    monkeypatch.setattr("image_queue.pending_job.TemporaryFile", disk)
     poll = web._poll
 
     def forgetting_poll(*arguments: Any) -> Any:
         monkeypatch.setattr(web, "_poll", poll)
         redis.delete(*own_keys(redis))
-        raise RedisError("Redis has begun anew")
+        raise RedisError("Redis has restarted")
 
     monkeypatch.setattr(web, "_poll", forgetting_poll)
     asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
-    wait_until(lambda: web._poll is poll and web.waiting() == 1, "it is pushed again")
+    wait_until(lambda: web._poll is poll and web.waiting() == 1, "the job is pushed again")
     server.join()
 
     batch = server.take(32, wait=10)
@@ -814,9 +820,9 @@ def test_a_full_disk_is_no_reason_to_lose_an_image(
     assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
 
 
-def test_each_loss_of_redis_begins_with_short_pauses(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
-    monkeypatch.setattr(image_queue, "pauses", lambda: iter([0.01, 60.0]))
-    replies = iter([RedisError("away"), None, RedisError("away again"), ANSWER])
+def test_each_outage_of_redis_begins_with_a_short_pause(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
+    monkeypatch.setattr("image_queue.web_queue.pauses", lambda: iter([0.01, 60.0]))
+    replies = iter([RedisError("down"), None, RedisError("down again"), ANSWER])
 
     def poll(*_: object) -> Any:
         reply = next(replies)
@@ -829,30 +835,30 @@ def test_each_loss_of_redis_begins_with_short_pauses(monkeypatch: pytest.MonkeyP
     assert web.ask("aW1hZ2U=", time.time() + 5) == ANSWER
 
 
-def test_an_answer_that_goes_to_a_dead_connection_is_computed_again(
+def test_answer_sent_to_a_dead_connection_is_computed_again(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
-    """The web has found its job known after a loss, and waits; then a poll of its dead connection takes the answer."""
+    """After an error the web finds its job in Redis and waits. Then a poll on the dead connection gets the answer."""
     monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.3)
-    poll, troubles = web._poll, iter([RedisError("away")])
-    known, found = web._known, threading.Event()
+    poll, errors = web._poll, iter([RedisError("down")])
+    known, checked = web._known, threading.Event()
 
-    def look(job_id: str) -> bool:
-        here = known(job_id)
-        found.set()
-        return here
+    def look(job: PendingJob) -> bool:
+        result = known(job)
+        checked.set()
+        return result
 
-    def poll_with_trouble(*arguments: Any) -> Any:
-        for trouble in troubles:
-            raise trouble
+    def poll_after_an_error(*arguments: Any) -> Any:
+        for error in errors:
+            raise error
         return poll(*arguments)
 
-    monkeypatch.setattr(web, "_poll", poll_with_trouble)
+    monkeypatch.setattr(web, "_poll", poll_after_an_error)
     monkeypatch.setattr(web, "_known", look)
     asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
     first = server.take(1, wait=5)
-    assert found.wait(5)
-    redis.delete(web.accepted_key(first.jobs[0].id))  # as the answer does, which somebody else takes
+    assert checked.wait(5)
+    redis.delete(web.accepted_key(first.jobs[0].id))  # as when the answer is published and then lost
     redis.ltrim(server.taken, 1, -1)
 
     again = server.take(1, wait=5)
@@ -862,7 +868,7 @@ def test_an_answer_that_goes_to_a_dead_connection_is_computed_again(
     assert again.jobs[0].id == first.jobs[0].id
 
 
-def test_a_redis_out_of_memory_still_lets_jobs_be_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_jobs_are_still_computed_when_redis_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
     with run_redis(tmp_path / "log", port, "--maxmemory-policy", "noeviction") as process:
@@ -883,7 +889,7 @@ def test_a_redis_out_of_memory_still_lets_jobs_be_computed(monkeypatch: pytest.M
         assert ids(server.take(1, wait=2)) == ["b"]
 
 
-def test_a_redis_out_of_memory_refuses_at_once(
+def test_image_is_refused_at_once_when_redis_is_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
@@ -891,21 +897,21 @@ def test_a_redis_out_of_memory_refuses_at_once(
     with run_redis(tmp_path / "log", port, "--maxmemory", "1", "--maxmemory-policy", "noeviction") as process:
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
 
-        with pytest.raises(image_queue.QueueFull, match="no memory"):
+        with pytest.raises(QueueFull, match="no memory"):
             WebQueue().ask("aW1hZ2U=", time.time() + 30)
 
     assert f"Redis at 127.0.0.1:{port} has no memory left" in caplog.text
     assert caplog.text.rstrip().endswith("images are refused")
 
 
-def test_a_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
-    monkeypatch.setattr(redis_connection, "OLDEST_REDIS", 999)
+def test_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
+    monkeypatch.setattr("image_queue.diagnosis.OLDEST_REDIS", 999)
 
     with pytest.raises(StartupError, match="999 or newer is needed"):
         web.check()
 
 
-def test_a_redis_behind_a_unix_socket_is_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_redis_on_a_unix_socket_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", f"unix://{tmp_path}/socket?db=0")
     with run_redis(tmp_path / "log", free_port(), "--unixsocket", str(tmp_path / "socket")):
         web, queue = WebQueue(), ServerQueue(ABOUT, 5)
@@ -919,7 +925,7 @@ def test_a_redis_behind_a_unix_socket_is_reached(monkeypatch: pytest.MonkeyPatch
         assert asked.result(10) == ANSWER
 
 
-def test_the_password_in_redis_url_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_never_contains_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", "redis://user:secret@127.0.0.1:7/0")
 
     assert WebQueue().address == "127.0.0.1:7"

@@ -31,7 +31,6 @@ import run_model_server
 import settings
 from helpers import BATCHES_AT_ONCE, StartupError, base64_encode_image
 from image_queue import ServerQueue, WebQueue
-from image_queue import connection as redis_connection
 from model_server.classifier import Classifier
 from run_model_server import ModelServer
 
@@ -66,7 +65,7 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     yield model_server
     model_server._computers.shutdown()
     model_server._answerer.shutdown()
-    queue._held.close()
+    queue._slot_socket.close()
 
 
 @pytest.fixture
@@ -389,7 +388,7 @@ def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
 def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(redis_connection, "OLDEST_REDIS", 999)
+    monkeypatch.setattr("image_queue.diagnosis.OLDEST_REDIS", 999)
     monkeypatch.setattr(sys, "argv", ["run_model_server.py"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
 

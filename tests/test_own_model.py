@@ -290,7 +290,7 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     yield model_server
     model_server._computers.shutdown()
     model_server._answerer.shutdown()
-    queue._held.close()
+    queue._slot_socket.close()
 
 
 def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[], Any]:
@@ -378,7 +378,7 @@ def beating(monkeypatch: pytest.MonkeyPatch, shape: Any) -> ServerQueue:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_queue, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr("image_queue.web_queue.SHAPE_REFRESH", 0.0)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -453,7 +453,7 @@ def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
     redis_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web = WebQueue()
-    web._next_look = time.monotonic()
+    web._next_refresh = time.monotonic()
     slow = SlowLook(web, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(web.shape)
@@ -483,7 +483,7 @@ def test_after_a_quiet_time_all_wait_for_the_look_but_not_for_long(
 
 
 def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_queue, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr("image_queue.web_queue.SHAPE_REFRESH", 0.0)
     server, web = beating(monkeypatch, SMALL), WebQueue()
     assert web.shape() == SMALL
     server.leave()

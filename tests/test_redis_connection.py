@@ -1,4 +1,4 @@
-"""Connections that follow a fail-over, and what is said of a Redis that can't be used, on real ones."""
+"""Connections that follow a fail-over, and the messages about a Redis that is unusable or risky."""
 
 import os
 import re
@@ -22,18 +22,17 @@ from forwarder import name_for
 from redis import Redis
 from redis.exceptions import RedisError
 
-import image_queue
 import settings
-from image_queue import ServerQueue, WebQueue
-from image_queue import connection as redis_connection
-from image_queue.connection import NotPrimary, QueuePool, UnusableRedis, connect, fault_of
+from image_queue import RedisDown, ResultTimeout, ServerQueue, UnusableRedis, WebQueue, fault_of
+from image_queue.connection import NotPrimary, PrimaryConnection, QueuePool, connect
+from image_queue.server_queue import SCRIPTS
 from web.health import add_health_routes
 
-GRACE = 10  # seconds for what takes milliseconds on an idle machine
+GRACE = 10  # seconds; an idle machine needs milliseconds
 
 
 class Pair:
-    """A primary and its replica, of a test's own: each is demoted and promoted at will."""
+    """A primary and its replica, for tests that demote and restore the primary."""
 
     def __init__(self, primary: Redis, replica: Redis) -> None:
         self.primary = primary
@@ -86,13 +85,13 @@ def multi(redis: Redis) -> object:
 COMMANDS: dict[str, Callable[[Redis], object]] = {
     "a write": lambda redis: redis.set("k", 1),
     "a transaction": multi,
-    "a script": lambda redis: redis.register_script(image_queue.BEAT)(["k"], ["", 1, "v"]),
+    "a script": lambda redis: redis.register_script(SCRIPTS["beat"])(["k"], ["", 1, "v"]),
     "a poll": lambda redis: redis.blpop(["k"], 1),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
-def test_whatever_a_replica_refuses_closes_the_connection(
+def test_rejection_by_a_replica_closes_the_connection(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, command: Callable[[Redis], object]
 ) -> None:
     use(monkeypatch, port_of(pair.primary))
@@ -110,7 +109,7 @@ def idle(redis: Redis) -> int:
     return len(redis.connection_pool._available_connections)
 
 
-def test_a_replica_without_its_primary_closes_the_connection_too(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+def test_replica_without_its_primary_closes_the_connection(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     use(monkeypatch, port_of(pair.primary))
     redis = connect()
     pair.primary.config_set("replica-serve-stale-data", "no")
@@ -122,9 +121,7 @@ def test_a_replica_without_its_primary_closes_the_connection_too(monkeypatch: py
     assert idle(redis) == 0
 
 
-def test_a_transaction_that_a_fail_over_cuts_in_two_counts_as_refused(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair
-) -> None:
+def test_transaction_interrupted_by_a_fail_over_is_rejected(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     use(monkeypatch, port_of(pair.primary))
     connection = connect().connection_pool.get_connection()
     for command in (["MULTI"], ["SET", "k", "1"]):
@@ -139,9 +136,7 @@ def test_a_transaction_that_a_fail_over_cuts_in_two_counts_as_refused(
     assert not connection.is_connected
 
 
-def test_a_poll_that_waits_when_its_primary_is_demoted_ends_at_once(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair
-) -> None:
+def test_blocking_poll_ends_when_its_primary_is_demoted(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     use(monkeypatch, port_of(pair.primary))
     redis = connect()
     with ThreadPoolExecutor(1) as pool:
@@ -153,14 +148,14 @@ def test_a_poll_that_waits_when_its_primary_is_demoted_ends_at_once(
             polled.result(GRACE)
 
 
-def test_after_one_error_every_connection_is_to_the_new_primary(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+def test_one_error_moves_all_connections_to_the_new_primary(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     with name_for(port_of(pair.primary)) as name:
         use(monkeypatch, name.port)
         others = len(pair.primary.client_list("normal"))
         redis = connect()
         pool = redis.connection_pool
         for each in [pool.get_connection() for _ in range(5)]:
-            each._send_ping()  # type: ignore[no-untyped-call]  # so that it leads somewhere
+            each._send_ping()  # type: ignore[no-untyped-call]  # connect now
             pool.release(each)
         pair.demote()
         name.leads_to = port_of(pair.replica)
@@ -170,13 +165,11 @@ def test_after_one_error_every_connection_is_to_the_new_primary(monkeypatch: pyt
 
         redis.set("k", 2)
         assert pair.replica.get("k") == b"2"
-        wait_until(lambda: len(pair.primary.client_list("normal")) <= others, "none of ours is left")
+        wait_until(lambda: len(pair.primary.client_list("normal")) <= others, "none of our connections is left")
 
 
-def test_a_replica_behind_the_name_is_told_apart_from_an_old_connection(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair
-) -> None:
-    """The first is an error; the second is mended by a new connection, and nobody notices."""
+def test_replica_behind_the_name_differs_from_an_old_connection(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    """The first is an error. The second is replaced by a new connection without an error."""
     with name_for(port_of(pair.primary)) as name:
         use(monkeypatch, name.port)
         web = WebQueue()
@@ -191,8 +184,8 @@ def test_a_replica_behind_the_name_is_told_apart_from_an_old_connection(
     assert "is a read-only replica" in fault_of(caught.value)
 
 
-def test_a_broken_connection_takes_the_idle_ones_along(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
-    """Each of them would else be waited for in vain, one after the other, where the old primary is frozen."""
+def test_broken_connection_closes_the_idle_ones(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    """If the old primary hangs, using them would cost one timeout each."""
     use(monkeypatch, port_of(pair.primary))
     redis = connect()
     pool = redis.connection_pool
@@ -210,9 +203,7 @@ def test_a_broken_connection_takes_the_idle_ones_along(monkeypatch: pytest.Monke
 # How many connections
 
 
-def test_idle_connections_of_a_burst_are_closed_and_those_in_steady_use_are_kept(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair
-) -> None:
+def test_connections_of_a_burst_are_closed_but_steady_ones_kept(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     use(monkeypatch, port_of(pair.primary))
     pool = connect().connection_pool
     assert isinstance(pool, QueuePool)
@@ -238,9 +229,9 @@ def test_idle_connections_of_a_burst_are_closed_and_those_in_steady_use_are_kept
     assert pool._created_connections == 0
 
 
-def test_what_is_readable_but_no_reply_does_not_hold_a_connection_up(redis_port: int) -> None:
-    """By TLS a server sends tickets for the next session, at any time after the handshake."""
-    make: Any = redis_connection.PrimaryConnection
+def test_tls_session_ticket_does_not_block_a_connection(redis_port: int) -> None:
+    """A TLS server may send session tickets at any time after the handshake."""
+    make: Any = PrimaryConnection
     connection = make(host="127.0.0.1", port=redis_port, socket_timeout=3)
     connection.connect()
     connection._parser.can_read = lambda timeout: True
@@ -253,9 +244,7 @@ def test_what_is_readable_but_no_reply_does_not_hold_a_connection_up(redis_port:
     connection.disconnect()
 
 
-def test_a_redis_without_a_free_connection_is_said_to_have_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_redis_without_a_free_connection_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     port = free_port()
     use(monkeypatch, port)
     with run_redis(tmp_path / "log", port, "--maxclients", "2"):
@@ -266,7 +255,7 @@ def test_a_redis_without_a_free_connection_is_said_to_have_none(
 
 
 def fault_now() -> str:
-    """What is wrong with the Redis of the settings, now."""
+    """Return what is wrong with the Redis of the settings."""
     try:
         WebQueue().check()
     except (RedisError, UnusableRedis) as error:
@@ -274,11 +263,11 @@ def fault_now() -> str:
     return ""
 
 
-# A Redis that is not as it must be
+# Redis servers that are unusable or risky
 
 
 class Fake(socketserver.ThreadingTCPServer):
-    """Gives the same `reply` to every command but PING, as a Redis of another make would to INFO."""
+    """Gives the same `reply` to every command except for PING, as another product would give to INFO."""
 
     daemon_threads = True
 
@@ -308,7 +297,7 @@ def bulk(*lines: str) -> bytes:
     return b"$%d\r\n%s\r\n" % (len(text), text)
 
 
-UNFIT = {
+UNUSABLE = {
     "Dragonfly": (["redis_version:7.4.0", "dragonfly_version:df-v1.30.0", "redis_mode:standalone"], "is Dragonfly"),
     "Dragonfly's cluster": (["redis_version:7.4.0", "dragonfly_version:df-v1.30.0", "redis_mode:cluster"], "Dragonfly"),
     "a serverless cluster": (["redis_version:7.1", "redis_mode:cluster"], "is a Redis Cluster"),
@@ -321,10 +310,8 @@ UNFIT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("lines", "words"), UNFIT.values(), ids=UNFIT.keys())
-def test_a_redis_that_can_not_be_used_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, lines: list[str], words: str
-) -> None:
+@pytest.mark.parametrize(("lines", "words"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_unusable_redis_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, lines: list[str], words: str) -> None:
     with fake_redis(bulk(*lines)) as port:
         use(monkeypatch, port)
         web = WebQueue()
@@ -332,7 +319,7 @@ def test_a_redis_that_can_not_be_used_is_refused_by_name(
 
         with pytest.raises(UnusableRedis, match=f"Redis at 127.0.0.1:{port} is ") as caught:
             web.check()
-        with pytest.raises(image_queue.RedisDown, match="tell the operator"):
+        with pytest.raises(RedisDown, match="tell the operator"):
             web.ask("aW1hZ2U=", time.time() + 20)
 
     assert words in fault_of(caught.value)
@@ -340,7 +327,7 @@ def test_a_redis_that_can_not_be_used_is_refused_by_name(
     assert time.monotonic() - started < GRACE
 
 
-def test_a_redis_cluster_refuses_at_once_also_when_nobody_has_checked_it(
+def test_unchecked_redis_cluster_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
@@ -349,17 +336,15 @@ def test_a_redis_cluster_refuses_at_once_also_when_nobody_has_checked_it(
         wait_until(lambda: answers(Redis(port=port)), "Redis answers")
         started = time.monotonic()
         for _ in range(3):
-            with pytest.raises(image_queue.RedisDown):
+            with pytest.raises(RedisDown):
                 WebQueue().ask("aW1hZ2U=", time.time() + 20)
 
     assert time.monotonic() - started < GRACE
     assert "is a Redis Cluster" in caplog.text
 
 
-def test_when_a_fit_redis_takes_the_place_of_an_unfit_one_images_are_taken_again(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair
-) -> None:
-    with fake_redis(bulk("redis_version:7.4.0", "redis_mode:cluster")) as unfit, name_for(unfit) as name:
+def test_images_are_accepted_after_an_unusable_redis_is_replaced(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    with fake_redis(bulk("redis_version:7.4.0", "redis_mode:cluster")) as unusable, name_for(unusable) as name:
         use(monkeypatch, name.port)
         web = WebQueue()
         with pytest.raises(UnusableRedis):
@@ -367,25 +352,25 @@ def test_when_a_fit_redis_takes_the_place_of_an_unfit_one_images_are_taken_again
         name.leads_to = port_of(pair.primary)
         web.pool.close_idle()
 
-        with pytest.raises(image_queue.ResultTimeout):
+        with pytest.raises(ResultTimeout):
             web.ask("aW1hZ2U=", time.time() + 0.5)
 
 
 RISKS = {
     "allkeys-lru": (["maxmemory:1000000", "maxmemory_policy:allkeys-lru"], ["allkeys-lru"]),
     "volatile-ttl": (["maxmemory:1000000", "maxmemory_policy:volatile-ttl"], ["volatile-ttl"]),
-    "an unheard-of policy": (["maxmemory:1", "maxmemory_policy:allkeys-lrm"], ["allkeys-lrm"]),
+    "an unknown policy": (["maxmemory:1", "maxmemory_policy:allkeys-lrm"], ["allkeys-lrm"]),
     "no limit": (["maxmemory:0", "maxmemory_policy:allkeys-lru"], []),
     "noeviction": (["maxmemory:1000000", "maxmemory_policy:noeviction"], []),
     "few connections": (["maxclients:30"], ["30 connections"]),
     "enough connections": (["maxclients:1000"], []),
     "both": (["maxclients:30", "maxmemory:9", "maxmemory_policy:allkeys-lfu"], ["allkeys-lfu", "30 connections"]),
-    "a provider that tells nothing": ([], []),
+    "a provider that hides all": ([], []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("lines", "words"), RISKS.values(), ids=RISKS.keys())
-def test_what_of_a_redis_may_cost_requests_is_warned_of(
+def test_risks_of_a_redis_are_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lines: list[str], words: list[str]
 ) -> None:
     with fake_redis(bulk("redis_version:7.2.4", "role:master", *lines)) as port:
@@ -395,12 +380,12 @@ def test_what_of_a_redis_may_cost_requests_is_warned_of(
             web.check()
             web.warn()
 
-    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == len(words)
-    assert all(word in line and f"127.0.0.1:{port}" in line for word, line in zip(words, told, strict=True))
+    logged = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(logged) == len(words)
+    assert all(word in line and f"127.0.0.1:{port}" in line for word, line in zip(words, logged, strict=True))
 
 
-def test_a_real_redis_that_evicts_is_warned_of_in_readyz_and_by_the_installer(
+def test_evicting_redis_is_reported_by_readyz_and_the_installer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -412,43 +397,41 @@ def test_a_real_redis_that_evicts_is_warned_of_in_readyz_and_by_the_installer(
         app = flask.Flask("test")
         add_health_routes(app, WebQueue())
         ready = app.test_client().get("/readyz")
-        installed = installer_says(port)
+        installed = installer_output(port)
 
     assert ready.status_code == 200
     [warning] = ready.json["warnings"] if ready.json else []
-    for told in (warning, installed):
-        assert len(told.splitlines()) == 1
-        assert "allkeys-lru" in told
-        assert "set maxmemory-policy noeviction" in told
+    for line in (warning, installed):
+        assert len(line.splitlines()) == 1
+        assert "allkeys-lru" in line
+        assert "set maxmemory-policy noeviction" in line
 
 
-def installer_says(port: int) -> str:
-    """What bin/install prints of the Redis at `port`, by its own lines."""
+def installer_output(port: int) -> str:
+    """Return what the Python code in bin/install prints about the Redis at `port`."""
     [script] = re.findall(
         r"<<'PYTHON'\)[^\n]*\n(.*?)^PYTHON$", (ROOT / "bin/install").read_text(), re.DOTALL | re.MULTILINE
     )
-    command, environment = (
-        [sys.executable, "-c", script],
-        {**os.environ, "REDIS_PORT": str(port), "REDIS_HOST": "127.0.0.1"},
-    )
+    environment = os.environ | {"REDIS_PORT": str(port), "REDIS_HOST": "127.0.0.1"}
+    command = [sys.executable, "-c", script]
     return subprocess.check_output(command, cwd=ROOT, env=environment, text=True, timeout=60)
 
 
-def test_the_installer_names_a_redis_that_can_not_be_used() -> None:
+def test_installer_reports_an_unusable_redis() -> None:
     with fake_redis(bulk("redis_version:7.4.0", "dragonfly_version:df-v1.30.0")) as port:
-        told = installer_says(port)
+        output = installer_output(port)
 
-    assert re.fullmatch(rf"\* Redis at 127.0.0.1:{port} is Dragonfly, .*\n", told)
+    assert re.fullmatch(rf"\* Redis at 127.0.0.1:{port} is Dragonfly, .*\n", output)
 
 
 REPLIES = {
     b"-LOADING Redis is loading the dataset in memory": "is still loading its data",
-    b"-NOAUTH Authentication required.": "wants a password",
-    b"-WRONGPASS invalid username-password pair or user is disabled.": "refuses the password",
+    b"-NOAUTH Authentication required.": "requires a password",
+    b"-WRONGPASS invalid username-password pair or user is disabled.": "rejects the password",
     b"-ERR AUTH <password> called without any password configured for the default user. Are you sure your "
     b"configuration is correct?": "has no password",
-    b"-NOPERM this user has no permissions to run the 'info' command": "does not give this user the rights",
-    b"-NOPERM User x has no permissions to access one of the keys": "does not give this user the rights",
+    b"-NOPERM this user has no permissions to run the 'info' command": "does not grant this user the permissions",
+    b"-NOPERM User x has no permissions to access one of the keys": "does not grant this user the permissions",
     b"-DENIED Redis is running in protected mode because protected mode is enabled": "protected mode",
     b"-MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist": "can't save them",
     b"-NOREPLICAS Not enough good replicas to write.": "too few replicas",
@@ -458,13 +441,13 @@ REPLIES = {
     b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.": "is a read-only replica",
     b"-CLUSTERDOWN Hash slot not served": "is a Redis Cluster",
     b"-MOVED 3999 127.0.0.1:6381": "is a Redis Cluster",
-    b"-ERR unknown command 'INFO'": "refuses a command",
-    b"HTTP/1.1 400 Bad Request": "is no Redis",
+    b"-ERR unknown command 'INFO'": "rejects a command",
+    b"HTTP/1.1 400 Bad Request": "is not a Redis",
 }
 
 
 @pytest.mark.parametrize(("reply", "words"), REPLIES.items(), ids=list(REPLIES.values()))
-def test_each_refusal_is_called_what_it_is(monkeypatch: pytest.MonkeyPatch, reply: bytes, words: str) -> None:
+def test_each_error_reply_has_its_own_message(monkeypatch: pytest.MonkeyPatch, reply: bytes, words: str) -> None:
     with fake_redis(reply + b"\r\n") as port:
         use(monkeypatch, port)
 
@@ -478,24 +461,22 @@ class Page(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_what_listens_there_and_is_no_redis_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_http_server_is_reported_as_not_a_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         use(monkeypatch, server.server_port)
 
-        assert fault_now().startswith("is no Redis")
+        assert fault_now().startswith("is not a Redis")
         server.shutdown()
 
 
-def test_without_a_redis_it_is_said_not_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_redis_is_reported_as_not_answering(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, free_port())
 
     assert fault_now().startswith("does not answer, so start it")
 
 
-def test_passwords_tls_and_databases_that_do_not_fit_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_wrong_password_tls_and_database_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files, port, tls_port = make_certificates(tmp_path), free_port(), free_port()
     other = make_certificates(tmp_path, "other")["ca"]
     options = {"--requirepass": "right", "--tls-port": str(tls_port), "--tls-cert-file": files["certificate"],
@@ -503,16 +484,16 @@ def test_passwords_tls_and_databases_that_do_not_fit_are_told_apart(
     plain, tls, ca = f"127.0.0.1:{port}", f"127.0.0.1:{tls_port}", f"ssl_ca_certs={files['ca']}"
     own = f"ssl_certfile={files['certificate']}&ssl_keyfile={files['key']}"
     wanted = {
-        f"redis://{plain}": "wants a password",
-        f"redis://:wrong@{plain}": "refuses the password",
-        f"redis://:right@{plain}/99": "has no database of that number",
-        f"rediss://:right@{plain}?{ca}": "does not answer by TLS",
-        f"redis://:right@{tls}": "closed the connection, so see its log; if it wants TLS",
-        f"rediss://:right@{tls}?ssl_ca_certs={other}&{own}": "shows a certificate that we do not trust",
+        f"redis://{plain}": "requires a password",
+        f"redis://:wrong@{plain}": "rejects the password",
+        f"redis://:right@{plain}/99": "has no database with this number",
+        f"rediss://:right@{plain}?{ca}": "does not answer over TLS",
+        f"redis://:right@{tls}": "closed the connection, so check its log; if it requires TLS",
+        f"rediss://:right@{tls}?ssl_ca_certs={other}&{own}": "presents an untrusted certificate",
         f"rediss://:right@{tls}?{ca}&{own}": "",
     }
     no_certificate = f"rediss://:right@{tls}?{ca}"
-    monkeypatch.setattr(redis_connection, "SOCKET_GRACE", 1)
+    monkeypatch.setattr("image_queue.connection.SOCKET_GRACE", 1)
     with run_redis(tmp_path / "log", port, *chain(*options.items())):
         wait_until(lambda: answers(Redis(port=port, password="right")), "Redis answers")
         found = {}
@@ -520,7 +501,7 @@ def test_passwords_tls_and_databases_that_do_not_fit_are_told_apart(
             monkeypatch.setattr(settings, "REDIS_URL", url)
             found[url] = fault_now()
 
-    assert "client certificate" in found[no_certificate]  # which TLS 1.3 says, or it just closes
+    assert "client certificate" in found[no_certificate]  # whether TLS 1.3 says so or the connection is closed
     for url, words in wanted.items():
         assert found[url].startswith(words), (url, found[url])
         assert bool(found[url]) == bool(words), (url, found[url])

@@ -5,8 +5,7 @@ from typing import Any
 import flask
 from redis.exceptions import RedisError
 
-from image_queue import NoModelServer, RedisDown, WebQueue
-from image_queue.connection import UnusableRedis, fault_of
+from image_queue import NoModelServer, RedisDown, UnusableRedis, WebQueue, fault_of
 from web.storage import check_room
 
 Body = dict[str, Any]

@@ -21,8 +21,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric, Sample
 from prometheus_client.multiprocess import MultiProcessCollector
 from redis.exceptions import RedisError
 
-from image_queue import WebQueue
-from image_queue.connection import UnusableRedis
+from image_queue import UnusableRedis, WebQueue
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,134 @@
+"""What both sides of the queue share: the connections, the key names, the checks of Redis, the live model servers."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import cache
+from threading import Lock
+from typing import Any, cast
+
+import settings
+from image_queue.connection import QueuePool, address_of, connect, info_of_primary
+from image_queue.diagnosis import connection_limit, fault_of, risks_of, why_unusable
+from image_queue.errors import UnusableRedis
+
+log = logging.getLogger(__name__)
+
+CountJobs = Callable[[str, int], None]  # called with an event and the number of jobs
+IMAGES_REFUSED = "images are refused"
+
+
+class ImageQueue:
+    """The queue for any program; WebQueue and ServerQueue add what each side does with jobs."""
+
+    def __init__(self, count: CountJobs = lambda event, times: None) -> None:
+        """Make the connection pool; the first command connects. `count` is called for the metrics.
+
+        The web's events are queued and retried (pushed again). A model server's are taken, expired, recovered (jobs
+        of a dead server), given_up (after too many crashes) and dropped (malformed).
+        """
+        self.count = count
+        self.redis = connect()
+        self.key = settings.IMAGE_QUEUE
+        self.unusable = False  # what check() found last, as are the risks
+        self.risks: list[str] = []  # each is the rest of a sentence that begins with the name of the Redis
+        self._logged_at: dict[str, float] = {}
+        self._log_lock = Lock()
+
+    def taken_key(self, server: str) -> str:
+        """Return the key of the jobs that `server` has taken."""
+        return f"{self.key}:taken:{server}"
+
+    def server_key(self, server: str) -> str:
+        """Return the key of the heartbeat of `server`."""
+        return f"{self.key}:server:{server}"
+
+    def result_key(self, job_id: str) -> str:
+        """Return the key of the answer to a job."""
+        return f"{self.key}:result:{job_id}"
+
+    def accepted_key(self, job_id: str) -> str:
+        """Return the key of a job's accepted marker."""
+        return f"{self.key}:accepted:{job_id}"
+
+    @property
+    def shape_key(self) -> str:
+        """The key of the image shape that the last heartbeat gave."""
+        return f"{self.key}:shape"
+
+    @property
+    def address(self) -> str:
+        """The address of Redis for messages, never with the password."""
+        return address_of(self.redis)
+
+    @property
+    def pool(self) -> QueuePool:
+        """The connections of this process."""
+        return cast(QueuePool, self.redis.connection_pool)
+
+    def live_servers(self) -> dict[str, dict[str, Any]]:
+        """Return the content of each live model server's heartbeat, by the server's name. Raises RedisError."""
+        keys = sorted(self.redis.scan_iter(self.server_key("*"), count=1000))
+        beats = self.redis.mget(keys) if keys else []
+        return {server_of(key): parse_object(beat) for key, beat in zip(keys, beats, strict=True) if beat}
+
+    def waiting(self) -> int:
+        """Return the number of waiting jobs. Raises RedisError."""
+        return self.redis.llen(self.key)
+
+    def check(self) -> None:
+        """Check whether this Redis is usable, and set `risks` to what may still cost requests.
+
+        Raises UnusableRedis when the service can never work with it, NotPrimary while it is a replica, and RedisError
+        when it does not answer or rejects a write.
+        """
+        info = info_of_primary(self.redis)
+        fault = why_unusable(info)
+        self.unusable = bool(fault)
+        if fault:
+            raise UnusableRedis(self.address, fault)
+        self._limit_connections(connection_limit(info))
+        self.redis.delete(f"{self.key}:never")  # changes nothing, but fails wherever other writes would
+        self.risks = risks_of(info)
+
+    def warn(self) -> None:
+        """Log the risks that check() found, each once in a process."""
+        for risk in self.risks:
+            _warn_once(f"Redis at {self.address} {risk}.")
+
+    def _limit_connections(self, limit: int) -> None:
+        """Set how many images of this process may be in flight at once; only the web needs it."""
+
+    def log_redis_error(self, error: Exception, pause: float, consequence: str = "") -> None:
+        """Log what is wrong with Redis, once per attempt even if many threads fail at the same time.
+
+        `consequence` says what happens next, unless it is another attempt after `pause` seconds.
+        """
+        with self._log_lock:
+            if time.monotonic() < self._logged_at.get(consequence, 0.0) + pause / 2:
+                return
+            self._logged_at[consequence] = time.monotonic()
+        consequence = consequence or "trying again" + (f" in {pause:.1f} s" if pause else "")
+        reason = (str(error) or type(error).__name__).rstrip(".").splitlines()[0]
+        details = "" if isinstance(error, UnusableRedis) else f" ({reason})"
+        log.warning("Redis at %s %s%s; %s", self.address, fault_of(error), details, consequence)
+
+
+def server_of(key: bytes) -> str:
+    """Return the name of the model server that a taken list or a heartbeat belongs to."""
+    return key.decode("utf-8", "replace").rpartition(":")[2]
+
+
+def parse_object(text: bytes | str) -> dict[str, Any]:
+    """Return the JSON object in `text`, or an empty one if there is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+@cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)

@@ -1,0 +1,142 @@
+"""The format of jobs and answers, and the batch that a model server takes."""
+
+import math
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+import settings
+from helpers import Pixels, Shape, as_shape
+
+Answer = dict[str, Any]
+
+# Seconds that an answer outlives its deadline. The web polls until the deadline; then Redis deletes the answer.
+RESULT_GRACE = 2
+# The longest lifetime of a job in seconds, whatever its deadline says: far above the highest REQUEST_TIMEOUT.
+MAX_LIFETIME = 3600
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ID_IN_MALFORMED = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"')
+MALFORMED_PREFIX = 200  # bytes of a malformed or oversized entry that are searched for an id
+MAX_ENVELOPE = 1000  # bytes of a job besides its image: a generous limit
+# A job queued for one model may be computed by the next one, so a job may have the largest input of keras.applications
+# even if the current model takes less.
+LARGEST_SHAPE: Shape = (600, 600, 3)
+
+
+@dataclass
+class Job:
+    """One image to classify.
+
+    `image` is base64 text, `deadline` unix seconds, `request` the id that the client knows, `top` the number of
+    predictions (0: TOP), `crashes` how many servers died with this job in flight, `shape` that of the pixels (None: the
+    model's), `taken` the time.monotonic() at which the job was parsed, and `ttl` the seconds that the web still waited
+    for the answer then (None: Redis had no accepted marker).
+    """
+
+    id: str
+    image: str
+    deadline: float
+    request: str = ""
+    top: int = 0
+    crashes: int = 0
+    shape: Shape | None = None
+    taken: float = field(default_factory=time.monotonic, compare=False)
+    ttl: float | None = field(default=None, compare=False)
+
+    @classmethod
+    def parse(cls, raw: bytes | str) -> "Job":
+        """Return the job in `raw`. Raises ValueError when it has no id, so that nobody can be answered.
+
+        A job that has an id but is otherwise invalid gets an empty image. It is answered with an error like any other
+        image that can't be decoded.
+        """
+        try:
+            fields = orjson.loads(raw)
+            if not ID.fullmatch(fields["id"]):
+                raise ValueError("bad id")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            prefix = raw[:MALFORMED_PREFIX]
+            found = ID_IN_MALFORMED.search(prefix if isinstance(prefix, bytes) else prefix.encode())
+            if not found:
+                raise ValueError(f"not a job with an id ({type(error).__name__})") from error
+            fields = {"id": found[1].decode()}
+        image, deadline, request = fields.get("image"), fields.get("deadline"), fields.get("request", "")
+        top, crashes, shape = fields.get("top", 0), fields.get("crashes", 0), as_shape(fields.get("shape"))
+        texts_valid = isinstance(image, str) and isinstance(request, str)
+        numbers_valid = isinstance(deadline, int | float) and _is_count(top) and _is_count(crashes)
+        if texts_valid and numbers_valid and (shape or "shape" not in fields):  # older web servers send no shape
+            return cls(fields["id"], image, deadline, request, top, crashes, shape)
+        return cls(fields["id"], "", time.time() + RESULT_GRACE)
+
+    def dump(self) -> bytes:
+        """Return the job as JSON, without the fields that have their default."""
+        optional = {"request": self.request, "top": self.top, "crashes": self.crashes, "shape": self.shape}
+        given = {name: value for name, value in optional.items() if value}
+        return orjson.dumps({"id": self.id, "deadline": self.deadline, **given, "image": self.image})
+
+    @property
+    def remaining(self) -> float:
+        """Seconds for which the web still waits for the answer; 0 or less when it has given up."""
+        by_redis = None if self.ttl is None else self.taken + self.ttl - time.monotonic()
+        return min(self.deadline - time.time() if by_redis is None else by_redis, MAX_LIFETIME)
+
+    @property
+    def expired(self) -> bool:
+        """Whether the web has given up waiting for the answer."""
+        return self.remaining <= 0
+
+    @property
+    def answer_ttl(self) -> int:
+        """Milliseconds for which Redis keeps the answer."""
+        return int(1000 * (max(0.0, self.remaining) + RESULT_GRACE))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def max_job_bytes(own: Shape) -> int:
+    """Return the length limit of a job for a model of the shape `own`: its base64 image and the other fields."""
+    pixels = max(math.prod(own), math.prod(LARGEST_SHAPE))
+    return MAX_ENVELOPE + 4 * -(-pixels * np.dtype(settings.IMAGE_DTYPE).itemsize // 3)
+
+
+@dataclass
+class Batch:
+    """Jobs that were taken together.
+
+    `entries` counts what they occupy in the taken list, where expired and malformed jobs count too. `images` are the
+    decoded images of `jobs`, with None for each that could not be decoded.
+    """
+
+    jobs: list[Job] = field(default_factory=list)
+    entries: int = 0
+    images: list[Pixels | None] = field(default_factory=list)
+
+    def __iadd__(self, later: "Batch") -> "Batch":
+        self.jobs += later.jobs
+        self.entries += later.entries
+        self.images += later.images
+        return self
+
+    def drop_expired(self) -> int:
+        """Remove the expired jobs and return their number; their entries stay in the taken list until the answer."""
+        before = len(self.jobs)
+        kept = [pair for pair in zip(self.jobs, self.images, strict=True) if not pair[0].expired]
+        self.jobs = [job for job, _ in kept]
+        self.images = [image for _, image in kept]
+        return before - len(kept)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a job of this batch was in flight when a server died; such a job is computed alone."""
+        return any(job.crashes for job in self.jobs)
+
+
+def failed(message: str) -> Answer:
+    """Return the answer to a job that the model could not compute."""
+    return {"error": {"code": "model_failed", "message": message}}

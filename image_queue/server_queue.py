@@ -1,0 +1,213 @@
+"""The model server's side of the queue."""
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from helpers import USUAL_SHAPE, StartupError, as_shape
+from image_queue.base import CountJobs, ImageQueue, server_of
+from image_queue.errors import HeartbeatExpired
+from image_queue.job import MALFORMED_PREFIX, Answer, Batch, Job, failed, max_job_bytes
+from image_queue.slots import claim_slot
+
+log = logging.getLogger(__name__)
+
+# Lua copies its arguments and results, so an image takes Redis 0.2 ms in a script but a tenth of that in a plain
+# command. So scripts are only for what plain commands can't do: several steps in one, or writing when out of memory.
+SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.lua")}
+ALL = 1_000_000  # more jobs than any server has taken
+# A job that was in flight when a server died may be the cause, so it is computed alone from then on. After the second
+# crash it goes to the end of the queue, so that the others of its first batch do not wait for it. Two crashes would be
+# proof enough, but a server may also be killed from outside twice, which must not cost an innocent image its answer.
+MAX_CRASHES = 3
+CRASHED = "The model server crashed each time it had this image, so send another one."
+SHAPE_TTL = 86400  # seconds for which the web knows the model's shape when no model server is alive
+TTL_ROUNDING = 0.5  # seconds that TTL may round down
+
+
+class ServerQueue(ImageQueue):
+    """Joins the queue as a model server, takes batches, answers them and leaves.
+
+    Only one thread may use it, but one more may call take() while a batch is computed.
+    """
+
+    def __init__(self, about: dict[str, Any], ttl: float, count: CountJobs = lambda event, times: None) -> None:
+        """Claim a slot. `about` is the content of the heartbeat, `ttl` the seconds until it expires."""
+        super().__init__(count)
+        self.about = about
+        self.ttl = ttl
+        self._slot_socket, self.slot = claim_slot(self.key)
+        self._begin_session()
+        self._scripts = {name: self.redis.register_script(text) for name, text in SCRIPTS.items()}
+        self._next_beat = 0.0
+        self._shape = as_shape(about.get("shape"))
+        self._max_job_bytes = max_job_bytes(self._shape or USUAL_SHAPE)
+
+    def join(self) -> None:
+        """Requeue the jobs that this slot had taken, before or after a crash, and begin a new session.
+
+        Raises RedisError. Raises StartupError if this Redis is unusable or another model is served on this queue, which
+        would make half of the answers wrong.
+        """
+        self.check()
+        self.warn()
+        self._refuse_other_models()
+        self.leave()
+        self._begin_session()
+        for dead in self.redis.scan_iter(self.server_key(f"{self.slot}.*"), count=1000):
+            self.redis.delete(dead)
+        self.reclaim()
+        self._renew()
+
+    def leave(self) -> None:
+        """Requeue the jobs that were taken but not answered, and delete the heartbeat. Raises RedisError."""
+        self._requeue(ALL)
+        self.redis.delete(self.heartbeat)
+
+    def beat(self) -> None:
+        """Renew the heartbeat when a fifth of its `ttl` is over, and reclaim the jobs of dead servers.
+
+        Raises HeartbeatExpired if it had expired, RedisError.
+        """
+        if time.monotonic() < self._next_beat:
+            return
+        self._renew("XX")
+        self.reclaim()
+
+    def reclaim(self) -> None:
+        """Requeue the jobs of every server without a heartbeat. Raises RedisError."""
+        for key in self.redis.scan_iter(self.taken_key("*"), count=1000, _type="list"):
+            server = server_of(key)
+            if server != self.name and not self.redis.exists(self.server_key(server)):
+                self._reclaim_from(server)
+
+    def take(self, most: int, wait: float = 0, *, ahead: bool = False) -> Batch:
+        """Move up to `most` jobs from the queue to the taken list and return them. Raises RedisError.
+
+        Blocks up to `wait` seconds for the first job, but not for more. Drops expired and malformed jobs. A suspect is
+        returned alone, and never with `ahead`, which means that another batch is being computed: if that batch killed
+        the server, the suspect would be blamed.
+        """
+        entries = self._move(most, wait)
+        parsed = self._parse_all(entries)
+        kept = self._length_of_batch(parsed, ahead=ahead)
+        if kept < len(entries):
+            self._requeue(len(entries) - kept)
+        jobs = [job for job in parsed[:kept] if job]
+        live = [job for job in jobs if not job.expired]
+        self.count("taken", len(live))
+        self.count("expired", len(jobs) - len(live))
+        return Batch(live, kept)
+
+    def answer(self, jobs: list[Job], answers: Iterable[Answer], entries: int) -> None:
+        """Publish one of `answers` for each of `jobs`, and remove the first `entries` of the taken list, atomically.
+
+        Raises ValueError if there are more or fewer answers than jobs, HeartbeatExpired if the heartbeat had expired
+        (the answers are published even so), RedisError.
+        """
+        keys, args = self._to_publish(jobs, answers)
+        if not self._scripts["answer"]([self.taken, self.heartbeat, *keys], [entries, *args]):
+            raise HeartbeatExpired
+
+    def _refuse_other_models(self) -> None:
+        mine = (self.about["model"], self.about["weights"])
+        for name, about in self.live_servers().items():
+            theirs = (about.get("model"), about.get("weights"))
+            if name.rpartition(".")[0] != self.slot and theirs != mine:
+                raise StartupError(
+                    f"Model server {name} serves {theirs[0]} ({theirs[1]}) on the queue {self.key}: stop it, or set "
+                    f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
+                )
+
+    def _move(self, most: int, wait: float) -> list[bytes]:
+        """Move up to `most` entries from the queue to the taken list and return them."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            if wait:
+                pipeline.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
+            pipeline.llen(self.key)
+            *first, waiting = pipeline.execute(raise_on_error=False)
+            if isinstance(waiting, RedisError):
+                raise waiting
+            for _ in range(min(most - len(first), waiting)):
+                pipeline.lmove(self.key, self.taken, "LEFT", "RIGHT")
+            replies = first + pipeline.execute(raise_on_error=False)
+        moved = [reply for reply in replies if isinstance(reply, bytes)]
+        errors = [reply for reply in replies if isinstance(reply, RedisError)]
+        if moved or not errors:
+            return moved
+        if isinstance(errors[0], OutOfMemoryError):  # then Redis rejects all plain writes, but not this script
+            return list(self._scripts["take"]([self.key, self.taken], [most]))
+        raise errors[0]
+
+    def _length_of_batch(self, parsed: list[Job | None], *, ahead: bool) -> int:
+        """Return how many of the entries may be computed together: those before a suspect, or one suspect."""
+        first = next((i for i, job in enumerate(parsed) if job and job.crashes and not job.expired), None)
+        if first is None:
+            return len(parsed)
+        return first or (0 if ahead else 1)
+
+    def _requeue(self, count: int) -> None:
+        self._scripts["requeue"]([self.key, self.taken], [count])
+
+    def _reclaim_from(self, dead: str) -> None:
+        """Requeue the jobs that were in flight when the server `dead` died; give up those that crashed too many."""
+        taken = self.taken_key(dead)
+        entries = self.redis.lrange(taken, 0, -1)
+        jobs = [replace(job, crashes=job.crashes + 1) for job in self._parse_all(entries) if job and not job.expired]
+        given_up = [job for job in jobs if job.crashes >= MAX_CRASHES]
+        head = [job.dump() for job in jobs if job.crashes == 1]
+        end = [job.dump() for job in jobs if 1 < job.crashes < MAX_CRASHES]
+        keys, answers = self._to_publish(given_up, [failed(CRASHED)] * len(given_up))
+        args = [len(entries), len(head), *answers, *head, *end]
+        if entries and self._scripts["reclaim"]([self.key, taken, *keys], args):
+            requeued = len(head) + len(end)
+            self.count("recovered", requeued)
+            self.count("given_up", len(given_up))
+            log.warning("%s died: %d images were requeued, %d were given up", dead, requeued, len(given_up))
+
+    def _to_publish(self, jobs: list[Job], answers: Iterable[Answer]) -> tuple[list[str], list[str | int]]:
+        """Return what the scripts need to publish the answers, as KEYS and ARGV."""
+        keys: list[str] = []
+        args: list[str | int] = []
+        for job, answer in zip(jobs, answers, strict=True):
+            keys += [self.result_key(job.id), self.accepted_key(job.id)]
+            args += [json.dumps(answer, allow_nan=False), job.answer_ttl]
+        return keys, args
+
+    def _begin_session(self) -> None:
+        self.name = f"{self.slot}.{uuid.uuid4().hex[:8]}"
+        self.taken = self.taken_key(self.name)
+        self.heartbeat = self.server_key(self.name)
+
+    def _renew(self, *options: str) -> None:
+        """Write the heartbeat; with the option "XX" only if it has not expired. Raises HeartbeatExpired, RedisError."""
+        keys = [self.heartbeat, self.shape_key] if self._shape else [self.heartbeat]
+        shape = json.dumps({"shape": self._shape, "server": self.name})
+        args: list[str | int] = [shape, SHAPE_TTL, json.dumps(self.about), "PX", int(1000 * self.ttl), *options]
+        if not self._scripts["beat"](keys, args):
+            raise HeartbeatExpired
+        self._next_beat = time.monotonic() + self.ttl / 5
+
+    def _parse_all(self, entries: Sequence[bytes | str]) -> list[Job | None]:
+        """Return the jobs, each with its `ttl`, and None for each malformed entry. Raises RedisError."""
+        parsed = [self._parse(entry) for entry in entries]
+        jobs = [job for job in parsed if job]
+        ttls = self._scripts["ttls"]([self.accepted_key(job.id) for job in jobs]) if jobs else []
+        for job, ttl in zip(jobs, ttls, strict=True):
+            job.ttl = ttl + TTL_ROUNDING if ttl >= 0 else None
+        return parsed
+
+    def _parse(self, entry: bytes | str) -> Job | None:
+        try:
+            return Job.parse(entry if len(entry) <= self._max_job_bytes else entry[:MALFORMED_PREFIX])
+        except ValueError as error:
+            log.error("dropped %d bytes from the queue: %s", len(entry), error)
+            self.count("dropped", 1)
+            return None

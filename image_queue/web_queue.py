@@ -1,0 +1,208 @@
+"""The web's side of the queue."""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from threading import Condition, Lock
+from typing import cast
+
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+
+import settings
+from helpers import USUAL_SHAPE, Shape, as_shape, pauses
+from image_queue.base import IMAGES_REFUSED, CountJobs, ImageQueue, parse_object
+from image_queue.connection import MAX_CONNECTIONS
+from image_queue.errors import NoModelServer, QueueFull, RedisDown, ResultTimeout, UnusableRedis
+from image_queue.job import Answer, Job
+from image_queue.pending_job import PendingJob
+
+SHAPE_REFRESH = 1.0  # seconds between two requests of a web process for the model's shape
+SPARE_CONNECTIONS = 4  # besides those of the images in flight: for health, metrics and rate limits, which are quick
+
+
+class WebQueue(ImageQueue):
+    """Queues images and returns their answers. Any number of threads may use it."""
+
+    def __init__(self, count: CountJobs = lambda event, times: None) -> None:
+        super().__init__(count)
+        self._full = False  # at the last push
+        self._shape = USUAL_SHAPE  # of the images that the model takes, as far as known
+        self._next_refresh = 0.0  # time.monotonic() from which the shape is out of date
+        self._refreshing = Lock()
+        self._max_in_flight = MAX_CONNECTIONS
+        self._in_flight = 0  # images in flight, each of which holds a connection
+        self._finished = Condition()
+
+    def shape(self) -> Shape:
+        """Return the shape to prepare images in, (height, width, channels): that of IMAGE_*, or else the model's.
+
+        One thread refreshes the model's shape every SHAPE_REFRESH seconds, and the others use the cached one. If it is
+        older than twice that, as after a quiet time, they wait SHAPE_REFRESH seconds for the new one. If Redis does not
+        answer, the cached one stays.
+        """
+        overdue = time.monotonic() - self._next_refresh
+        if overdue >= 0 and not settings.image_is_set():
+            self._refresh_shape(SHAPE_REFRESH if overdue > SHAPE_REFRESH else 0.0)
+        return settings.image_shape(self._shape)
+
+    def _refresh_shape(self, patience: float) -> None:
+        if not self._refreshing.acquire(timeout=patience):
+            return
+        try:
+            if time.monotonic() >= self._next_refresh:
+                with suppress(RedisError):
+                    self._shape = self._served_shape() or self._shape
+                self._next_refresh = time.monotonic() + SHAPE_REFRESH
+        finally:
+            self._refreshing.release()
+
+    def _served_shape(self) -> Shape | None:
+        """Return the shape that a live model server takes, or else that of the last one. Raises RedisError."""
+        last = parse_object(self.redis.get(self.shape_key) or b"")
+        shape, server = as_shape(last.get("shape")), last.get("server")
+        if isinstance(server, str) and self.redis.exists(self.server_key(server)):
+            return shape
+        # An older model server writes the shape to its heartbeat only. Looking for heartbeats scans all keys of Redis,
+        # so that is not done every time.
+        live = [as_shape(about.get("shape")) for about in self.live_servers().values()]
+        return next(filter(None, live), shape)
+
+    def ask(self, image: str, deadline: float, request: str = "", top: int = 0, shape: Shape | None = None) -> Answer:
+        """Queue `image` (base64 text) and return its answer by `deadline` (unix seconds).
+
+        `request` is the id that the client knows, `top` the number of predictions (0: TOP), `shape` that of the pixels
+        (None: the model's).
+
+        Raises QueueFull, NoModelServer and RedisDown if the job was not accepted, ResultTimeout if it was.
+        """
+        with closing(PendingJob(Job(uuid.uuid4().hex, image, deadline, request, top, shape=shape))) as job:
+            del image
+            if self.unusable:
+                self._refuse_if_unusable()
+            with self._connection_for(job):
+                return self._ask(job)
+
+    def _refuse_if_unusable(self) -> None:
+        """Raise RedisDown if this Redis can never be used, since waiting for it would not help."""
+        try:
+            self.check()
+        except UnusableRedis as error:
+            self.log_redis_error(error, 60, IMAGES_REFUSED)
+            raise RedisDown("The queue is misconfigured, so tell the operator of the service.") from None
+        except RedisError:
+            pass  # this may be over soon
+
+    @contextmanager
+    def _connection_for(self, job: PendingJob) -> Iterator[None]:
+        """Wait until `job` may use a connection, at most REDIS_TIMEOUT. Raises QueueFull."""
+        with self._finished:
+            if self._in_flight >= self._max_in_flight:
+                job.move_to_disk()
+            patience = min(job.remaining, settings.REDIS_TIMEOUT)
+            if not self._finished.wait_for(lambda: self._in_flight < self._max_in_flight, patience):
+                raise QueueFull("Redis has no free connection for another image, so try again in a few seconds.")
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._finished:
+                self._in_flight -= 1
+                self._finished.notify()
+
+    def _limit_connections(self, limit: int) -> None:
+        with self._finished:
+            self._max_in_flight = limit
+            self._finished.notify_all()
+        self.pool.max_connections = limit + SPARE_CONNECTIONS
+        self.pool.close_idle(limit)
+
+    def _ask(self, job: PendingJob) -> Answer:
+        give_up = min(job.until, time.monotonic() + settings.REDIS_TIMEOUT)
+        tried = accepted = False
+        error: RedisError | None = None
+        pause = pauses()
+        while time.monotonic() < (job.until if accepted else give_up):
+            try:
+                # Redis may have restarted without the job, or sent the answer to a connection that is dead.
+                if not (tried and self._known(job)):
+                    again, tried = tried, True
+                    self._push(job, accepted=accepted)
+                    self.count("retried" if again else "queued", 1)
+                accepted = True
+                job.move_to_disk()
+                answer = self._poll(job)
+                if answer is not None:
+                    return answer
+                if error:  # Redis works again, so the next error starts with a short pause
+                    error, pause = None, pauses()
+            except RedisError as problem:
+                if isinstance(problem, ResponseError) and not accepted:
+                    self._refuse_if_unusable()
+                error = problem
+                seconds = next(pause)
+                self.log_redis_error(problem, seconds)
+                time.sleep(min(seconds, job.remaining))
+        if not accepted:
+            raise RedisDown("The queue can't be reached now, so try again in a few seconds.")
+        with suppress(RedisError):  # without a model server nobody else removes expired jobs from the queue
+            self._remove(job, from_end=False)
+        raise ResultTimeout(self._timeout_message(error))
+
+    def _known(self, job: PendingJob) -> bool:
+        """Return whether Redis has the job or its answer."""
+        return bool(self.redis.exists(self.accepted_key(job.id), self.result_key(job.id)))
+
+    def _push(self, job: PendingJob, *, accepted: bool) -> None:
+        """Queue the job; if it was `accepted` before, even when the queue is full. Raises QueueFull, NoModelServer."""
+        limit = math.inf if accepted else settings.MAX_QUEUE
+        try:
+            pushed = not (self._full and self.waiting() >= limit) and self._append(job, limit)
+        except OutOfMemoryError as error:
+            if accepted:
+                raise  # so keep retrying
+            self.log_redis_error(error, 1, IMAGES_REFUSED)
+            raise QueueFull("Redis has no memory for another image, so try again in a few seconds.") from error
+        if not pushed:
+            if self.live_servers():
+                raise QueueFull(f"{settings.MAX_QUEUE} images are waiting already, so try again in a few seconds.")
+            raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
+
+    def _append(self, job: PendingJob, limit: float) -> bool:
+        """Append the job. If the queue is then longer than `limit`, withdraw the job if it was not taken yet.
+
+        Return whether the job stays.
+        """
+        with self.redis.pipeline(transaction=True) as transaction:
+            transaction.rpush(self.key, job.read())
+            transaction.set(self.accepted_key(job.id), "", px=max(1, math.ceil(1000 * job.remaining)))
+            length, _ = transaction.execute()
+        self._full = length > limit
+        return not (self._full and self._remove(job, from_end=True))
+
+    def _remove(self, job: PendingJob, *, from_end: bool) -> bool:
+        """Remove the job from the queue, and return whether it was still there."""
+        found = bool(self.redis.lrem(self.key, -1 if from_end else 1, cast(str, job.read())))
+        if found:
+            self.redis.delete(self.accepted_key(job.id))
+        return found
+
+    def _poll(self, job: PendingJob) -> Answer | None:
+        seconds = min(settings.CLIENT_SLEEP, max(0.01, job.remaining))  # 0 would block forever
+        reply = self.redis.blpop([self.result_key(job.id)], seconds)
+        return None if reply is None else cast(Answer, json.loads(reply[1]))
+
+    def _timeout_message(self, error: RedisError | None) -> str:
+        try:
+            alive = error is None and bool(self.live_servers())
+        except RedisError as problem:
+            error = problem
+        if error:
+            cause = "the queue can't be reached; try again later"
+        elif not alive:
+            cause = "no model server is alive; try again when one is started"
+        else:
+            cause = "the model servers are busy; try again later"
+        return f"No answer came within {settings.REQUEST_TIMEOUT:g} seconds, because {cause}."
