@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Publish the answers of a batch and remove the batch from the taken list. Return 0 when the heartbeat has expired: then
--- other servers may have reclaimed the list, so its head need not be this batch, and only the answers are published.
+-- Publish the answers of a batch and remove the batch from the taken list. Return 0 and leave the list alone if the
+-- heartbeat has expired: other servers may have reclaimed the list, so its head may not be this batch.
 -- KEYS: taken list, heartbeat, then for each job its result and its accepted marker
 -- ARGV: entries of the batch, then for each job its answer and the milliseconds to keep it
 for i = 3, #KEYS, 2 do

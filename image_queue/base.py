@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, cast
 
 import settings
-from image_queue.connection import QueuePool, address_of, connect, info_of_primary
+from image_queue.connection import QueuePool, connect, info_of_primary
 from image_queue.diagnosis import connection_limit, fault_of, risks_of, why_unusable
 from image_queue.errors import UnusableRedis
 
@@ -60,7 +60,8 @@ class ImageQueue:
     @property
     def address(self) -> str:
         """The address of Redis for messages, never with the password."""
-        return address_of(self.redis)
+        at = self.pool.connection_kwargs
+        return cast(str, at.get("path")) or f"{at.get('host')}:{at.get('port')}"
 
     @property
     def pool(self) -> QueuePool:

@@ -132,12 +132,10 @@ def connect() -> Redis:
         "max_connections": MAX_CONNECTIONS,
         "driver_info": None,  # announcing the library needs a permission that nothing else here needs
     }
-    return Redis(connection_pool=_pool_by_url(options) if settings.REDIS_URL else _pool(options))
-
-
-def _pool(options: dict[str, Any]) -> QueuePool:
-    where: dict[str, Any] = {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT, "db": settings.REDIS_DB}
-    return QueuePool(connection_class=PrimaryConnection, **where, **options)
+    if settings.REDIS_URL:
+        return Redis(connection_pool=_pool_by_url(options))
+    options |= {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT, "db": settings.REDIS_DB}
+    return Redis(connection_pool=QueuePool(connection_class=PrimaryConnection, **options))
 
 
 def _pool_by_url(options: dict[str, Any]) -> QueuePool:
@@ -151,12 +149,6 @@ def _pool_by_url(options: dict[str, Any]) -> QueuePool:
         # The error is not shown: if a password contains a /, the error quotes part of it.
         settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as in docs/operations.md, special characters as %2F")
     return pool
-
-
-def address_of(redis: Redis) -> str:
-    """Return the address of Redis for messages, never with the password."""
-    at = redis.connection_pool.connection_kwargs
-    return cast(str, at.get("path")) or f"{at.get('host')}:{at.get('port')}"
 
 
 def info_of_primary(redis: Redis) -> Info:

@@ -71,7 +71,6 @@ def risks_of(info: Info) -> list[str]:
     return risks
 
 
-REPLICA = "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"
 CLUSTER = "is a Redis Cluster, so use a Redis with cluster mode off"
 NO_ANSWER = "does not answer, so start it or check REDIS_*"
 NO_ANSWER_OVER_TLS = "does not answer over TLS, so start it, or begin REDIS_URL with redis:// if it has no TLS"
@@ -84,7 +83,7 @@ NO_CONNECTION_LEFT = "has no connection left, so raise its maxclients"
 
 # What is wrong, by the type of the error and a part of its text. The first match counts.
 FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
-    (NotPrimary, "", REPLICA),
+    (NotPrimary, "", "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"),
     (AuthenticationError, "Authentication required", "requires a password, so set it in REDIS_URL"),
     (AuthenticationError, "without any password", "has no password, so remove the one in REDIS_URL"),
     (AuthenticationError, "", "rejects the password, so check the user and the password in REDIS_URL"),

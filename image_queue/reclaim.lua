@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Empty the taken list of a dead server: publish the given answers and queue the given jobs. Return 1 on success, 0 when
--- the list has changed: of several servers that try, only the first succeeds.
+-- Empty the taken list of a dead server: publish answers and requeue jobs. Return 0 if the length of the list has
+-- changed: only the first server to reclaim it succeeds.
 -- KEYS: queue, taken list, then for each answered job its result and its accepted marker
 -- ARGV: length of the taken list, number of jobs for the head of the queue, then for each answered job its answer and
---       the milliseconds to keep it, then the jobs for the head, then those for the end
+--       the milliseconds to keep it, then the jobs for the head, then the jobs for the end
 if redis.call('LLEN', KEYS[2]) ~= tonumber(ARGV[1]) then return 0 end
 for i = 3, #KEYS, 2 do
     redis.call('DEL', KEYS[i], KEYS[i + 1])

@@ -19,6 +19,7 @@ from image_queue.errors import NoModelServer, QueueFull, RedisDown, ResultTimeou
 from image_queue.job import Answer, Job
 from image_queue.pending_job import PendingJob
 
+NONE_ALIVE = "no model server is alive; try again when one is started"
 SHAPE_REFRESH = 1.0  # seconds between two requests of a web process for the model's shape
 SPARE_CONNECTIONS = 4  # besides those of the images in flight: for health, metrics and rate limits, which are quick
 
@@ -40,8 +41,8 @@ class WebQueue(ImageQueue):
         """Return the shape to prepare images in, (height, width, channels): that of IMAGE_*, or else the model's.
 
         One thread refreshes the model's shape every SHAPE_REFRESH seconds, and the others use the cached one. If it is
-        older than twice that, as after a quiet time, they wait SHAPE_REFRESH seconds for the new one. If Redis does not
-        answer, the cached one stays.
+        older than twice SHAPE_REFRESH, they wait up to SHAPE_REFRESH for the new one. The cached one stays if Redis
+        does not answer.
         """
         overdue = time.monotonic() - self._next_refresh
         if overdue >= 0 and not settings.image_is_set():
@@ -168,7 +169,7 @@ class WebQueue(ImageQueue):
         if not pushed:
             if self.live_servers():
                 raise QueueFull(f"{settings.MAX_QUEUE} images are waiting already, so try again in a few seconds.")
-            raise NoModelServer("The queue is full and no model server is alive, so try again when one is started.")
+            raise NoModelServer(f"The queue is full and {NONE_ALIVE}.")
 
     def _append(self, job: PendingJob, limit: float) -> bool:
         """Append the job. If the queue is then longer than `limit`, withdraw the job if it was not taken yet.
@@ -195,14 +196,9 @@ class WebQueue(ImageQueue):
         return None if reply is None else cast(Answer, json.loads(reply[1]))
 
     def _timeout_message(self, error: RedisError | None) -> str:
-        try:
-            alive = error is None and bool(self.live_servers())
-        except RedisError as problem:
-            error = problem
-        if error:
-            cause = "the queue can't be reached; try again later"
-        elif not alive:
-            cause = "no model server is alive; try again when one is started"
-        else:
-            cause = "the model servers are busy; try again later"
+        cause = "the queue can't be reached; try again later"
+        with suppress(RedisError):
+            if not error:
+                alive = self.live_servers()
+                cause = "the model servers are busy; try again later" if alive else NONE_ALIVE
         return f"No answer came within {settings.REQUEST_TIMEOUT:g} seconds, because {cause}."

@@ -7,8 +7,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import pytest
 from conftest import free_port, own_keys, run_redis, wait_until
@@ -18,6 +20,8 @@ from redis.exceptions import RedisError
 import settings
 from helpers import ServiceError, StartupError
 from image_queue import (
+    Answer,
+    Batch,
     HeartbeatExpired,
     Job,
     NoModelServer,
@@ -30,8 +34,10 @@ from image_queue import (
 )
 from image_queue.pending_job import PendingJob
 
+T = TypeVar("T")
+IMAGE = "aW1hZ2U="  # base64
 ABOUT = {"model": "digits", "weights": "digits.keras"}
-ANSWER = {"predictions": [{"label": "three", "probability": 0.75}]}
+ANSWER: Answer = {"predictions": [{"label": "three", "probability": 0.75}]}
 
 
 @pytest.fixture
@@ -58,11 +64,11 @@ def second(redis: Redis) -> Iterator[ServerQueue]:
 
 def push(redis: Redis, *ids: str, **fields: Any) -> None:
     for job_id in ids:
-        job = {"id": job_id, "image": "aW1hZ2U=", "deadline": time.time() + 30} | fields
+        job = {"id": job_id, "image": IMAGE, "deadline": time.time() + 30} | fields
         redis.rpush(settings.IMAGE_QUEUE, json.dumps(job))
 
 
-def ids(batch: Any) -> list[str]:
+def ids(batch: Batch) -> list[str]:
     return [job.id for job in batch.jobs]
 
 
@@ -81,35 +87,50 @@ def die(queue: ServerQueue) -> None:
     queue.redis.delete(queue.heartbeat)
 
 
-def in_background(call: Callable[[], Any]) -> Any:
+def in_background(call: Callable[[], T]) -> Future[T]:
     return ThreadPoolExecutor(1).submit(call)
 
 
+def ask_in_background(web: WebQueue, seconds: float = 20) -> Future[Answer]:
+    return in_background(lambda: web.ask(IMAGE, time.time() + seconds))
+
+
+def answer(server: ServerQueue, batch: Batch, content: Answer = ANSWER) -> None:
+    server.answer(batch.jobs, [content] * len(batch.jobs), batch.entries)
+
+
+@contextmanager
+def ready_redis(log: Path, port: int, *options: str) -> Iterator[Any]:
+    with run_redis(log, port, *options) as process:
+        wait_until(lambda: "Ready to accept" in process.log, "Redis is ready")
+        yield process
+
+
 def test_an_image_gets_its_answer(web: WebQueue, server: ServerQueue) -> None:
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
 
     batch = server.take(32, wait=10)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
-    assert batch.jobs[0].image == "aW1hZ2U="
+    assert batch.jobs[0].image == IMAGE
     assert asked.result(10) == ANSWER
 
 
 def test_an_answered_image_leaves_no_key(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     batch = server.take(32, wait=10)
 
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert asked.result(10) == ANSWER
     assert own_keys(redis) == [server.heartbeat.encode()]
 
 
 def test_answered_job_is_not_pushed_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
-    job = PendingJob(Job("same", "aW1hZ2U=", time.time() + 10))
+    job = PendingJob(Job("same", IMAGE, time.time() + 10))
     web._push(job, accepted=False)
     batch = server.take(32)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert web._known(job)
     assert waiting_ids(redis) == []
@@ -118,10 +139,10 @@ def test_answered_job_is_not_pushed_again(redis: Redis, web: WebQueue, server: S
 
 def test_job_is_unknown_when_its_answer_was_popped_but_lost(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
     """Redis deletes an answer when a poll fetches it, but the connection may break before the answer arrives."""
-    job = PendingJob(Job("same", "aW1hZ2U=", time.time() + 10))
+    job = PendingJob(Job("same", IMAGE, time.time() + 10))
     web._push(job, accepted=False)
     batch = server.take(32)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
     assert redis.blpop([web.result_key("same")], 1)
 
     assert not web._known(job)
@@ -147,7 +168,7 @@ def test_take_waits_only_for_the_first_job(redis: Redis, server: ServerQueue) ->
 
 
 def test_only_the_queue_and_taken_lists_have_no_ttl(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
-    asked = [in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3)) for _ in range(2)]
+    asked = [ask_in_background(web, 3) for _ in range(2)]
     wait_until(lambda: web.waiting() == 2, "two jobs wait")
     batch = server.take(1)
     push(redis, "nobody-waits")
@@ -155,7 +176,7 @@ def test_only_the_queue_and_taken_lists_have_no_ttl(redis: Redis, web: WebQueue,
     server.answer(batch.jobs + last.jobs, [ANSWER] * 3, 3)
     push(redis, "waiting")
     server.take(1)
-    asked.append(in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3)))
+    asked.append(ask_in_background(web, 3))
     wait_until(lambda: web.waiting() == 1, "a third job waits")
 
     kinds = {}
@@ -175,7 +196,7 @@ def test_expired_job_is_dropped_without_an_answer(redis: Redis, server: ServerQu
     push(redis, "in-time")
 
     batch = server.take(32)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert ids(batch) == ["in-time"]
     assert result_of(redis, "late") is None
@@ -203,7 +224,7 @@ def test_malformed_entry_without_an_id_is_dropped(redis: Redis, server: ServerQu
     push(redis, "good")
 
     batch = server.take(32)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert ids(batch) == ["good"]
     assert redis.llen(server.taken) == 0
@@ -219,7 +240,7 @@ def test_job_with_an_invalid_field_can_be_answered(redis: Redis, server: ServerQ
 
     batch = server.take(32)
     assert [job.image for job in batch.jobs] == [""]
-    server.answer(batch.jobs, [failed("No.")], batch.entries)
+    answer(server, batch, failed("No."))
 
     assert result_of(redis, "wrong") == failed("No.")
 
@@ -231,7 +252,7 @@ def test_invalid_json_that_contains_an_id_can_be_answered(redis: Redis, server: 
     redis.rpush(settings.IMAGE_QUEUE, malformed)
 
     batch = server.take(32)
-    server.answer(batch.jobs, [failed("No.")], batch.entries)
+    answer(server, batch, failed("No."))
 
     assert result_of(redis, "wrong") == failed("No.")
 
@@ -249,7 +270,7 @@ def test_oversized_entry_is_answered_without_parsing_it(
     push(redis, "long", image="A" * 20_000_000)
 
     batch = taken.result(10) if waits else server.take(32)
-    server.answer(batch.jobs, [failed("No.")], batch.entries)
+    answer(server, batch, failed("No."))
 
     assert parsed == [200]
     assert result_of(redis, "long") == failed("No.")
@@ -348,7 +369,7 @@ def test_jobs_taken_by_a_delayed_command_are_reclaimed(redis: Redis, server: Ser
 
     server._scripts["take"]([settings.IMAGE_QUEUE, old_list], [1])
     batch = server.take(1)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
     server.reclaim()
 
     assert ids(batch) == ["b"]
@@ -447,7 +468,7 @@ def test_late_answer_is_published_without_touching_the_lists(
     server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it noticed
 
     with pytest.raises(HeartbeatExpired):
-        server.answer(frozen.jobs, [ANSWER], frozen.entries)
+        answer(server, frozen)
 
     assert result_of(redis, "a") == ANSWER
     assert [json.loads(job)["id"] for job in redis.lrange(server.taken, 0, -1)] == ["b"]
@@ -475,7 +496,7 @@ def test_concurrent_requests_never_overfill_the_queue(monkeypatch: pytest.Monkey
 
     def ask() -> None:
         try:
-            web.ask("aW1hZ2U=", time.time() + 1)
+            web.ask(IMAGE, time.time() + 1)
         except ServiceError as error:
             outcomes.append(error.code)
 
@@ -495,7 +516,7 @@ def test_full_queue_without_a_model_server_is_reported(
     push(redis, "a")
 
     with pytest.raises(NoModelServer):
-        web.ask("aW1hZ2U=", time.time() + 5)
+        web.ask(IMAGE, time.time() + 5)
 
 
 @pytest.mark.parametrize(
@@ -506,12 +527,12 @@ def test_timeout_names_its_cause(web: WebQueue, server: ServerQueue, alive: bool
         die(server)
 
     with pytest.raises(ResultTimeout, match=cause):
-        web.ask("aW1hZ2U=", time.time() + 0.5)
+        web.ask(IMAGE, time.time() + 0.5)
 
 
 def test_a_request_that_times_out_leaves_no_key(redis: Redis, web: WebQueue) -> None:
     with pytest.raises(ResultTimeout):
-        web.ask("aW1hZ2U=", time.time() + 0.5)
+        web.ask(IMAGE, time.time() + 0.5)
 
     assert own_keys(redis) == []
 
@@ -534,17 +555,17 @@ def test_job_whose_push_got_no_reply_is_queued_once(
 
     monkeypatch.setattr(web, "_append", without_reply)
     monkeypatch.setattr(web, "_known", look)
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     assert checked.wait(10)
 
     batch = server.take(32, wait=10)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert asked.result(10) == ANSWER
     assert batch.entries == 1
 
 
-def test_surplus_job_old_list_its_withdrawal_is_answered(
+def test_surplus_job_taken_before_its_withdrawal_is_answered(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     monkeypatch.setattr(settings, "MAX_QUEUE", 1)
@@ -556,10 +577,10 @@ def test_surplus_job_old_list_its_withdrawal_is_answered(
         return remove(*arguments, **options)
 
     monkeypatch.setattr(web, "_remove", too_late)
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     wait_until(lambda: len(batches) == 1, "both are taken")
 
-    server.answer(batches[0].jobs, [ANSWER, ANSWER], batches[0].entries)
+    answer(server, batches[0])
 
     assert asked.result(10) == ANSWER
 
@@ -570,37 +591,35 @@ def test_without_redis_a_request_fails_after_redis_timeout(monkeypatch: pytest.M
     started = time.monotonic()
 
     with pytest.raises(RedisDown):
-        WebQueue().ask("aW1hZ2U=", time.time() + 30)
+        WebQueue().ask(IMAGE, time.time() + 30)
 
     assert 0.5 < time.monotonic() - started < 5
 
 
 def test_redis_restart_without_its_data_loses_no_request(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
     web = WebQueue()
-    with run_redis(tmp_path / "log", port) as process:
-        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
-        asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 30))
+    with ready_redis(tmp_path / "log", port) as process:
+        asked = ask_in_background(web, 30)
         wait_until(lambda: web.waiting() == 1, "the job waits")
         process.stop(9)
     wait_until(lambda: "does not answer" in caplog.text, "the log says that Redis does not answer")
 
-    with run_redis(tmp_path / "log2", port) as process:
-        wait_until(lambda: "Ready to accept" in process.log, "Redis is up again")
+    with ready_redis(tmp_path / "log2", port):
         server = ServerQueue(ABOUT, 5)
         server.join()
         batch = server.take(1, wait=10)
-        server.answer(batch.jobs, [ANSWER], batch.entries)
+        answer(server, batch)
 
         assert asked.result(10) == ANSWER
-        assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
+        assert [job.image for job in batch.jobs] == [IMAGE]
 
 
 def test_job_is_pushed_again_when_redis_is_replaced_between_polls(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """redis-py reconnects silently, so no error tells the web that its job is gone."""
     port = free_port()
@@ -610,25 +629,23 @@ def test_job_is_pushed_again_when_redis_is_replaced_between_polls(
     poll, polled, replaced = web._poll, threading.Event(), threading.Event()
 
     def poll_then_wait(*arguments: Any) -> Any:
-        answer = poll(*arguments)
+        reply = poll(*arguments)
         if not replaced.is_set():
             polled.set()
             replaced.wait(20)
-        return answer
+        return reply
 
     monkeypatch.setattr(web, "_poll", poll_then_wait)
-    with run_redis(tmp_path / "log", port) as process:
-        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
-        asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    with ready_redis(tmp_path / "log", port):
+        asked = ask_in_background(web)
         assert polled.wait(10)
-    with run_redis(tmp_path / "log2", port) as process:
-        wait_until(lambda: "Ready to accept" in process.log, "another Redis is up")
+    with ready_redis(tmp_path / "log2", port):
         replaced.set()
         server = ServerQueue(ABOUT, 5)
         server.join()
         batch = server.take(1, wait=3)
         assert batch.jobs, "the new Redis has no job"
-        server.answer(batch.jobs, [ANSWER], batch.entries)
+        answer(server, batch)
 
         assert asked.result(10) == ANSWER
 
@@ -646,13 +663,13 @@ def shift_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 def test_a_model_server_with_a_wrong_clock_answers(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
 ) -> None:
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     wait_until(lambda: web.waiting() == 1, "the job waits")
     shift_clock(monkeypatch, shift)
 
     batch = server.take(32)
-    assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    assert [job.image for job in batch.jobs] == [IMAGE]
+    answer(server, batch)
 
     assert asked.result(10) == ANSWER
 
@@ -660,14 +677,14 @@ def test_a_model_server_with_a_wrong_clock_answers(
 def test_model_server_with_a_fast_clock_reclaims_jobs(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, second: ServerQueue
 ) -> None:
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     assert len(server.take(1, wait=5).jobs) == 1
     die(server)
     shift_clock(monkeypatch, 7200)
 
     second.reclaim()
     batch = second.take(1)
-    second.answer(batch.jobs, [ANSWER] * len(batch.jobs), batch.entries)
+    answer(second, batch)
 
     assert asked.result(10) == ANSWER
     assert batch.suspect
@@ -678,7 +695,7 @@ def test_clock_change_on_the_web_server_has_no_effect(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
 ) -> None:
     monkeypatch.setattr(settings, "CLIENT_SLEEP", 0.1)
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 3))
+    asked = ask_in_background(web, 3)
     wait_until(lambda: web.waiting() == 1, "the job waits")
     shift_clock(monkeypatch, shift)
     stepped = time.monotonic()
@@ -689,7 +706,7 @@ def test_clock_change_on_the_web_server_has_no_effect(
         return
     time.sleep(0.5)  # five polls
     batch = server.take(1)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert asked.result(10) == ANSWER
 
@@ -699,7 +716,7 @@ def test_job_with_an_expired_marker_is_dropped(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
 ) -> None:
     """The web process died; otherwise it would have removed the job."""
-    job = Job("late", "aW1hZ2U=", time.time() + 0.3)
+    job = Job("late", IMAGE, time.time() + 0.3)
     web._push(PendingJob(job), accepted=False)
     push(redis, "in-time", deadline=time.time() + shift + 30)
     wait_until(lambda: not redis.exists(web.accepted_key("late")), "the marker expires")
@@ -707,7 +724,7 @@ def test_job_with_an_expired_marker_is_dropped(
     shift_clock(monkeypatch, shift)
 
     batch = server.take(32)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert ids(batch) == ["in-time"]
     assert result_of(redis, "late") is None
@@ -718,7 +735,7 @@ def test_job_in_a_batch_expires_with_its_marker(
 ) -> None:
     """The deadlines, by a wrong clock, have no effect."""
     for name, seconds in (("soon", 2.0), ("later", 30.0)):
-        job = PendingJob(Job(name, "aW1hZ2U=", time.time() - 7200))
+        job = PendingJob(Job(name, IMAGE, time.time() - 7200))
         job.until = time.monotonic() + seconds
         web._push(job, accepted=False)
     batch = server.take(2)
@@ -740,7 +757,7 @@ def test_answer_is_kept_until_the_deadline_but_at_most_an_hour(
         redis.set(server.accepted_key("tool"), "", ex=marked)
     batch = server.take(1)
 
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert result_of(redis, "tool") == ANSWER
     assert left - 5 <= redis.ttl(server.result_key("tool")) <= left + 1
@@ -755,12 +772,12 @@ def test_images_in_flight_are_limited_by_the_connections_of_redis(
     web._limit_connections(3)
     before = redis.info("clients")["connected_clients"]
     with ThreadPoolExecutor(30) as pool:
-        asked = [pool.submit(web.ask, "aW1hZ2U=", time.time() + 20) for _ in range(30)]
+        asked = [pool.submit(web.ask, IMAGE, time.time() + 20) for _ in range(30)]
         most = 0
         while not all(each.done() for each in asked):
             batch = server.take(32, wait=1)
             most = max(most, redis.info("clients")["connected_clients"] - before)
-            server.answer(batch.jobs, [ANSWER] * len(batch.jobs), batch.entries)
+            answer(server, batch)
 
     assert [each.result() for each in asked] == [ANSWER] * 30
     assert most <= 3
@@ -771,14 +788,14 @@ def test_image_without_a_free_connection_is_refused(
 ) -> None:
     monkeypatch.setattr(settings, "REDIS_TIMEOUT", 0.3)
     web._limit_connections(1)
-    first = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    first = ask_in_background(web)
     wait_until(lambda: web.waiting() == 1, "the first job waits")
 
     with pytest.raises(QueueFull, match="no free connection"):
-        web.ask("aW1hZ2U=", time.time() + 20)
+        web.ask(IMAGE, time.time() + 20)
 
     batch = server.take(1)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
     assert first.result(10) == ANSWER
 
 
@@ -809,15 +826,15 @@ def test_full_disk_loses_no_image(
         raise RedisError("Redis has restarted")
 
     monkeypatch.setattr(web, "_poll", forgetting_poll)
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     wait_until(lambda: web._poll is poll and web.waiting() == 1, "the job is pushed again")
     server.join()
 
     batch = server.take(32, wait=10)
-    server.answer(batch.jobs, [ANSWER], batch.entries)
+    answer(server, batch)
 
     assert asked.result(10) == ANSWER
-    assert [job.image for job in batch.jobs] == ["aW1hZ2U="]
+    assert [job.image for job in batch.jobs] == [IMAGE]
 
 
 def test_each_outage_of_redis_begins_with_a_short_pause(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:
@@ -832,7 +849,7 @@ def test_each_outage_of_redis_begins_with_a_short_pause(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(web, "_poll", poll)
 
-    assert web.ask("aW1hZ2U=", time.time() + 5) == ANSWER
+    assert web.ask(IMAGE, time.time() + 5) == ANSWER
 
 
 def test_answer_sent_to_a_dead_connection_is_computed_again(
@@ -855,24 +872,23 @@ def test_answer_sent_to_a_dead_connection_is_computed_again(
 
     monkeypatch.setattr(web, "_poll", poll_after_an_error)
     monkeypatch.setattr(web, "_known", look)
-    asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+    asked = ask_in_background(web)
     first = server.take(1, wait=5)
     assert checked.wait(5)
     redis.delete(web.accepted_key(first.jobs[0].id))  # as when the answer is published and then lost
     redis.ltrim(server.taken, 1, -1)
 
     again = server.take(1, wait=5)
-    server.answer(again.jobs, [ANSWER], again.entries)
+    answer(server, again)
 
     assert asked.result(10) == ANSWER
     assert again.jobs[0].id == first.jobs[0].id
 
 
-def test_jobs_are_still_computed_when_redis_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_jobs_are_still_computed_when_redis_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
-    with run_redis(tmp_path / "log", port, "--maxmemory-policy", "noeviction") as process:
-        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
+    with ready_redis(tmp_path / "log", port, "--maxmemory-policy", "noeviction"):
         redis = Redis(port=port)
         server = ServerQueue(ABOUT, 5)
         server.join()
@@ -883,22 +899,20 @@ def test_jobs_are_still_computed_when_redis_is_out_of_memory(monkeypatch: pytest
         server.join()
 
         batch = server.take(1, wait=2)
-        server.answer(batch.jobs, [ANSWER], batch.entries)
+        answer(server, batch)
 
         assert result_of(redis, "a") == ANSWER
         assert ids(server.take(1, wait=2)) == ["b"]
 
 
 def test_image_is_refused_at_once_when_redis_is_out_of_memory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
-    with run_redis(tmp_path / "log", port, "--maxmemory", "1", "--maxmemory-policy", "noeviction") as process:
-        wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
-
-        with pytest.raises(QueueFull, match="no memory"):
-            WebQueue().ask("aW1hZ2U=", time.time() + 30)
+    options = ["--maxmemory", "1", "--maxmemory-policy", "noeviction"]
+    with ready_redis(tmp_path / "log", port, *options), pytest.raises(QueueFull, match="no memory"):
+        WebQueue().ask(IMAGE, time.time() + 30)
 
     assert f"Redis at 127.0.0.1:{port} has no memory left" in caplog.text
     assert caplog.text.rstrip().endswith("images are refused")
@@ -911,16 +925,16 @@ def test_redis_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, web: 
         web.check()
 
 
-def test_redis_on_a_unix_socket_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_redis_on_a_unix_socket_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", f"unix://{tmp_path}/socket?db=0")
     with run_redis(tmp_path / "log", free_port(), "--unixsocket", str(tmp_path / "socket")):
         web, queue = WebQueue(), ServerQueue(ABOUT, 5)
         wait_until((tmp_path / "socket").exists, "Redis is up")
         queue.join()
-        asked = in_background(lambda: web.ask("aW1hZ2U=", time.time() + 20))
+        asked = ask_in_background(web)
 
         batch = queue.take(32, wait=10)
-        queue.answer(batch.jobs, [ANSWER], batch.entries)
+        answer(queue, batch)
 
         assert asked.result(10) == ANSWER
 

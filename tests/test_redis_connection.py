@@ -75,16 +75,16 @@ def use(monkeypatch: pytest.MonkeyPatch, port: int, **others: Any) -> None:
 # Fail-over
 
 
-def multi(redis: Redis) -> object:
-    with redis.pipeline(transaction=True) as together:
-        together.rpush("k", 1)
-        together.set("l", 2)
-        return together.execute()
+def transaction(redis: Redis) -> object:
+    with redis.pipeline(transaction=True) as pipeline:
+        pipeline.rpush("k", 1)
+        pipeline.set("l", 2)
+        return pipeline.execute()
 
 
 COMMANDS: dict[str, Callable[[Redis], object]] = {
     "a write": lambda redis: redis.set("k", 1),
-    "a transaction": multi,
+    "a transaction": transaction,
     "a script": lambda redis: redis.register_script(SCRIPTS["beat"])(["k"], ["", 1, "v"]),
     "a poll": lambda redis: redis.blpop(["k"], 1),
 }
@@ -251,10 +251,10 @@ def test_redis_without_a_free_connection_is_reported(monkeypatch: pytest.MonkeyP
         taken = [Redis(port=port), Redis(port=port)]
         wait_until(lambda: all(answers(each) for each in taken), "Redis answers")
 
-        assert fault_now().startswith("has no connection left, so raise its maxclients")
+        assert current_fault().startswith("has no connection left, so raise its maxclients")
 
 
-def fault_now() -> str:
+def current_fault() -> str:
     """Return what is wrong with the Redis of the settings."""
     try:
         WebQueue().check()
@@ -451,7 +451,7 @@ def test_each_error_reply_has_its_own_message(monkeypatch: pytest.MonkeyPatch, r
     with fake_redis(reply + b"\r\n") as port:
         use(monkeypatch, port)
 
-        fault = fault_now()
+        fault = current_fault()
 
     assert words in fault
     assert "does not answer" not in fault
@@ -466,14 +466,14 @@ def test_http_server_is_reported_as_not_a_redis(monkeypatch: pytest.MonkeyPatch)
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         use(monkeypatch, server.server_port)
 
-        assert fault_now().startswith("is not a Redis")
+        assert current_fault().startswith("is not a Redis")
         server.shutdown()
 
 
 def test_missing_redis_is_reported_as_not_answering(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, free_port())
 
-    assert fault_now().startswith("does not answer, so start it")
+    assert current_fault().startswith("does not answer, so start it")
 
 
 def test_wrong_password_tls_and_database_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -499,7 +499,7 @@ def test_wrong_password_tls_and_database_are_told_apart(monkeypatch: pytest.Monk
         found = {}
         for url in [*wanted, no_certificate]:
             monkeypatch.setattr(settings, "REDIS_URL", url)
-            found[url] = fault_now()
+            found[url] = current_fault()
 
     assert "client certificate" in found[no_certificate]  # whether TLS 1.3 says so or the connection is closed
     for url, words in wanted.items():
