@@ -13,7 +13,8 @@ from conftest import ROOT, Service, assert_error, free_port, raw_answer, run_apa
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-import run_web_server
+from image_queue import WebQueue
+from run_web_server import create_app
 
 THREE, SEVEN = (ROOT / "models/digits" / name for name in ("three.png", "seven.jpg"))
 
@@ -268,9 +269,9 @@ def refusal(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
 
 
 def test_a_fault_of_ours_below_v2_has_the_protocol_s_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: 1 / 0)
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: 1 / 0)
 
-    answer = run_web_server.app.test_client().get("/v2/health/ready")
+    answer = create_app().test_client().get("/v2/health/ready")
 
     assert (answer.status_code, list(answer.get_json())) == (500, ["error"])
 
@@ -284,9 +285,9 @@ def test_a_version_can_stand_in_an_address_as_it_is(
     monkeypatch: pytest.MonkeyPatch, weights: str, version: str
 ) -> None:
     server = {"model": "birds", "weights": weights, "shape": [224, 224, 3], "classes": 2}
-    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: {"a": server, "b": server})
-    monkeypatch.setattr(run_web_server.queue, "waiting", lambda: 0)
-    client = run_web_server.app.test_client()
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: {"a": server, "b": server})
+    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
+    client = create_app().test_client()
 
     assert client.get("/v2/models/birds").get_json()["versions"] == [version]
     assert client.get(f"/v2/models/birds/versions/{version}/ready").status_code == 200
@@ -295,9 +296,9 @@ def test_a_version_can_stand_in_an_address_as_it_is(
 def test_while_a_model_is_replaced_both_of_its_versions_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     servers = {name: {"model": "birds", "weights": f"{name}.keras", "shape": [64, 64, 3], "classes": classes}
                for name, classes in (("new", 3), ("old", 2))}  # fmt: skip
-    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: servers)
-    monkeypatch.setattr(run_web_server.queue, "waiting", lambda: 0)
-    client = run_web_server.app.test_client()
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: servers)
+    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
+    client = create_app().test_client()
 
     for version, classes in (("new.keras", 3), ("old.keras", 2)):
         body = client.get(f"/v2/models/birds/versions/{version}").get_json()

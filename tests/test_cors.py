@@ -143,8 +143,8 @@ def test_a_preflight_counts_as_no_request_to_predict(shared: Service) -> None:
 
 def test_a_star_lets_every_page_in() -> None:
     code = f"""
-import run_web_server as web
-client = web.app.test_client()
+import run_web_server
+client = run_web_server.create_app().test_client()
 for origin in ("{APP}", "null"):
     for answer in (client.get("/livez", headers={{"Origin": origin}}), client.get("/livez")):
         print(answer.headers["Access-Control-Allow-Origin"], answer.headers.get("Vary"))

@@ -164,14 +164,19 @@ def test_without_redis_the_metrics_say_so(tmp_path: Path) -> None:
 
 def test_where_the_figures_can_t_be_shared_each_process_has_its_own(redis_port: int) -> None:
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": "/proc/nowhere"}
-    code = "import run_web_server as web; c = web.app.test_client(); c.get('/livez'); print(c.get('/metrics').text)"
+    code = """
+import run_web_server
+client = run_web_server.create_app().test_client()
+client.get("/livez")
+print(client.get("/metrics").text)
+"""
 
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
     )
 
     assert 'keras_rest_api_requests_total{endpoint="/livez",status="200"} 1.0' in answer.stdout
-    assert "its files can't be written" in answer.stderr
+    assert "the shared files can't be written" in answer.stderr
 
 
 def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_port: int, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import ignored_auth
 
-import run_web_server
+from run_web_server import create_app
 
 IMAGES = [path.read_bytes() for path in sorted((ROOT / "models/digits").iterdir())]
 
@@ -45,7 +45,7 @@ def test_the_service_gives_its_description(service: Service) -> None:
 
 
 def test_every_route_is_described_and_every_description_has_a_route() -> None:
-    rules = run_web_server.app.url_map.iter_rules()
+    rules = create_app().url_map.iter_rules()
     routes = {(rule.rule.replace("<", "{").replace(">", "}"), method.lower())
               for rule in rules for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}  # fmt: skip
 

@@ -14,7 +14,7 @@ from conftest import ROOT, Service, resident_bytes, wait_until, web_processes
 
 import settings
 from helpers import cgroup_quota
-from web.turns import NoMemoryNow, Turns
+from web.turns import MemoryTimeout, Turns
 
 # A process that has jobs of 20 ms, and writes when each began and ended.
 WORKER = """if True:
@@ -103,7 +103,7 @@ def test_without_a_folder_each_process_counts_for_itself(caplog: pytest.LogCaptu
     with turns.memory(settings.MAX_DECODE_BYTES, 1):
         pass
 
-    assert len([line for line in caplog.messages if "as if it were alone" in line]) == 1
+    assert len([line for line in caplog.messages if "limits decoding by itself" in line]) == 1
 
 
 def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
     with turns.memory(half, 1), turns.memory(half, 1):
         with turns.memory(1_000_000, 0):
             pass  # a small one needs no share
-        with pytest.raises(NoMemoryNow), turns.memory(half, 0.05):
+        with pytest.raises(MemoryTimeout), turns.memory(half, 0.05):
             pass
         waiting.start()
         assert not got.wait(0.1)
