@@ -239,9 +239,6 @@ def test_a_name_that_is_there_twice_is_warned_about(tmp_path: Path) -> None:
         ("-c", "import runpy; runpy.run_path('keras_rest_api_app.wsgi')"),
         ("run_model_server.py", "--model", "no/such.keras"),
     ],
-        ("-c", "import runpy; runpy.run_path('keras_rest_api_app.wsgi')"),
-        ("run_model_server.py", "--model", "no/such.keras"),
-    ],
     ids=["web", "model server"],
 )
 def test_both_programs_warn_when_they_start(start: tuple[str, ...]) -> None:
