@@ -54,7 +54,7 @@ def assert_shared(answer: Any, origin: str) -> None:
 
 
 @pytest.mark.parametrize("origin", [APP, LOCAL])
-def test_a_preflight_needs_no_key_and_says_what_may_be_sent(shared: Service, origin: str) -> None:
+def test_preflight_needs_no_key(shared: Service, origin: str) -> None:
     answer = preflight(f"{shared.url}/predict", origin)
 
     assert answer.ok
@@ -65,7 +65,7 @@ def test_a_preflight_needs_no_key_and_says_what_may_be_sent(shared: Service, ori
     assert 600 <= int(answer.headers["Access-Control-Max-Age"]) <= 86400
 
 
-def test_a_page_of_a_listed_origin_gets_its_predictions(shared: Service) -> None:
+def test_page_of_a_listed_origin_gets_predictions(shared: Service) -> None:
     answer = post(shared, APP)
 
     assert answer.json()["predictions"][0]["label"] == "3"
@@ -74,7 +74,7 @@ def test_a_page_of_a_listed_origin_gets_its_predictions(shared: Service) -> None
 
 
 @pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/stats", "/openapi.json", "/v2", "/v2/models/digits"])
-def test_it_may_ask_how_the_service_is_doing(shared: Service, path: str) -> None:
+def test_page_may_read_health_and_metadata(shared: Service, path: str) -> None:
     answer = requests.get(shared.url + path, headers={"Origin": APP}, timeout=10)
 
     assert answer.status_code == 200
@@ -82,7 +82,7 @@ def test_it_may_ask_how_the_service_is_doing(shared: Service, path: str) -> None
     assert "GET" in preflight(shared.url + path, APP, "GET").headers["Access-Control-Allow-Methods"]
 
 
-def test_it_may_read_the_errors_too(shared: Service) -> None:
+def test_page_may_read_errors(shared: Service) -> None:
     refused = [post(shared, APP, b"no image"), post(shared, APP, key="x")]
     for _ in range(21):
         answer = post(shared, APP, b"", OTHER_KEY)
@@ -95,7 +95,7 @@ def test_it_may_read_the_errors_too(shared: Service) -> None:
     assert int(answer.headers["Retry-After"]) > 0
 
 
-def test_it_may_read_what_apache_itself_refuses(shared: Service) -> None:
+def test_page_may_read_apaches_errors(shared: Service) -> None:
     too_large, nonsense = announce(shared, LOCAL, "999999999"), announce(shared, LOCAL, "many")
 
     assert_error(too_large, 413, "too_large")
@@ -109,7 +109,7 @@ STRANGE = [STRANGER, "null", f"{APP}:8443", f"{APP}.evil.example", "http://app.e
 
 
 @pytest.mark.parametrize("origin", STRANGE)
-def test_pages_of_other_origins_may_nothing(shared: Service, origin: str) -> None:
+def test_other_origins_get_no_cors_headers(shared: Service, origin: str) -> None:
     by_apache = announce(shared, origin, "999999999")
     answers = [preflight(f"{shared.url}/predict", origin), post(shared, origin, key="x"), by_apache]
 
@@ -118,21 +118,21 @@ def test_pages_of_other_origins_may_nothing(shared: Service, origin: str) -> Non
     assert "Origin" in answers[1].headers["Vary"]
 
 
-def test_requests_of_no_page_are_as_before(shared: Service) -> None:
+def test_request_without_origin_gets_no_cors_headers(shared: Service) -> None:
     answer = shared.post(THREE, headers={"Authorization": f"Bearer {KEY}"})
 
     assert answer.status_code == 200
     assert access_headers(answer) == []
 
 
-def test_metrics_are_for_no_page(shared: Service) -> None:
+def test_metrics_have_no_cors_headers(shared: Service) -> None:
     answers = [requests.get(f"{shared.url}/metrics", headers={"Origin": APP}, timeout=10),
                preflight(f"{shared.url}/metrics", APP, "GET")]  # fmt: skip
 
     assert [access_headers(answer) for answer in answers] == [[], []]
 
 
-def test_a_preflight_counts_as_no_request_to_predict(shared: Service) -> None:
+def test_preflight_is_not_counted_as_a_request(shared: Service) -> None:
     before = requests.get(f"{shared.url}/stats", timeout=10).json()
 
     preflight(f"{shared.url}/predict", APP)
@@ -141,7 +141,7 @@ def test_a_preflight_counts_as_no_request_to_predict(shared: Service) -> None:
     assert (after["requests"], after["latency"]["count"]) == (before["requests"], before["latency"]["count"])
 
 
-def test_a_star_lets_every_page_in() -> None:
+def test_star_allows_every_origin() -> None:
     code = f"""
 import run_web_server
 client = run_web_server.create_app().test_client()
@@ -156,7 +156,7 @@ for origin in ("{APP}", "null"):
     assert printed == "* None\n" * 4
 
 
-def test_without_the_setting_no_page_may_anything(service: Service) -> None:
+def test_cors_is_off_by_default(service: Service) -> None:
     answers = [preflight(f"{service.url}/predict", APP), post(service, APP), announce(service, APP, "999999999")]
 
     assert [answer.status_code for answer in answers] == [200, 200, 413]

@@ -96,7 +96,7 @@ def guarded(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {OLD_KEY}", f"Bearer {NEW_KEY}", f"bearer  {NEW_KEY}"])
-def test_either_of_two_keys_opens_the_door(guarded: Guarded, authorization: str) -> None:
+def test_each_of_two_keys_is_accepted(guarded: Guarded, authorization: str) -> None:
     assert guarded.service.post(PNG, headers={"Authorization": authorization}).status_code == 200
 
 
@@ -119,7 +119,7 @@ BAD_KEYS = {
 
 
 @pytest.mark.parametrize("header", BAD_KEYS.values(), ids=BAD_KEYS.keys())
-def test_whoever_has_no_key_is_refused_with_json(guarded: Guarded, header: bytes) -> None:
+def test_request_without_a_valid_key_gets_json_401(guarded: Guarded, header: bytes) -> None:
     request = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + header + b"Content-Length: 0\r\n\r\n"
 
     answer = raw(guarded.url, request)
@@ -132,7 +132,7 @@ def test_whoever_has_no_key_is_refused_with_json(guarded: Guarded, header: bytes
     assert (b"www-authenticate: bearer\r\n" in answer.lower()) == (status == b"401")
 
 
-def test_a_refusal_has_the_shape_of_every_error(guarded: Guarded) -> None:
+def test_missing_key_has_the_usual_error_format(guarded: Guarded) -> None:
     assert_error(guarded.service.post(PNG), 401, "unauthorized")
     assert_error(requests.get(f"{guarded.url}/predict", timeout=10), 405, "method_not_allowed")
 
@@ -142,7 +142,7 @@ def test_health_needs_no_key(guarded: Guarded, path: str) -> None:
     assert requests.get(guarded.url + path, timeout=10).status_code == 200
 
 
-def test_without_a_key_a_large_upload_is_refused_as_a_small_one(guarded: Guarded) -> None:
+def test_large_upload_without_a_key_is_401(guarded: Guarded) -> None:
     """Apache hands on what nobody reads, which must not end in a broken pipe."""
     for _ in range(5):
         assert_error(guarded.service.post(b"x" * 10_000_000), 401, "unauthorized")
@@ -155,7 +155,7 @@ class Unreadable(io.RawIOBase):
         raise AssertionError("the body was read")
 
 
-def test_without_a_key_the_web_does_not_read_the_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_without_a_key_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access, "key_hashes", [access.key_hash(OLD_KEY)])
     upload = {"wsgi.input": Unreadable(), "CONTENT_LENGTH": "9999", "CONTENT_TYPE": "multipart/form-data; boundary=x"}
 
@@ -166,7 +166,7 @@ def test_without_a_key_the_web_does_not_read_the_upload(monkeypatch: pytest.Monk
     assert (refused.status_code, let_in.status_code) == (401, 500)
 
 
-def test_every_key_is_compared_whichever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_keys_are_always_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the comparison takes no time of its own is hmac's promise; that none is left out is ours."""
     compared: list[bool] = []
     true_compare = hmac.compare_digest
@@ -184,7 +184,7 @@ def test_every_key_is_compared_whichever_fits(monkeypatch: pytest.MonkeyPatch) -
     assert compared == [True, False, False]
 
 
-def test_no_log_has_a_key(guarded: Guarded) -> None:
+def test_keys_are_not_logged(guarded: Guarded) -> None:
     """After all of the tests above."""
     guarded.service.post(PNG, headers=bearer(OLD_KEY))
 
@@ -200,7 +200,7 @@ def post_nothing(url: str, **headers: str) -> requests.Response:
     return requests.post(f"{url}/predict", headers=headers, timeout=60)
 
 
-def test_a_limit_holds_across_processes_and_machines(redis: Redis) -> None:
+def test_rate_limit_is_shared_by_processes_and_machines(redis: Redis) -> None:
     """Two Apaches of two processes each count together, and believe nobody's word for an address."""
     queue, before = f"queue-{free_port()}", set(redis.scan_iter("*:limit:*"))  # those of other tests, which expire
     with ExitStack() as stack, ThreadPoolExecutor(32) as pool:
@@ -220,7 +220,7 @@ def test_a_limit_holds_across_processes_and_machines(redis: Redis) -> None:
     assert all(counter.startswith(f"{queue}:".encode()) and redis.ttl(counter) > 0 for counter in counters)
 
 
-def test_a_limit_counts_each_key_by_itself_and_keeps_it_to_itself(redis: Redis, tmp_path: Path) -> None:
+def test_rate_limit_counts_each_key_without_storing_it(redis: Redis, tmp_path: Path) -> None:
     queue, log = f"queue-{free_port()}", tmp_path / "log"
     with run_apache(RATE_LIMIT="2/hour", API_KEYS=f"{OLD_KEY},{NEW_KEY}", IMAGE_QUEUE=queue, log=log) as url:
         keyless = [post_nothing(url).status_code for _ in range(4)]
@@ -234,7 +234,7 @@ def test_a_limit_counts_each_key_by_itself_and_keeps_it_to_itself(redis: Redis, 
     assert "exceeded" not in log.read_text()  # a line for each refusal would let strangers fill the disk
 
 
-def test_a_used_up_limit_says_when_it_ends_and_then_lets_in_again(redis: Redis) -> None:
+def test_rate_limited_client_may_return_after_retry_after(redis: Redis) -> None:
     with run_apache(RATE_LIMIT="1/2seconds", IMAGE_QUEUE=f"queue-{free_port()}") as url:
         assert post_nothing(url).status_code == 400
         refused = post_nothing(url)
@@ -246,7 +246,7 @@ def test_a_used_up_limit_says_when_it_ends_and_then_lets_in_again(redis: Redis) 
         assert post_nothing(url).status_code == 400
 
 
-def test_when_redis_is_away_a_limit_lets_everybody_pass(tmp_path: Path) -> None:
+def test_rate_limit_is_not_enforced_without_redis(tmp_path: Path) -> None:
     """The queue waits for its Redis, and so no request is lost by a restart of it."""
     nobody = str(free_port())
     with run_apache(RATE_LIMIT="1/hour", REDIS_PORT=nobody, REDIS_TIMEOUT="0.5", log=tmp_path / "log") as url:
@@ -299,7 +299,7 @@ def vault(public: Path) -> Iterator[Vault]:
         yield Vault(port, files, admin)
 
 
-def test_the_service_works_with_a_redis_that_wants_a_user_a_password_and_tls(vault: Vault, tmp_path: Path) -> None:
+def test_redis_with_user_password_and_tls_works(vault: Vault, tmp_path: Path) -> None:
     settings = {"REDIS_URL": vault.url(), "IMAGE_QUEUE": "image_queue", "RATE_LIMIT": "100/hour"}
     with run_service(tmp_path, 1, **settings) as service:
         labels = [service.label(PNG) for _ in range(3)]
@@ -313,7 +313,7 @@ def test_the_service_works_with_a_redis_that_wants_a_user_a_password_and_tls(vau
     assert not any("Traceback" in log.read_text() for log in tmp_path.iterdir())
 
 
-def test_the_user_of_the_readme_may_do_nothing_else(vault: Vault) -> None:
+def test_documented_redis_user_has_no_further_rights(vault: Vault) -> None:
     with Redis.from_url(vault.url(), protocol=2) as client:
         for command in (
             ["KEYS", "*"],
@@ -342,7 +342,7 @@ def weak_user(vault: Vault) -> str:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
+def test_redis_access_errors_are_logged_without_the_password(
     vault: Vault, public: Path, tmp_path: Path, wrong: str
 ) -> None:
     other = make_certificates(public, "other")["ca"]
@@ -368,7 +368,7 @@ def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
 # TLS
 
 
-def test_a_prediction_comes_over_tls_too(guarded: Guarded) -> None:
+def test_predict_works_over_tls(guarded: Guarded) -> None:
     files = {"image": PNG}
     answer = requests.post(
         f"{guarded.tls_url}/predict",
@@ -384,7 +384,7 @@ def test_a_prediction_comes_over_tls_too(guarded: Guarded) -> None:
     assert guarded.service.post(PNG, headers=bearer(OLD_KEY)).status_code == 200
 
 
-def test_tls_refuses_the_keyless_as_the_plain_site_does(guarded: Guarded) -> None:
+def test_tls_site_requires_a_key_too(guarded: Guarded) -> None:
     answer = requests.post(f"{guarded.tls_url}/predict", verify=guarded.certificates["ca"], timeout=60)
 
     assert_error(answer, 401, "unauthorized")
@@ -392,7 +392,7 @@ def test_tls_refuses_the_keyless_as_the_plain_site_does(guarded: Guarded) -> Non
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_old_versions_of_tls_are_refused(guarded: Guarded, version: ssl.TLSVersion) -> None:
+def test_old_tls_versions_are_rejected(guarded: Guarded, version: ssl.TLSVersion) -> None:
     """By the site: this client would speak them."""
     context = ssl.create_default_context(cafile=guarded.certificates["ca"])
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -405,7 +405,7 @@ def test_old_versions_of_tls_are_refused(guarded: Guarded, version: ssl.TLSVersi
     assert refusal.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"
 
 
-def test_plain_http_on_the_port_of_tls_is_refused_with_json(guarded: Guarded) -> None:
+def test_plain_http_on_the_tls_port_gets_json_400(guarded: Guarded) -> None:
     assert_error(requests.get(guarded.tls_url.replace("https", "http"), timeout=60), 400, "bad_request")
 
 
@@ -431,7 +431,7 @@ def answer_of(url: str, request: bytes) -> tuple[int, list[tuple[str, str]]]:
         (b"TRACE / HTTP/1.1", 405),
     ],
 )
-def test_every_answer_has_the_security_headers_once_and_no_version(
+def test_security_headers_are_set_once_without_versions(
     guarded: Guarded, request_line: bytes, status: int
 ) -> None:
     got, headers = answer_of(guarded.url, request_line + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -475,7 +475,7 @@ def distinctive(name: str) -> bytes:
     return longest if len(longest) > 12 else b"no such line"
 
 
-def test_no_url_leads_to_a_file_of_the_project(guarded: Guarded) -> None:
+def test_no_url_serves_a_project_file(guarded: Guarded) -> None:
     def leaks(name: str, address: str) -> str:
         request = f"GET {address} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         answer = raw(guarded.url, request)
@@ -492,7 +492,7 @@ def test_no_url_leads_to_a_file_of_the_project(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize("method", ["TRACE", "PUT", "DELETE", "PATCH", "PROPFIND", "MKCOL", "COPY", "CONNECT", "DEBUG"])
 @pytest.mark.parametrize("path", ["/", "/predict", "/settings.py", "*"])
-def test_no_other_method_does_anything(guarded: Guarded, method: str, path: str) -> None:
+def test_other_methods_are_rejected(guarded: Guarded, method: str, path: str) -> None:
     request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode()
 
     answer = raw(guarded.url, request)
@@ -502,7 +502,7 @@ def test_no_other_method_does_anything(guarded: Guarded, method: str, path: str)
 
 
 @pytest.mark.parametrize("path", ["/", "/predict", "*"])
-def test_options_says_no_more_than_which_methods_there_are(guarded: Guarded, path: str) -> None:
+def test_options_lists_only_the_methods(guarded: Guarded, path: str) -> None:
     request = f"OPTIONS {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
 
     status, headers = answer_of(guarded.url, request)
@@ -527,7 +527,7 @@ def job(name: str, image: object) -> str:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has something to give up")
-def test_a_model_server_that_root_starts_gives_root_up_and_needs_nothing_of_it_any_more(tmp_path: Path) -> None:
+def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> None:
     """From a folder that nobody else can enter, Python itself in it: whatever is imported or read late fails."""
     port, queue = free_port(), f"queue-{free_port()}"
     python, app, authority = tmp_path / "hidden/python", tmp_path / "hidden/app", make_certificates(tmp_path)
@@ -593,7 +593,7 @@ def test_a_model_server_that_root_starts_gives_root_up_and_needs_nothing_of_it_a
     assert not re.search(r"ImportError|ModuleNotFound|LookupError|PermissionError|Permission denied", server.log)
 
 
-def test_root_that_can_not_give_itself_up_is_refused_and_others_have_nothing_to_give(
+def test_root_that_cannot_drop_privileges_is_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def not_permitted(*_: object) -> None:
@@ -608,7 +608,7 @@ def test_root_that_can_not_give_itself_up_is_refused_and_others_have_nothing_to_
     give_up_root()
 
 
-def test_the_systemd_unit_is_hardened_and_says_nothing_that_systemd_does_not_know() -> None:
+def test_systemd_unit_is_hardened_and_valid() -> None:
     """Without a systemd that runs: the figure goes from 0, as safe as can be, to 10; 8.5 is an ordinary unit's."""
     analyse, unit = need("systemd-analyze"), str(ROOT / "deploy/systemd/model-server@.service")
 
@@ -643,7 +643,7 @@ AUDITS = {
 
 
 @pytest.mark.parametrize(("script", "code", "said"), AUDITS.values(), ids=AUDITS.keys())
-def test_the_audit_says_in_one_line_how_it_ended(tmp_path: Path, script: str, code: int, said: str) -> None:
+def test_audit_reports_its_result_in_one_line(tmp_path: Path, script: str, code: int, said: str) -> None:
     """With a stand-in for pip-audit, since what is known differs from day to day, and takes a network."""
     [version] = re.findall(r"pip-audit==(\S+)", (ROOT / "bin/audit").read_text())
     stand_in = tmp_path / "bin/pip-audit"

@@ -64,7 +64,7 @@ def growth(before: Figures, after: Figures) -> Figures:
     return {name: value - before.get(name, 0) for name, value in after.items()}
 
 
-def test_the_metrics_of_a_stress_test_add_up_to_its_requests(measured: tuple[Service, str]) -> None:
+def test_metrics_of_a_stress_test_add_up(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     command = [sys.executable, "stress_test.py", "--url", f"{service.url}/predict", "--interval", "0", "--requests"]
     before = figures(service.url), figures(model_server), len(service.servers[0].log)
@@ -97,7 +97,7 @@ def test_the_metrics_of_a_stress_test_add_up_to_its_requests(measured: tuple[Ser
     assert sum(map(int, logged)) == 301
 
 
-def test_stats_says_the_same_as_the_metrics(measured: tuple[Service, str]) -> None:
+def test_stats_agrees_with_the_metrics(measured: tuple[Service, str]) -> None:
     service, _ = measured
     service.post(IMAGE)
     service.post(b"no image")
@@ -119,7 +119,7 @@ def test_stats_says_the_same_as_the_metrics(measured: tuple[Service, str]) -> No
     assert 1 <= stats["batch_size"]["buckets"]["1"] <= stats["batch_size"]["buckets"]["16"] <= stats["images"]
 
 
-def test_whichever_web_process_is_asked_counts_for_all_of_them(measured: tuple[Service, str]) -> None:
+def test_any_web_process_reports_the_counts_of_all(measured: tuple[Service, str]) -> None:
     service, _ = measured
     before = figures(service.url)[ANSWERED]
     with ThreadPoolExecutor(20) as pool:
@@ -131,7 +131,7 @@ def test_whichever_web_process_is_asked_counts_for_all_of_them(measured: tuple[S
     assert {each[ANSWERED] - before for each in answers} == {60}
 
 
-def test_a_web_process_that_dies_takes_no_count_along(measured: tuple[Service, str]) -> None:
+def test_counts_survive_the_death_of_a_web_process(measured: tuple[Service, str]) -> None:
     service, _ = measured
     service.post(IMAGE)
     before = figures(service.url)[ANSWERED]
@@ -149,7 +149,7 @@ def others(url: str, killed: list[int]) -> bool:
     return len(set(web_processes(url)) - set(killed)) == len(killed) and responds(url)
 
 
-def test_without_redis_the_metrics_say_so(tmp_path: Path) -> None:
+def test_metrics_report_that_redis_is_down(tmp_path: Path) -> None:
     port = free_port()
     with run_apache(REDIS_PORT=str(port)) as url:
         without, stats = figures(url), requests.get(f"{url}/stats", timeout=10).json()
@@ -162,7 +162,7 @@ def test_without_redis_the_metrics_say_so(tmp_path: Path) -> None:
     assert stats["model_servers"] == {}
 
 
-def test_where_the_figures_can_t_be_shared_each_process_has_its_own(redis_port: int) -> None:
+def test_unwritable_metrics_folder_leaves_each_process_its_own_counts(redis_port: int) -> None:
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": "/proc/nowhere"}
     code = """
 import run_web_server
@@ -179,7 +179,7 @@ print(client.get("/metrics").text)
     assert "the shared files can't be written" in answer.stderr
 
 
-def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_port: int, tmp_path: Path) -> None:
+def test_metrics_port_in_use_stops_the_start(redis_port: int, tmp_path: Path) -> None:
     with run_redis(tmp_path / "redis", taken := free_port()):
         command = [sys.executable, "run_model_server.py", "--gpu", "1"]
         process = Process(command, tmp_path / "server", METRICS_PORT=str(taken - 1))
@@ -189,7 +189,7 @@ def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_por
     assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
 
 
-def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path) -> None:
+def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
     port, queue = free_port(), f"queue-{free_port()}"
     deadly, good = [[sys.executable, script] for script in ("tests/deadly_server.py", "run_model_server.py")]
     with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
@@ -208,7 +208,7 @@ def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path)
 # Logs
 
 
-def test_logs_are_json_where_that_is_asked_for(redis_port: int, tmp_path: Path) -> None:
+def test_logs_can_be_json(redis_port: int, tmp_path: Path) -> None:
     with run_service(tmp_path, LOG_FORMAT="json") as service:
         good = service.post(IMAGE, headers={"X-Request-ID": "good-1"})
         bad = service.post(b"no image", headers={"X-Request-ID": "bad-1"})
@@ -226,7 +226,7 @@ def test_logs_are_json_where_that_is_asked_for(redis_port: int, tmp_path: Path) 
     assert any(line["message"] == "* Model loaded" for line in server)
 
 
-def test_the_web_s_log_has_a_line_for_each_request(measured: tuple[Service, str]) -> None:
+def test_web_log_has_a_line_for_each_request(measured: tuple[Service, str]) -> None:
     service, _ = measured
 
     service.post(IMAGE, headers={"X-Request-ID": "mine"})
@@ -248,7 +248,7 @@ def promtool(*arguments: str, given: str = "") -> str:
     return answer.stdout + answer.stderr
 
 
-def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Service, str]) -> None:
+def test_promtool_accepts_the_metrics(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     service.post(IMAGE)
 
@@ -256,12 +256,12 @@ def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Servi
     assert promtool("check", "metrics", given=requests.get(f"{model_server}/metrics", timeout=10).text) == ""
 
 
-def test_the_configuration_and_the_alert_rules_are_valid() -> None:
+def test_prometheus_configuration_and_alerts_are_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
     assert "SUCCESS" in promtool("test", "rules", str(ROOT / "tests/alerts_test.yml"))
 
 
-def test_dashboard_and_alerts_ask_for_metrics_that_there_are(measured: tuple[Service, str]) -> None:
+def test_dashboard_and_alerts_use_existing_metrics(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     service.post(IMAGE)
     there = {name.split("{")[0] for url in (service.url, model_server) for name in figures(url)}

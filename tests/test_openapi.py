@@ -30,21 +30,21 @@ described = schemathesis.openapi.from_path(ROOT / "web/static/openapi.json")
 
 @described.parametrize()
 @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-def test_the_service_does_what_its_description_says(service: Service, case: schemathesis.Case[Any]) -> None:
+def test_service_conforms_to_openapi(service: Service, case: schemathesis.Case[Any]) -> None:
     excluded = [ignored_auth]  # API_KEYS is not set here: the description says that a key may be wanted
     if case.operation.path.endswith("/infer"):
         excluded.append(schemathesis.checks.not_a_server_error)  # 501, until it is there
     case.call_and_validate(base_url=service.url, excluded_checks=excluded)
 
 
-def test_the_service_gives_its_description(service: Service) -> None:
+def test_openapi_json_is_served(service: Service) -> None:
     answer = requests.get(f"{service.url}/openapi.json", timeout=10)
 
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.json()["openapi"].startswith("3.1")
 
 
-def test_every_route_is_described_and_every_description_has_a_route() -> None:
+def test_openapi_describes_exactly_the_routes() -> None:
     rules = create_app().url_map.iter_rules()
     routes = {(rule.rule.replace("<", "{").replace(">", "}"), method.lower())
               for rule in rules for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}  # fmt: skip
@@ -52,7 +52,7 @@ def test_every_route_is_described_and_every_description_has_a_route() -> None:
     assert {(path, method) for path, methods in document()["paths"].items() for method in methods} == routes
 
 
-def test_every_route_is_in_the_readme() -> None:
+def test_readme_lists_every_route() -> None:
     section = (ROOT / "README.md").read_text().split("\n## API\n")[1].split("\n## ")[0]
 
     described = [path.replace("{name}", "NAME").replace("{version}", "VERSION") for path in document()["paths"]]
@@ -60,7 +60,7 @@ def test_every_route_is_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("status", ["400", "401", "413", "415", "429", "500", "502", "503", "504"])
-def test_every_error_of_predict_in_the_readme_is_described(status: str) -> None:
+def test_openapi_describes_every_documented_error(status: str) -> None:
     rows = [
         line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {status} |")
     ]
@@ -82,7 +82,7 @@ def generate(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_client_that_openapi_generator_makes_classifies(
+def test_client_from_openapi_generator_works(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = find_spec("openapi_generator_cli")
@@ -113,7 +113,7 @@ def test_the_client_that_openapi_generator_makes_classifies(
     assert stats.images >= 3
 
 
-def test_the_client_that_openapi_python_client_makes_classifies(
+def test_client_from_openapi_python_client_works(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = ["--meta", "none", "--output-path", str(tmp_path / "made_client")]

@@ -62,14 +62,14 @@ def post_all(service: Service, images: list[bytes], clients: int = 64) -> list[r
 # The API
 
 
-def test_the_homepage_welcomes(service: Service) -> None:
+def test_homepage_welcomes_the_client(service: Service) -> None:
     response = requests.get(service.url, timeout=10)
 
     assert response.status_code == 200
     assert "Welcome to the PyImageSearch Keras REST API!" in response.text
 
 
-def test_predict_answers_the_tutorials_json(service: Service) -> None:
+def test_predict_returns_the_tutorials_json(service: Service) -> None:
     response = service.post((ROOT / "models/digits/three.png").read_bytes())
 
     assert response.status_code == 200
@@ -83,11 +83,11 @@ def test_predict_answers_the_tutorials_json(service: Service) -> None:
     assert body["predictions"][0]["label"] == "3"
 
 
-def test_the_process_says_that_it_lives(service: Service) -> None:
+def test_livez_is_200(service: Service) -> None:
     assert requests.get(f"{service.url}/livez", timeout=10).status_code == 200
 
 
-def test_the_service_says_that_it_is_ready_and_what_it_serves(service: Service) -> None:
+def test_readyz_names_the_model_that_is_served(service: Service) -> None:
     response = requests.get(f"{service.url}/readyz", timeout=10)
 
     assert response.status_code == 200
@@ -110,47 +110,47 @@ def test_the_service_says_that_it_is_ready_and_what_it_serves(service: Service) 
     ],
     ids=["no field", "empty", "no image", "truncated"],
 )
-def test_a_request_without_a_good_image_is_400(service: Service, files: dict[str, bytes], code: str) -> None:
+def test_request_without_a_valid_image_is_400(service: Service, files: dict[str, bytes], code: str) -> None:
     assert_error(requests.post(f"{service.url}/predict", files=files, timeout=10), 400, code)
 
 
-def test_a_post_without_anything_is_400(service: Service) -> None:
+def test_empty_post_is_400(service: Service) -> None:
     assert_error(requests.post(f"{service.url}/predict", timeout=10), 400, "missing_image")
 
 
-def test_an_unknown_address_is_404(service: Service) -> None:
+def test_unknown_path_is_404(service: Service) -> None:
     assert_error(requests.get(f"{service.url}/predictions", timeout=10), 404, "not_found")
 
 
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/predict"), ("DELETE", "/predict"), ("POST", "/"), ("BREW", "/")]
 )
-def test_a_method_that_is_not_taken_is_405(service: Service, method: str, path: str) -> None:
+def test_wrong_method_is_405(service: Service, method: str, path: str) -> None:
     response = requests.request(method, service.url + path, timeout=10)
 
     assert_error(response, 405, "method_not_allowed")
     assert response.headers["Allow"]
 
 
-def test_too_many_pixels_are_413_whatever_their_bytes(service: Service) -> None:
+def test_too_many_pixels_are_413(service: Service) -> None:
     """By its header alone: the pixels themselves are not there."""
     header = saved(Image.new("1", (8100, 8100)), "PNG")[:100]
 
     assert "megapixels" in assert_error(service.post(header), 413, "too_large")
 
 
-def test_too_many_bytes_are_413_by_the_web(service: Service) -> None:
+def test_web_rejects_too_many_bytes_with_413(service: Service) -> None:
     assert "16 MB" in assert_error(service.post(b"x" * (16 * 2**20 - 50)), 413, "too_large")
 
 
-def test_far_too_many_bytes_are_413_by_apache(service: Service) -> None:
+def test_apache_rejects_far_too_many_bytes_with_413(service: Service) -> None:
     """By the header alone: it does not wait for them."""
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 170000000\r\n\r\n"
 
     assert "far larger" in assert_error(raw_answer(service, head), 413, "too_large")
 
 
-def test_a_chunked_upload_is_taken_and_has_the_same_limit(service: Service) -> None:
+def test_chunked_upload_has_the_same_size_limit(service: Service) -> None:
     good, content_type = requests.models.RequestEncodingMixin._encode_files({"image": PNG}, {})  # type: ignore[attr-defined]
     headers = {"Content-Type": content_type}
 
@@ -174,11 +174,11 @@ def test_a_chunked_upload_is_taken_and_has_the_same_limit(service: Service) -> N
         (b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: odd\r\n\r\n", 400, "bad_request"),
     ],
 )
-def test_what_apache_refuses_is_json_too(service: Service, request_bytes: bytes, status: int, code: str) -> None:
+def test_apaches_own_errors_are_json(service: Service, request_bytes: bytes, status: int, code: str) -> None:
     assert_error(raw_answer(service, request_bytes), status, code)
 
 
-def test_a_request_that_stops_half_way_is_cut_with_json(service: Service) -> None:
+def test_stalled_request_gets_408(service: Service) -> None:
     started = time.monotonic()
     form = b"Content-Length: 100000\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
 
@@ -188,7 +188,7 @@ def test_a_request_that_stops_half_way_is_cut_with_json(service: Service) -> Non
     assert time.monotonic() - started < 40
 
 
-def test_a_web_process_that_can_not_start_is_a_json_500() -> None:
+def test_web_process_that_cannot_start_gives_json_500() -> None:
     with run_apache(wait=False, BATCH_SIZE="0") as url:
         [response] = wait_until(lambda: answers(url), "Apache answers")
 
@@ -202,7 +202,7 @@ def answers(url: str) -> list[requests.Response]:
     return []
 
 
-def test_a_web_process_that_dies_with_a_request_gives_json(redis: Redis) -> None:
+def test_web_process_that_dies_during_a_request_gives_json(redis: Redis) -> None:
     """mod_wsgi answers 500 up to version 5, and 502 since."""
     queue = f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
@@ -228,7 +228,7 @@ def lonely(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Service(url), queue
 
 
-def test_without_a_model_server_ready_is_503(lonely: tuple[Service, str]) -> None:
+def test_readyz_without_model_server_is_503(lonely: tuple[Service, str]) -> None:
     response = requests.get(f"{lonely[0].url}/readyz", timeout=10)
 
     assert_error_with_ready(response, "no_model_server")
@@ -240,7 +240,7 @@ def assert_error_with_ready(response: requests.Response, code: str) -> None:
     assert_error(response, 503, code)
 
 
-def test_without_a_model_server_a_request_is_504_in_time_and_says_why(lonely: tuple[Service, str]) -> None:
+def test_request_without_model_server_is_504_with_reason(lonely: tuple[Service, str]) -> None:
     started = time.monotonic()
 
     message = assert_error(lonely[0].post(PNG), 504, "timeout")
@@ -250,7 +250,7 @@ def test_without_a_model_server_a_request_is_504_in_time_and_says_why(lonely: tu
 
 
 @pytest.mark.parametrize(("alive", "code"), [(True, "queue_full"), (False, "no_model_server")])
-def test_a_full_queue_is_503_with_retry_after(
+def test_full_queue_is_503_with_retry_after(
     lonely: tuple[Service, str], redis: Redis, alive: bool, code: str
 ) -> None:
     service, queue = lonely
@@ -264,7 +264,7 @@ def test_a_full_queue_is_503_with_retry_after(
     assert_error(response, 503, code)
 
 
-def test_an_error_of_the_model_is_500_model_failed(lonely: tuple[Service, str], redis: Redis) -> None:
+def test_model_error_is_500_model_failed(lonely: tuple[Service, str], redis: Redis) -> None:
     """The answer is the one that a model server gives when an image breaks the model."""
     service, queue = lonely
     with ThreadPoolExecutor(1) as pool:
@@ -276,7 +276,7 @@ def test_an_error_of_the_model_is_500_model_failed(lonely: tuple[Service, str], 
         assert_error(asked.result(), 500, "model_failed")
 
 
-def test_the_answer_of_a_model_server_before_its_upgrade_is_understood(
+def test_answer_of_an_older_model_server_is_understood(
     lonely: tuple[Service, str], redis: Redis
 ) -> None:
     service, queue = lonely
@@ -289,7 +289,7 @@ def test_the_answer_of_a_model_server_before_its_upgrade_is_understood(
         assert asked.result().json() == {"success": True, "predictions": predictions}
 
 
-def test_without_redis_a_request_is_503_redis_down(tmp_path: Path) -> None:
+def test_request_without_redis_is_503(tmp_path: Path) -> None:
     with run_apache(REDIS_PORT=str(free_port()), REDIS_TIMEOUT="1") as url:
         response = Service(url).post(PNG)
 
@@ -302,7 +302,7 @@ def test_without_redis_a_request_is_503_redis_down(tmp_path: Path) -> None:
 # Right answers
 
 
-def test_digits_that_training_never_saw_are_read(service: Service, held_out: list[tuple[bytes, str]]) -> None:
+def test_held_out_digits_are_recognized(service: Service, held_out: list[tuple[bytes, str]]) -> None:
     responses = post_all(service, [image for image, _ in held_out])
 
     right = [r.json()["predictions"][0]["label"] == label for r, (_, label) in zip(responses, held_out, strict=True)]
@@ -310,7 +310,7 @@ def test_digits_that_training_never_saw_are_read(service: Service, held_out: lis
     assert sum(right) / len(right) >= 0.97
 
 
-def test_an_answer_does_not_depend_on_batch_mates(service: Service, held_out: list[tuple[bytes, str]]) -> None:
+def test_result_does_not_depend_on_the_rest_of_the_batch(service: Service, held_out: list[tuple[bytes, str]]) -> None:
     images = [image for image, _ in held_out[:60]]
 
     alone = [service.predictions(image) for image in images[:10]]
@@ -321,7 +321,7 @@ def test_an_answer_does_not_depend_on_batch_mates(service: Service, held_out: li
         assert one[0]["probability"] == pytest.approx(other[0]["probability"], abs=1e-5)
 
 
-def test_two_model_servers_answer_each_request_once_and_rightly(
+def test_two_model_servers_answer_each_request_correctly_once(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
     """1,000 distinct images, each with the answer that one server alone gives."""
@@ -341,7 +341,7 @@ def test_two_model_servers_answer_each_request_once_and_rightly(
     assert min(served) > 100
 
 
-def test_a_model_server_killed_in_mid_batch_loses_nothing(
+def test_model_server_killed_mid_batch_loses_no_request(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
     images, labels = zip(*held_out[:200], strict=True)
@@ -360,13 +360,13 @@ def test_a_model_server_killed_in_mid_batch_loses_nothing(
 # Load
 
 
-def test_500_requests_at_the_same_instant_are_all_answered(service: Service) -> None:
+def test_500_simultaneous_requests_are_all_answered(service: Service) -> None:
     figures = stress(service, "--interval", "0")
 
     assert figures["answered"] == 500
 
 
-def test_hundreds_wait_where_a_process_begins_with_few_open_files(redis: Redis, tmp_path: Path) -> None:
+def test_hundreds_of_requests_wait_despite_a_low_file_limit(redis: Redis, tmp_path: Path) -> None:
     """As under systemd, whose limit for the sum of connections and files is 1,024 unless a process raises it."""
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     images, queue = 300, f"queue-{free_port()}"
@@ -385,7 +385,7 @@ def test_hundreds_wait_where_a_process_begins_with_few_open_files(redis: Redis, 
         assert [answer.result(120).status_code for answer in asked] == [200] * images
 
 
-def test_the_tutorials_stress_test_passes(service: Service) -> None:
+def test_tutorials_stress_test_passes(service: Service) -> None:
     figures = stress(service)
 
     assert figures["answered"] == 500
@@ -399,7 +399,7 @@ def stress(service: Service, *options: str) -> dict[str, Any]:
     return figures
 
 
-def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
+def test_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     command = [sys.executable, "simple_request.py", "models/digits/three.png", "--url", f"{service.url}/predict"]
 
     printed = subprocess.check_output(command, cwd=ROOT, text=True, timeout=60)
@@ -407,7 +407,7 @@ def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     assert re.match(r"1\. 3: 0\.\d{4}\n2\. \d: 0\.\d{4}\n", printed)
 
 
-def test_a_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
+def test_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
     """In web processes of its own: what other tests made of the service's is not what a load takes."""
     photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
     noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
@@ -421,7 +421,7 @@ def test_a_web_process_stays_small_under_load(service: Service, record_property:
     record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
-def test_images_that_wait_are_not_kept_in_the_memory(
+def test_queued_images_are_not_kept_in_memory(
     redis: Redis, record_property: Callable[[str, object], None]
 ) -> None:
     image, queue = saved(Image.fromarray(colours(0)), "PNG"), f"queue-{free_port()}"

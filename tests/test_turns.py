@@ -45,7 +45,7 @@ def most_at_once(jobs: list[tuple[float, float]]) -> int:
     return max(sum(begun <= at < ended for begun, ended in jobs) for at, _ in jobs)
 
 
-def test_processes_together_take_no_more_turns_than_there_are(tmp_path: Path) -> None:
+def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
     workers = [start_worker(tmp_path, 60) for _ in range(3)]
     for worker in workers:
         assert worker.stdin
@@ -62,7 +62,7 @@ def test_processes_together_take_no_more_turns_than_there_are(tmp_path: Path) ->
         assert sum(job[1] < (begun + ended) / 2 for job in jobs) >= 10
 
 
-def test_a_process_that_is_killed_gives_its_turns_back(tmp_path: Path) -> None:
+def test_killed_process_releases_its_turns(tmp_path: Path) -> None:
     worker = start_worker(tmp_path, 10_000)
     worker.stdin.write("\n")  # type: ignore[union-attr]
     worker.stdin.flush()  # type: ignore[union-attr]
@@ -74,7 +74,7 @@ def test_a_process_that_is_killed_gives_its_turns_back(tmp_path: Path) -> None:
     assert Turns(lambda: tmp_path, 2).submit(lambda: "mine").result(5) == "mine"
 
 
-def test_jobs_run_in_their_order_and_can_be_cancelled_before(tmp_path: Path) -> None:
+def test_jobs_run_in_order_and_can_be_cancelled_before(tmp_path: Path) -> None:
     turns, held, order = Turns(lambda: tmp_path, 1), threading.Event(), list[int]()
     first = turns.submit(lambda: held.wait(30))
     others = [turns.submit(lambda number=number: order.append(number)) for number in range(5)]  # type: ignore[misc]
@@ -87,7 +87,7 @@ def test_jobs_run_in_their_order_and_can_be_cancelled_before(tmp_path: Path) -> 
     assert order == [0, 1, 3, 4]
 
 
-def test_an_error_of_a_job_is_its_own(tmp_path: Path) -> None:
+def test_error_of_a_job_affects_no_other(tmp_path: Path) -> None:
     turns = Turns(lambda: tmp_path, 1)
 
     with pytest.raises(ZeroDivisionError):
@@ -95,7 +95,7 @@ def test_an_error_of_a_job_is_its_own(tmp_path: Path) -> None:
     assert turns.submit(lambda: "next").result(10) == "next"
 
 
-def test_without_a_folder_each_process_counts_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_folder_each_process_has_its_own_turns(caplog: pytest.LogCaptureFixture) -> None:
     turns = Turns(lambda: Path("/proc/nothing"), 1)
 
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_without_a_folder_each_process_counts_for_itself(caplog: pytest.LogCaptu
     assert len([line for line in caplog.messages if "limits decoding by itself" in line]) == 1
 
 
-def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
+def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
     turns, half, got = Turns(lambda: tmp_path, 4), settings.MAX_DECODE_BYTES // 2, threading.Event()
 
     def take_half() -> None:
@@ -153,7 +153,7 @@ def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_the_quota_of_the_cgroup_counts(tmp_path: Path, own: str, files: dict[str, str], cores: float) -> None:
+def test_available_cores_respect_the_cgroup_quota(tmp_path: Path, own: str, files: dict[str, str], cores: float) -> None:
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -162,13 +162,13 @@ def test_the_quota_of_the_cgroup_counts(tmp_path: Path, own: str, files: dict[st
     assert cgroup_quota(tmp_path / "own", tmp_path / "root") == cores
 
 
-def test_the_affinity_counts() -> None:
+def test_available_cores_respect_the_affinity() -> None:
     command = ["taskset", "--cpu-list", "0", sys.executable, "-c", "import helpers; print(helpers.available_cores())"]
 
     assert subprocess.check_output(command, cwd=ROOT, text=True) == "1\n"
 
 
-def test_the_six_largest_images_at_once_take_less_than_a_gigabyte(
+def test_six_largest_images_at_once_take_less_than_a_gigabyte(
     service: Service, record_property: Callable[[str, object], None]
 ) -> None:
     """Of both web processes together: RGBA, of 49 megapixels, whose transparency has to be laid onto white."""

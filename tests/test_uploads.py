@@ -71,7 +71,7 @@ def chunks(data: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize(
     "content_type", ["application/octet-stream", "binary/octet-stream", "Application/Octet-Stream; x=y", "", None]
 )
-def test_a_body_of_unknown_kind_is_taken_as_an_image(service: Service, content_type: str | None) -> None:
+def test_body_of_unknown_type_is_treated_as_an_image(service: Service, content_type: str | None) -> None:
     assert label(post(service, SEVEN, content_type)) == "7"
 
 
@@ -90,13 +90,13 @@ PACKED = {
 
 
 @pytest.mark.parametrize(("encoding", "body"), PACKED.values(), ids=PACKED.keys())
-def test_a_packed_body_is_unpacked(service: Service, encoding: str, body: bytes) -> None:
+def test_compressed_body_is_decompressed(service: Service, encoding: str, body: bytes) -> None:
     assert label(post(service, body, "image/jpeg", **{"Content-Encoding": encoding})) == "7"
     assert label(post(service, chunks(body), None, **{"Content-Encoding": encoding})) == "7"
 
 
 @pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-def test_a_packed_form_is_unpacked(service: Service, encoding: str, pack: Any) -> None:
+def test_compressed_form_is_decompressed(service: Service, encoding: str, pack: Any) -> None:
     two = part(SEVEN) + form((ROOT / "models/digits/three.png").read_bytes())
 
     answer = post(service, pack(two), FORM, **{"Content-Encoding": encoding})
@@ -117,13 +117,13 @@ FORMS = {
 
 
 @pytest.mark.parametrize("body", FORMS.values(), ids=FORMS.keys())
-def test_an_odd_form_with_an_image_is_taken(service: Service, body: bytes) -> None:
+def test_unusual_form_with_an_image_is_accepted(service: Service, body: bytes) -> None:
     assert label(post(service, body, FORM)) == "7"
 
 
 @pytest.mark.parametrize(("size", "status"), [(LIMIT, 200), (LIMIT + 1, 413)])
 @pytest.mark.parametrize("way", ["plain", "chunked", "gzip"])
-def test_an_upload_may_be_as_large_as_the_setting_says_and_no_larger(
+def test_upload_size_limit_is_exact(
     service: Service, size: int, status: int, way: str
 ) -> None:
     body = SEVEN + bytes(size - len(SEVEN))
@@ -165,7 +165,7 @@ REFUSED_FORMS = {
 
 
 @pytest.mark.parametrize(("body", "code", "told"), REFUSED_FORMS.values(), ids=REFUSED_FORMS.keys())
-def test_a_form_without_an_image_is_told_what_is_wrong(
+def test_form_without_an_image_gets_the_reason(
     service: Service, body: bytes, code: str, told: tuple[str, ...]
 ) -> None:
     message = assert_error(post(service, body, FORM), 400, code)
@@ -173,7 +173,7 @@ def test_a_form_without_an_image_is_told_what_is_wrong(
     assert all(each in message for each in told), message
 
 
-def test_a_form_of_very_many_parts_is_413_and_says_so(service: Service) -> None:
+def test_form_with_too_many_parts_is_413(service: Service) -> None:
     assert "parts" in assert_error(post(service, part(b"", TEXT) * 2000, FORM), 413, "too_large")
 
 
@@ -186,7 +186,7 @@ def test_a_form_of_very_many_parts_is_413_and_says_so(service: Service) -> None:
         ("multipart/form-data; boundary=\u00fcber", "has no valid boundary"),
     ],
 )
-def test_a_form_without_a_good_boundary_says_so(service: Service, content_type: str, told: str) -> None:
+def test_form_without_a_valid_boundary_is_400(service: Service, content_type: str, told: str) -> None:
     message = assert_error(post(service, form(), content_type.encode("latin-1")), 400, "bad_request")  # type: ignore[arg-type]
 
     assert told in message
@@ -205,7 +205,7 @@ def test_a_form_without_a_good_boundary_says_so(service: Service, content_type: 
         ("image", SEVEN, "image/jpeg"),
     ],
 )
-def test_a_body_of_another_kind_is_told_which_are_taken(
+def test_body_of_another_type_gets_the_accepted_types(
     service: Service, content_type: str, body: bytes, told: str
 ) -> None:
     message = assert_error(post(service, body, content_type), 400, "missing_image")
@@ -227,14 +227,14 @@ DAMAGED = {
 
 @pytest.mark.parametrize(("body", "told"), DAMAGED.values(), ids=DAMAGED.keys())
 @pytest.mark.parametrize("content_type", ["image/jpeg", FORM])
-def test_a_damaged_packed_body_is_400(service: Service, body: bytes, told: str, content_type: str) -> None:
+def test_damaged_compressed_body_is_400(service: Service, body: bytes, told: str, content_type: str) -> None:
     answer = post(service, body, content_type, **{"Content-Encoding": "gzip"})
 
     assert told in assert_error(answer, 400, "bad_request")
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "br, gzip", "x" * 5000])
-def test_a_body_packed_in_another_way_is_415_and_says_which_are_taken(service: Service, encoding: str) -> None:
+def test_unknown_content_encoding_is_415(service: Service, encoding: str) -> None:
     answer = post(service, SEVEN, "image/jpeg", **{"Content-Encoding": encoding})
 
     message = assert_error(answer, 415, "unsupported_media_type")
@@ -243,7 +243,7 @@ def test_a_body_packed_in_another_way_is_415_and_says_which_are_taken(service: S
     assert answer.headers["Accept-Encoding"] == "gzip, deflate"
 
 
-def test_a_gzip_bomb_ends_at_the_limit_and_costs_no_memory() -> None:
+def test_gzip_bomb_is_413_and_costs_no_memory() -> None:
     """A body of 0.3 MB that unpacks to 300 MB: as an image, as a form's file, as a form's text."""
     zeros = gzip.compress(MB, 9) * 300
     bombs = [
@@ -262,7 +262,7 @@ def test_a_gzip_bomb_ends_at_the_limit_and_costs_no_memory() -> None:
 
 
 @pytest.mark.parametrize("size", [LIMIT + 2**20, 5 * LIMIT])
-def test_apache_leaves_it_to_the_web_to_say_how_large_a_request_may_be(service: Service, size: int) -> None:
+def test_web_not_apache_reports_the_size_limit(service: Service, size: int) -> None:
     assert "16 MB" in assert_error(post(service, bytes(size), "image/png"), 413, "too_large")
 
 
@@ -318,7 +318,7 @@ def make_again(disk: Path) -> None:
 TROUBLES = [(fill, empty), (make_read_only, make_writable), (remove, make_again)]
 
 
-def test_without_room_for_uploads_they_are_503_until_there_is(
+def test_uploads_are_503_while_the_disk_is_full(
     service: Service, small_disk: Path, tmp_path: Path
 ) -> None:
     log, large = tmp_path / "log", SEVEN + bytes(500_000)
@@ -386,7 +386,7 @@ def public() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_an_upload_may_take_longer_than_any_limit_as_long_as_it_flows(service: Service, public: Path) -> None:
+def test_slow_upload_is_accepted_while_it_keeps_flowing(service: Service, public: Path) -> None:
     """Twice as fast as the slowest allowed, twice as long as the longest limit; half a TLS handshake is cut."""
     files, tls_port = make_certificates(public), free_port()
     defines = f"WEB_PROCESSES=2 WEB_THREADS=320 TLS_PORT={tls_port}"
