@@ -1,4 +1,4 @@
-"""What /predict takes and says besides the tutorial's form and the tutorial's JSON."""
+"""What /predict accepts and returns beyond the tutorial, and the Open Inference Protocol."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -93,7 +93,7 @@ def test_clients_request_id_is_returned_and_logged(service: Service) -> None:
     answer = post(service, THREE.read_bytes(), headers={"X-Request-ID": "order-66.a_b"})
 
     assert answer.headers["X-Request-ID"] == "order-66.a_b"
-    wait_until(lambda: "order-66.a_b" in service.servers[0].log, "the model server's log has it")
+    wait_until(lambda: "order-66.a_b" in service.servers[0].log, "the id is in the model server's log")
 
 
 @pytest.mark.parametrize("given", [None, "", "two words", "a" * 65, "<script>", "ü"])
@@ -113,7 +113,7 @@ def test_errors_have_a_request_id(service: Service) -> None:
 
     assert (refused.status_code, by_apache.status_code) == (400, 400)
     for answer in (refused, by_apache):
-        assert "," not in answer.headers["X-Request-ID"]  # one, not one of each
+        assert "," not in answer.headers["X-Request-ID"]  # a single id, not one from Apache and one from the app
 
 
 def test_server_timing_has_every_stage(service: Service) -> None:
@@ -123,7 +123,7 @@ def test_server_timing_has_every_stage(service: Service) -> None:
     assert list(stages) == ["prepare", "queue", "compute", "total"]
     assert 'desc="batch of 1"' in took
     assert min(stages["prepare"], stages["compute"]) > 0
-    assert stages["total"] >= stages["prepare"] + stages["queue"] + stages["compute"] - 0.2  # each is rounded
+    assert stages["total"] >= stages["prepare"] + stages["queue"] + stages["compute"] - 0.2  # rounding
 
 
 def get(service: Service, path: str) -> requests.Response:
@@ -134,7 +134,7 @@ def get(service: Service, path: str) -> requests.Response:
 
 
 def assert_protocol_error(answer: Any, status: int) -> str:
-    """Check the one shape that every error below /v2 has; return its text."""
+    """Check that this is an error in the protocol's format; return its text."""
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/json"
     assert list(answer.json()) == ["error"]
@@ -229,13 +229,13 @@ def test_tritonclient_reads_answers_and_errors(service: Service) -> None:
 
         pixels = InferInput("pixels", [1, 224, 224, 3], "UINT8")
         pixels.set_data_from_numpy(np.zeros((1, 224, 224, 3), np.uint8))
-        assert "[404] The models served here are: digits." in refusal(client.get_model_metadata, "cats")
-        assert "[404] The versions of digits served here are: digits.keras." in refusal(
+        assert "[404] The models served here are: digits." in error_text(client.get_model_metadata, "cats")
+        assert "[404] The versions of digits served here are: digits.keras." in error_text(
             client.get_model_metadata, "digits", "2"
         )
-        assert "[404] There is nothing at this address" in refusal(client.get_model_repository_index)
-        assert "POST /predict" in refusal(client.infer, "digits", [pixels])
-        assert "POST /predict" in refusal(client.infer, "digits", [pixels], model_version=version)
+        assert "[404] There is nothing at this address" in error_text(client.get_model_repository_index)
+        assert "POST /predict" in error_text(client.infer, "digits", [pixels])
+        assert "POST /predict" in error_text(client.infer, "digits", [pixels], model_version=version)
 
 
 def test_tritonclient_learns_why_the_service_is_not_ready(redis_port: int) -> None:
@@ -244,8 +244,8 @@ def test_tritonclient_learns_why_the_service_is_not_ready(redis_port: int) -> No
             assert client.is_server_live()
             assert not client.is_server_ready()
             assert not client.is_model_ready("digits")
-            assert "[503] No model server is alive" in refusal(client.get_model_metadata, "digits")
-            assert "[401] Send a key" in refusal(client.infer, "digits", [])
+            assert "[503] No model server is alive" in error_text(client.get_model_metadata, "digits")
+            assert "[401] Send a key" in error_text(client.infer, "digits", [])
         for path in ("/v2/health/ready", "/v2/models/digits", "/v2/models/digits/versions/1/ready"):
             answer = get(Service(url), path)
             assert_protocol_error(answer, 503)
@@ -261,8 +261,8 @@ def triton(url: str) -> Iterator[InferenceServerClient]:
         client.close()
 
 
-def refusal(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
-    """What the client prints of the error that a call raises."""
+def error_text(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
+    """The text of the error that a call raises."""
     with pytest.raises(InferenceServerException) as raised:
         call(*arguments, **more)
     return str(raised.value)
@@ -281,9 +281,7 @@ def test_internal_error_below_v2_has_protocol_format(monkeypatch: pytest.MonkeyP
     [("digits.keras", "digits.keras"), ("my model (2).keras", "my-model-2-.keras"), ("vögel.keras", "v-gel.keras"),
      ("a/b?c#d%20", "a-b-c-d-20"), ("imagenet", "imagenet")],
 )  # fmt: skip
-def test_version_is_url_safe(
-    monkeypatch: pytest.MonkeyPatch, weights: str, version: str
-) -> None:
+def test_version_is_url_safe(monkeypatch: pytest.MonkeyPatch, weights: str, version: str) -> None:
     server = {"model": "birds", "weights": weights, "shape": [224, 224, 3], "classes": 2}
     monkeypatch.setattr(WebQueue, "live_servers", lambda _: {"a": server, "b": server})
     monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)

@@ -1,4 +1,4 @@
-"""Pages of other origins: what CORS_ORIGINS lets a browser there do, and that it may nothing without."""
+"""CORS: what CORS_ORIGINS allows pages of other origins, and that nothing is allowed without it."""
 
 import os
 import re
@@ -19,7 +19,7 @@ OURS = "Access-Control-"
 
 @pytest.fixture(scope="module")
 def shared(service: Service) -> Iterator[Service]:
-    """A service that two origins may call, with a key."""
+    """A service that pages of two origins may call, with a key."""
     origins, keys = f"{APP},{LOCAL}", f"{KEY},{OTHER_KEY}"
     with run_apache(IMAGE_QUEUE=service.queue, CORS_ORIGINS=origins, API_KEYS=keys, RATE_LIMIT="20/minute") as url:
         yield Service(url)
@@ -35,7 +35,7 @@ def post(service: Service, origin: str, body: bytes = THREE, key: str = KEY) -> 
 
 
 def announce(service: Service, origin: str, length: str) -> requests.Response:
-    """Begin a request that Apache refuses by its Content-Length."""
+    """Send the headers of a request that Apache rejects for its Content-Length."""
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: {origin}\r\nContent-Length: {length}\r\n\r\n"
     return raw_answer(service, head.encode())
 
@@ -45,8 +45,8 @@ def access_headers(answer: Any) -> list[str]:
 
 
 def assert_shared(answer: Any, origin: str) -> None:
-    """Check that a browser would show the answer to a page of `origin`, with what else the page may want to know."""
-    assert answer.headers["Access-Control-Allow-Origin"] == origin  # once, not one of each of Apache and the app
+    """Check that a browser would let a page of `origin` read the response and its useful headers."""
+    assert answer.headers["Access-Control-Allow-Origin"] == origin  # once, not from both Apache and the app
     exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
     assert {"X-Request-ID", "Retry-After", "Server-Timing"} <= set(exposed)
     assert "Origin" in re.split(r", ?", answer.headers["Vary"])
@@ -114,7 +114,7 @@ def test_other_origins_get_no_cors_headers(shared: Service, origin: str) -> None
     answers = [preflight(f"{shared.url}/predict", origin), post(shared, origin, key="x"), by_apache]
 
     assert [access_headers(answer) for answer in answers] == [[], [], []]
-    # A cache must not give one origin what another got.
+    # Otherwise a cache could give one origin the response for another.
     assert "Origin" in answers[1].headers["Vary"]
 
 

@@ -1,4 +1,4 @@
-"""Who gets in: keys, rate limits, TLS, what no URL leads to, and who the processes are."""
+"""Access: API keys, rate limits, Redis credentials, TLS, security headers, hidden files, privileges, known CVEs."""
 
 import base64
 import hmac
@@ -62,7 +62,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def raw(url: str, request: bytes) -> bytes:
-    """Send bytes that no client library would; return all that comes back until Apache closes."""
+    """Send raw bytes; return everything until Apache closes the connection."""
     where = urlsplit(url)
     with socket.create_connection((str(where.hostname), int(where.port or 0)), timeout=60) as connection:
         connection.sendall(request)
@@ -73,7 +73,7 @@ def raw(url: str, request: bytes) -> bytes:
 
 
 class Guarded(NamedTuple):
-    """A service that wants one of two keys, with TLS beside the plain site, its certificates and its logs."""
+    """A service with two API keys, a plain and a TLS site; its certificates and its logs."""
 
     service: Service
     tls_url: str
@@ -124,7 +124,7 @@ def test_request_without_a_valid_key_gets_json_401(guarded: Guarded, header: byt
 
     answer = raw(guarded.url, request)
 
-    # Control characters are no HTTP, which Apache itself says.
+    # Apache itself rejects control characters as invalid HTTP.
     status, code = (b"400", b"bad_request") if b"\x01" in header else (b"401", b"unauthorized")
     assert answer.startswith(b"HTTP/1.1 " + status)
     assert b'"code": "%s"' % code in answer.replace(b'":"', b'": "')
@@ -143,13 +143,13 @@ def test_health_needs_no_key(guarded: Guarded, path: str) -> None:
 
 
 def test_large_upload_without_a_key_is_401(guarded: Guarded) -> None:
-    """Apache hands on what nobody reads, which must not end in a broken pipe."""
+    """Apache forwards a body that the app never reads; that must not end in a broken pipe."""
     for _ in range(5):
         assert_error(guarded.service.post(b"x" * 10_000_000), 401, "unauthorized")
 
 
 class Unreadable(io.RawIOBase):
-    """An upload that nobody may touch."""
+    """An upload that fails if it is read."""
 
     def readinto(self, _buffer: object, /) -> int:
         raise AssertionError("the body was read")
@@ -167,7 +167,7 @@ def test_upload_without_a_key_is_not_read(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_all_keys_are_always_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the comparison takes no time of its own is hmac's promise; that none is left out is ours."""
+    """hmac guarantees constant-time comparison; the loop must not stop at the first match."""
     compared: list[bool] = []
     true_compare = hmac.compare_digest
     keys = [OLD_KEY, NEW_KEY, "another-key-altogether"]
@@ -185,7 +185,7 @@ def test_all_keys_are_always_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_are_not_logged(guarded: Guarded) -> None:
-    """After all of the tests above."""
+    """Covers the logs of all tests above."""
     guarded.service.post(PNG, headers=bearer(OLD_KEY))
 
     for log in guarded.logs.iterdir():
@@ -196,13 +196,13 @@ def test_keys_are_not_logged(guarded: Guarded) -> None:
 
 
 def post_nothing(url: str, **headers: str) -> requests.Response:
-    """A request that counts, and is then refused for want of an image: what passes is a 400."""
+    """Send a request that counts but has no image: 400 if the limit lets it pass."""
     return requests.post(f"{url}/predict", headers=headers, timeout=60)
 
 
 def test_rate_limit_is_shared_by_processes_and_machines(redis: Redis) -> None:
-    """Two Apaches of two processes each count together, and believe nobody's word for an address."""
-    queue, before = f"queue-{free_port()}", set(redis.scan_iter("*:limit:*"))  # those of other tests, which expire
+    """Two Apaches with two processes each count together, and X-Forwarded-For is ignored."""
+    queue, before = f"queue-{free_port()}", set(redis.scan_iter("*:limit:*"))  # other tests' counters
     with ExitStack() as stack, ThreadPoolExecutor(32) as pool:
         apaches = [run_apache(RATE_LIMIT="1000/day;20/hour", IMAGE_QUEUE=queue) for _ in range(2)]
         urls = [stack.enter_context(apache) for apache in apaches]
@@ -231,23 +231,23 @@ def test_rate_limit_counts_each_key_without_storing_it(redis: Redis, tmp_path: P
     counters = [key.decode() for key in redis.scan_iter(f"{queue}*")]
     assert len(counters) == 2
     assert not any(OLD_KEY in counter or NEW_KEY in counter for counter in counters)
-    assert "exceeded" not in log.read_text()  # a line for each refusal would let strangers fill the disk
+    assert "exceeded" not in log.read_text()  # a line for each rejection would let strangers fill the disk
 
 
 def test_rate_limited_client_may_return_after_retry_after(redis: Redis) -> None:
     with run_apache(RATE_LIMIT="1/2seconds", IMAGE_QUEUE=f"queue-{free_port()}") as url:
         assert post_nothing(url).status_code == 400
         refused = post_nothing(url)
-        while refused.status_code == 400:  # this machine is slow: a new window had begun
+        while refused.status_code == 400:  # on a slow machine a new window has begun
             refused = post_nothing(url)
         assert refused.headers["Retry-After"] in {"1", "2", "3"}
-        time.sleep(int(refused.headers["Retry-After"]))  # what a client is told to do
+        time.sleep(int(refused.headers["Retry-After"]))  # as the client is told
 
         assert post_nothing(url).status_code == 400
 
 
 def test_rate_limit_is_not_enforced_without_redis(tmp_path: Path) -> None:
-    """The queue waits for its Redis, and so no request is lost by a restart of it."""
+    """Requests wait in the web until Redis is back, so the limit must not reject them."""
     nobody = str(free_port())
     with run_apache(RATE_LIMIT="1/hour", REDIS_PORT=nobody, REDIS_TIMEOUT="0.5", log=tmp_path / "log") as url:
         assert [post_nothing(url).status_code for _ in range(3)] == [400] * 3
@@ -263,8 +263,8 @@ def test_rate_limit_is_not_enforced_without_redis(tmp_path: Path) -> None:
 PASSWORD = "pass/word@of:redis"
 
 
-class Vault(NamedTuple):
-    """A Redis that lets in by TLS only, and only who has a name and a password; its certificates."""
+class SecureRedis(NamedTuple):
+    """A Redis that requires TLS, a user and a password; its port, certificates and an admin client."""
 
     port: int
     certificates: dict[str, str]
@@ -277,15 +277,15 @@ class Vault(NamedTuple):
 
 @pytest.fixture(scope="module")
 def public() -> Iterator[Path]:
-    """A folder that Apache's user may read, as pytest's own are not when root runs it."""
+    """A folder that Apache's user may read; pytest's own folders belong to root."""
     with tempfile.TemporaryDirectory(prefix="test-doors-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 @pytest.fixture(scope="module")
-def vault(public: Path) -> Iterator[Vault]:
-    """The user is the line of docs/operations.md, as it stands there."""
+def secure_redis(public: Path) -> Iterator[SecureRedis]:
+    """Run that Redis with the user from docs/operations.md, copied literally."""
     files, port = make_certificates(public), free_port()
     [line] = re.findall(r"^ *(user keras-rest-api .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     users = [line.replace("PASSWORD", PASSWORD), "user default off", "user admin on >admin ~* +@all"]
@@ -296,11 +296,11 @@ def vault(public: Path) -> Iterator[Vault]:
     admin = Redis.from_url(f"rediss://admin:admin@127.0.0.1:{port}/0?ssl_ca_certs={files['ca']}", socket_timeout=5)
     with running([need("redis-server"), str(public / "redis.conf")], public / "log") as process:
         wait_until(lambda: process.alive and answers(admin), "Redis answers")
-        yield Vault(port, files, admin)
+        yield SecureRedis(port, files, admin)
 
 
-def test_redis_with_user_password_and_tls_works(vault: Vault, tmp_path: Path) -> None:
-    settings = {"REDIS_URL": vault.url(), "IMAGE_QUEUE": "image_queue", "RATE_LIMIT": "100/hour"}
+def test_redis_with_user_password_and_tls_works(secure_redis: SecureRedis, tmp_path: Path) -> None:
+    settings = {"REDIS_URL": secure_redis.url(), "IMAGE_QUEUE": "image_queue", "RATE_LIMIT": "100/hour"}
     with run_service(tmp_path, 1, **settings) as service:
         labels = [service.label(PNG) for _ in range(3)]
         service.servers[0].stop(signal.SIGKILL)
@@ -309,12 +309,12 @@ def test_redis_with_user_password_and_tls_works(vault: Vault, tmp_path: Path) ->
             again.stop()
 
     assert labels == ["3"] * 4
-    assert vault.admin.acl_log() == []
+    assert secure_redis.admin.acl_log() == []
     assert not any("Traceback" in log.read_text() for log in tmp_path.iterdir())
 
 
-def test_documented_redis_user_has_no_further_rights(vault: Vault) -> None:
-    with Redis.from_url(vault.url(), protocol=2) as client:
+def test_documented_redis_user_has_no_further_rights(secure_redis: SecureRedis) -> None:
+    with Redis.from_url(secure_redis.url(), protocol=2) as client:
         for command in (
             ["KEYS", "*"],
             ["FLUSHALL"],
@@ -326,41 +326,45 @@ def test_documented_redis_user_has_no_further_rights(vault: Vault) -> None:
                 client.execute_command(*command)
 
 
-WRONG = {
+REDIS_FAULTS = {
     "password": "refuses the password, so check the user and the password in REDIS_URL",
     "certificate": "shows a certificate that we do not trust, so check ssl_ca_certs",
     "rights": "does not give this user the rights it needs, so set those in docs/operations.md",
 }
 
 
-def weak_user(vault: Vault) -> str:
-    """The URL of a user that may ask what Redis is, and nothing else."""
-    vault.admin.acl_setuser(
+def weak_user(secure_redis: SecureRedis) -> str:
+    """The URL of a user that may run PING and INFO, and nothing else."""
+    secure_redis.admin.acl_setuser(
         "weak", enabled=True, reset=True, passwords="+the-wrong-one", keys=["image_queue*"], commands=["+ping", "+info"]
     )
-    return vault.url("the-wrong-one").replace("keras-rest-api", "weak")
+    return secure_redis.url("the-wrong-one").replace("keras-rest-api", "weak")
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("fault", REDIS_FAULTS)
 def test_redis_access_errors_are_logged_without_the_password(
-    vault: Vault, public: Path, tmp_path: Path, wrong: str
+    secure_redis: SecureRedis, public: Path, tmp_path: Path, fault: str
 ) -> None:
     other = make_certificates(public, "other")["ca"]
-    urls = {"password": vault.url("the-wrong-one"), "certificate": vault.url(ca=other), "rights": weak_user(vault)}
-    url = urls[wrong]
+    urls = {
+        "password": secure_redis.url("the-wrong-one"),
+        "certificate": secure_redis.url(ca=other),
+        "rights": weak_user(secure_redis),
+    }
+    url = urls[fault]
     logs = [tmp_path / "server.log", tmp_path / "apache.log"]
     with (
         running([sys.executable, "run_model_server.py"], logs[0], REDIS_URL=url) as server,
         run_apache(log=logs[1], REDIS_URL=url, REDIS_TIMEOUT="1") as site,
     ):
         answered = [Service(site).post(PNG), requests.get(f"{site}/readyz", timeout=10)]
-        server.wait_for_log(WRONG[wrong])
-        told = [log.read_text() for log in logs] + [response.text for response in answered]
+        server.wait_for_log(REDIS_FAULTS[fault])
+        texts = [log.read_text() for log in logs] + [response.text for response in answered]
 
     assert [response.status_code for response in answered] == [503, 503]
-    assert WRONG[wrong] in told[1]
-    assert WRONG[wrong] in answered[1].json()["error"]["message"]
-    for text in told:
+    assert REDIS_FAULTS[fault] in texts[1]
+    assert REDIS_FAULTS[fault] in answered[1].json()["error"]["message"]
+    for text in texts:
         assert "Traceback" not in text
         assert not any(secret in text for secret in (PASSWORD, quote(PASSWORD, safe=""), "the-wrong-one"))
 
@@ -393,7 +397,7 @@ def test_tls_site_requires_a_key_too(guarded: Guarded) -> None:
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_old_tls_versions_are_rejected(guarded: Guarded, version: ssl.TLSVersion) -> None:
-    """By the site: this client would speak them."""
+    """The server rejects them: this client allows them."""
     context = ssl.create_default_context(cafile=guarded.certificates["ca"])
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = version
@@ -413,7 +417,7 @@ def test_plain_http_on_the_tls_port_gets_json_400(guarded: Guarded) -> None:
 
 
 def answer_of(url: str, request: bytes) -> tuple[int, list[tuple[str, str]]]:
-    """Return the status and the headers that come, each as often as it comes, names in lower case."""
+    """Return the status and all headers, repeated ones included, with names in lower case."""
     head = raw(url, request).split(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
     pairs = [line.split(": ", 1) for line in head[1:]]
     return int(head[0].split()[1]), [(name.lower(), value) for name, value in pairs]
@@ -426,14 +430,12 @@ def answer_of(url: str, request: bytes) -> tuple[int, list[tuple[str, str]]]:
         (b"GET /readyz HTTP/1.1", 200),
         (b"POST /predict HTTP/1.1", 401),
         (b"GET /nowhere HTTP/1.1", 404),
-        (b"GET /%2e%2e%2fetc HTTP/1.1", 404),  # Apache's own
+        (b"GET /%2e%2e%2fetc HTTP/1.1", 404),  # answered by Apache itself
         (b"NONSENSE", 400),
         (b"TRACE / HTTP/1.1", 405),
     ],
 )
-def test_security_headers_are_set_once_without_versions(
-    guarded: Guarded, request_line: bytes, status: int
-) -> None:
+def test_security_headers_are_set_once_without_versions(guarded: Guarded, request_line: bytes, status: int) -> None:
     got, headers = answer_of(guarded.url, request_line + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
 
     assert got == status
@@ -450,7 +452,7 @@ def test_security_headers_are_set_once_without_versions(
     assert not re.search(r"powered|python|werkzeug|wsgi|\d+\.\d+\.\d+", str(headers), re.IGNORECASE)
 
 
-# The source tree
+# Hidden files
 
 SPELLINGS = [
     "/{}", "//{}", "/./{}", "/a/../{}", "/%2e/{}", "/a/%2e%2e/{}", "/..%2f{}", "/%2e%2e%2f{}", "/a%2f..%2f{}",
@@ -461,7 +463,7 @@ SPELLINGS = [
 
 
 def targets() -> list[tuple[str, list[str]]]:
-    """Every file of the project, and what must never be seen, each with the addresses that it might be at."""
+    """Every project file and some hidden files, each with many spellings of its URL."""
     tracked = subprocess.check_output([need("git"), "-c", "safe.directory=*", "ls-files"], cwd=ROOT, text=True).split()
     hidden = [".env", ".git", ".git/config", ".git/HEAD", ".venv/pyvenv.cfg", ".ruff_cache/CACHEDIR.TAG", "bin"]
     absolute = [f"{each}{ROOT}/{{}}" for each in ("", "/", "/..", "/file:", "/static/")]
@@ -469,7 +471,7 @@ def targets() -> list[tuple[str, list[str]]]:
 
 
 def distinctive(name: str) -> bytes:
-    """The longest line of a file, which no other answer has by chance."""
+    """The longest line of a file, to recognize it in a response."""
     path = ROOT / name
     longest = max(path.read_bytes().splitlines(), key=len) if path.is_file() else b""
     return longest if len(longest) > 12 else b"no such line"
@@ -511,11 +513,11 @@ def test_options_lists_only_the_methods(guarded: Guarded, path: str) -> None:
     assert set(dict(headers).get("allow", "").split(", ")) <= {"", "GET", "HEAD", "POST", "OPTIONS"}
 
 
-# Who the processes are
+# Privileges
 
 
 def save_model(path: Path) -> None:
-    """Save a model that a NaN goes through, and breaks."""
+    """Save a model whose output is NaN if the input is."""
     pixels = keras.Input((224, 224, 3))
     layers = keras.layers.Dense(5, activation="softmax")(keras.layers.GlobalAveragePooling2D()(pixels))
     keras.Model(pixels, layers).save(path)
@@ -526,15 +528,15 @@ def job(name: str, image: object) -> str:
     return json.dumps({"id": name, "image": image, "deadline": time.time() + 60})
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has something to give up")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> None:
-    """From a folder that nobody else can enter, Python itself in it: whatever is imported or read late fails."""
+    """Code and Python are in a folder that only root can enter, so any import or file read after the drop fails."""
     port, queue = free_port(), f"queue-{free_port()}"
     python, app, authority = tmp_path / "hidden/python", tmp_path / "hidden/app", make_certificates(tmp_path)
     for folder in (python / "bin", python / "lib", app):
         folder.mkdir(parents=True)
     (tmp_path / "hidden").chmod(0o700)
-    # Python finds its library beside itself, so through a folder that root alone may enter.
+    # Python finds its library next to its executable, inside the hidden folder.
     shutil.copy(Path(sys.executable).resolve(), python / "bin/python")
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     (python / "lib" / library.name).symlink_to(library)
@@ -587,7 +589,7 @@ def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> No
         assert fields["Gid"].split() == [str(user.pw_gid)] * 4
         assert fields["Groups"].strip() == ""
         assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
-    assert any("NoNewPrivs:\t1" in status for status in threads)  # the main thread's, and what it starts
+    assert any("NoNewPrivs:\t1" in status for status in threads)  # for the main thread and its children
     assert "Root has become www-data" in server.log
     assert "ArithmeticError" in server.log  # the traceback of the broken image
     assert not re.search(r"ImportError|ModuleNotFound|LookupError|PermissionError|Permission denied", server.log)
@@ -609,18 +611,18 @@ def test_root_that_cannot_drop_privileges_is_rejected(
 
 
 def test_systemd_unit_is_hardened_and_valid() -> None:
-    """Without a systemd that runs: the figure goes from 0, as safe as can be, to 10; 8.5 is an ordinary unit's."""
+    """Works without a running systemd. Exposure ranges from 0 (safest) to 10; the threshold 15 means 1.5."""
     analyse, unit = need("systemd-analyze"), str(ROOT / "deploy/systemd/model-server@.service")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([analyse, *arguments, unit], capture_output=True, text=True, timeout=60, check=False)
 
-    judged = run("security", "--offline=true", "--threshold=15", "--no-pager")
+    security = run("security", "--offline=true", "--threshold=15", "--no-pager")
     verified = run("verify")
 
-    assert judged.returncode == 0, judged.stdout
-    assert "exposure level" in judged.stdout
-    # That the service is not installed here is all there is to say.
+    assert security.returncode == 0, security.stdout
+    assert "exposure level" in security.stdout
+    # The only complaint may be that the service is not installed here.
     assert [line for line in verified.stderr.splitlines() if "is not executable: No such file" not in line] == []
 
 
@@ -642,14 +644,14 @@ AUDITS = {
 }
 
 
-@pytest.mark.parametrize(("script", "code", "said"), AUDITS.values(), ids=AUDITS.keys())
-def test_audit_reports_its_result_in_one_line(tmp_path: Path, script: str, code: int, said: str) -> None:
-    """With a stand-in for pip-audit, since what is known differs from day to day, and takes a network."""
+@pytest.mark.parametrize(("script", "code", "message"), AUDITS.values(), ids=AUDITS.keys())
+def test_audit_reports_its_result_in_one_line(tmp_path: Path, script: str, code: int, message: str) -> None:
+    """Replaces pip-audit with a stub, since real results need a network and change daily."""
     [version] = re.findall(r"pip-audit==(\S+)", (ROOT / "bin/audit").read_text())
-    stand_in = tmp_path / "bin/pip-audit"
-    stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo pip-audit {version} && exit\n{script}\n')
-    stand_in.chmod(0o755)
+    stub = tmp_path / "bin/pip-audit"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo pip-audit {version} && exit\n{script}\n')
+    stub.chmod(0o755)
 
     ended = subprocess.run(
         [str(ROOT / "bin/audit")],
@@ -659,4 +661,4 @@ def test_audit_reports_its_result_in_one_line(tmp_path: Path, script: str, code:
     assert ended.returncode == code
     line = (ended.stderr if code else ended.stdout).splitlines()
     assert len(line) == 1
-    assert said in line[0]
+    assert message in line[0]

@@ -1,4 +1,4 @@
-"""The figures of the service: do they add up, whoever is asked, and does Prometheus' own tool like them."""
+"""Metrics and logs: counts add up in every web process, and Prometheus' own tools accept them."""
 
 import json
 import os
@@ -41,7 +41,7 @@ Figures = dict[str, float]
 
 
 def figures(url: str) -> Figures:
-    """Every sample below `url`, by its name and labels as Prometheus writes them."""
+    """All samples at `url`/metrics, keyed by name and labels in Prometheus' notation."""
     answer = requests.get(f"{url}/metrics", timeout=10)
     assert answer.status_code == 200
     return {
@@ -53,14 +53,14 @@ def figures(url: str) -> Figures:
 
 @pytest.fixture(scope="module")
 def measured(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
-    """A service of two web processes, and the URL of its model server's metrics."""
+    """A service with two web processes, and the URL of its model server's metrics."""
     port = free_port()
     with run_service(tmp_path_factory.mktemp("measured"), METRICS_PORT=str(port)) as service:
         yield service, f"http://127.0.0.1:{port}"
 
 
 def growth(before: Figures, after: Figures) -> Figures:
-    """What was counted between the two, gauges apart; a series that was not there yet began at zero."""
+    """The increase of each counter; a new series started at zero. Meaningless for gauges."""
     return {name: value - before.get(name, 0) for name, value in after.items()}
 
 
@@ -78,7 +78,7 @@ def test_metrics_of_a_stress_test_add_up(measured: tuple[Service, str]) -> None:
     web, server = growth(before[0], figures(service.url)), growth(before[1], figures(model_server))
     assert web[ANSWERED] == 301
     assert web['keras_rest_api_requests_total{endpoint="/predict",status="400"}'] == 1
-    # Neither the 400 nor, below, what takes a millisecond: how long images take would be hidden behind it.
+    # The 400 is not included: fast errors would hide how long images take.
     assert web["keras_rest_api_request_duration_seconds_count"] == 301
     assert web['keras_rest_api_images_total{outcome="classified"}'] == 301
     assert web['keras_rest_api_images_total{outcome="bad_image"}'] == 2
@@ -183,7 +183,7 @@ def test_metrics_port_in_use_stops_the_start(redis_port: int, tmp_path: Path) ->
     with run_redis(tmp_path / "redis", taken := free_port()):
         command = [sys.executable, "run_model_server.py", "--gpu", "1"]
         process = Process(command, tmp_path / "server", METRICS_PORT=str(taken - 1))
-        wait_until(lambda: not process.alive, "it ends", 60)
+        wait_until(lambda: not process.alive, "the model server stops", 60)
 
     assert process.popen.returncode == 2
     assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
@@ -195,8 +195,8 @@ def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
     with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
         with running(deadly, tmp_path / "deadly", IMAGE_QUEUE=queue) as killed:
             killed.wait_for_log("* Joined")
-            answer = pool.submit(Service(url).post, WHITE)  # which kills it
-            wait_until(lambda: not killed.alive, "it dies")
+            answer = pool.submit(Service(url).post, WHITE)  # kills the server
+            wait_until(lambda: not killed.alive, "the model server dies")
         with running(good, tmp_path / "good", IMAGE_QUEUE=queue, METRICS_PORT=str(port)):
             assert answer.result().status_code == 200
             counted = figures(f"http://127.0.0.1:{port}")

@@ -1,4 +1,4 @@
-"""The interface against its own description: schemathesis makes requests of it, good ones and bad ones."""
+"""The service against its OpenAPI description: schemathesis sends valid and invalid requests."""
 
 import importlib
 import io
@@ -31,9 +31,9 @@ described = schemathesis.openapi.from_path(ROOT / "web/static/openapi.json")
 @described.parametrize()
 @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_service_conforms_to_openapi(service: Service, case: schemathesis.Case[Any]) -> None:
-    excluded = [ignored_auth]  # API_KEYS is not set here: the description says that a key may be wanted
+    excluded = [ignored_auth]  # API_KEYS is not set here; in the description a key is optional
     if case.operation.path.endswith("/infer"):
-        excluded.append(schemathesis.checks.not_a_server_error)  # 501, until it is there
+        excluded.append(schemathesis.checks.not_a_server_error)  # 501 until it is implemented
     case.call_and_validate(base_url=service.url, excluded_checks=excluded)
 
 
@@ -71,7 +71,7 @@ def test_openapi_describes_every_documented_error(status: str) -> None:
     assert all(f"`{code}`" in told for code in codes)
 
 
-# Clients that others generate from the description of the running service
+# Clients generated from the description of the running service
 
 THREE = (ROOT / "models/digits/three.png").read_bytes()
 NO_IMAGE = b"No image."
@@ -82,9 +82,7 @@ def generate(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_client_from_openapi_generator_works(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_from_openapi_generator_works(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = find_spec("openapi_generator_cli")
     assert package is not None
     jar = str(Path(str(package.origin)).with_name("openapi-generator.jar"))
@@ -94,7 +92,7 @@ def test_client_from_openapi_generator_works(
     monkeypatch.syspath_prepend(tmp_path)
     client = importlib.import_module("openapi_client")
 
-    with client.ApiClient() as connection:  # which has the service's address from the description
+    with client.ApiClient() as connection:  # its URL comes from the description
         classify, health = client.ClassifyApi(connection), client.HealthApi(connection)
         one = classify.predict([THREE], top=2).actual_instance
         several = classify.predict([THREE, NO_IMAGE]).actual_instance

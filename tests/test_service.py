@@ -1,4 +1,4 @@
-"""The whole service, as its clients see it: a real Apache with mod_wsgi, a real Redis, real Keras models."""
+"""The whole service from the outside: a real Apache with mod_wsgi, a real Redis, real Keras models."""
 
 import importlib.util
 import json
@@ -45,16 +45,16 @@ PNG = saved(Image.fromarray(colours(0)), "PNG")
 
 @pytest.fixture(scope="session")
 def held_out() -> list[tuple[bytes, str]]:
-    """The digits that training never saw, as the files that a client posts, in all presentations by turns."""
+    """Digits that were held out from training, as PNG files in four styles, each with its label."""
     rng = np.random.default_rng(20)
-    presentations = ("raw", "scan", "inverted", "photo")
+    styles = ("raw", "scan", "inverted", "photo")
     _, (digits, classes) = split()
-    images = [render(digit, presentations[i % 4], rng) for i, digit in enumerate(digits)]
+    images = [render(digit, styles[i % 4], rng) for i, digit in enumerate(digits)]
     return [(saved(image, "PNG"), str(label)) for image, label in zip(images, classes, strict=True)]
 
 
 def post_all(service: Service, images: list[bytes], clients: int = 64) -> list[requests.Response]:
-    """Post every image, by so many clients at once; the answers in the order of the images."""
+    """Post every image with `clients` at once; return the responses in the order of the images."""
     with ThreadPoolExecutor(clients) as pool:
         return list(pool.map(service.post, images))
 
@@ -108,7 +108,7 @@ def test_readyz_names_the_model_that_is_served(service: Service) -> None:
         ({"image": b"hello"}, "bad_image"),
         ({"image": PNG[: len(PNG) // 2]}, "bad_image"),
     ],
-    ids=["no field", "empty", "no image", "truncated"],
+    ids=["missing field", "empty", "not an image", "truncated"],
 )
 def test_request_without_a_valid_image_is_400(service: Service, files: dict[str, bytes], code: str) -> None:
     assert_error(requests.post(f"{service.url}/predict", files=files, timeout=10), 400, code)
@@ -133,7 +133,7 @@ def test_wrong_method_is_405(service: Service, method: str, path: str) -> None:
 
 
 def test_too_many_pixels_are_413(service: Service) -> None:
-    """By its header alone: the pixels themselves are not there."""
+    """The header alone decides: this file has no pixel data."""
     header = saved(Image.new("1", (8100, 8100)), "PNG")[:100]
 
     assert "megapixels" in assert_error(service.post(header), 413, "too_large")
@@ -144,7 +144,7 @@ def test_web_rejects_too_many_bytes_with_413(service: Service) -> None:
 
 
 def test_apache_rejects_far_too_many_bytes_with_413(service: Service) -> None:
-    """By the header alone: it does not wait for them."""
+    """Content-Length alone decides: the body is never sent."""
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 170000000\r\n\r\n"
 
     assert "far larger" in assert_error(raw_answer(service, head), 413, "too_large")
@@ -196,14 +196,14 @@ def test_web_process_that_cannot_start_gives_json_500() -> None:
 
 
 def answers(url: str) -> list[requests.Response]:
-    """The answer of the homepage, if one comes (an answer that is an error would count as false)."""
+    """The homepage's response in a list, empty if there is none; a bare error response would be falsy."""
     with suppress(requests.RequestException):
         return [requests.get(url, timeout=60)]
     return []
 
 
 def test_web_process_that_dies_during_a_request_gives_json(redis: Redis) -> None:
-    """mod_wsgi answers 500 up to version 5, and 502 since."""
+    """mod_wsgi responds 500 up to version 5, and 502 in later ones."""
     queue = f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(Service(url).post, PNG)
@@ -217,19 +217,19 @@ def test_web_process_that_dies_during_a_request_gives_json(redis: Redis) -> None
         wait_until(lambda: requests.get(f"{url}/livez", timeout=60).ok, "new web processes answer")
 
 
-# What is missing, and what is too much
+# Missing parts and overload
 
 
 @pytest.fixture(scope="module")
-def lonely(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
-    """A service without a model server, with short limits; and the name of its queue, which each test leaves empty."""
+def without_server(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
+    """A service without a model server, with short limits, and the name of its queue, which each test leaves empty."""
     queue = f"lonely-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="2", MAX_QUEUE="3") as url:
         yield Service(url), queue
 
 
-def test_readyz_without_model_server_is_503(lonely: tuple[Service, str]) -> None:
-    response = requests.get(f"{lonely[0].url}/readyz", timeout=10)
+def test_readyz_without_model_server_is_503(without_server: tuple[Service, str]) -> None:
+    response = requests.get(f"{without_server[0].url}/readyz", timeout=10)
 
     assert_error_with_ready(response, "no_model_server")
 
@@ -240,10 +240,10 @@ def assert_error_with_ready(response: requests.Response, code: str) -> None:
     assert_error(response, 503, code)
 
 
-def test_request_without_model_server_is_504_with_reason(lonely: tuple[Service, str]) -> None:
+def test_request_without_model_server_is_504_with_reason(without_server: tuple[Service, str]) -> None:
     started = time.monotonic()
 
-    message = assert_error(lonely[0].post(PNG), 504, "timeout")
+    message = assert_error(without_server[0].post(PNG), 504, "timeout")
 
     assert "no model server is alive" in message
     assert 2 <= time.monotonic() - started < 3
@@ -251,9 +251,9 @@ def test_request_without_model_server_is_504_with_reason(lonely: tuple[Service, 
 
 @pytest.mark.parametrize(("alive", "code"), [(True, "queue_full"), (False, "no_model_server")])
 def test_full_queue_is_503_with_retry_after(
-    lonely: tuple[Service, str], redis: Redis, alive: bool, code: str
+    without_server: tuple[Service, str], redis: Redis, alive: bool, code: str
 ) -> None:
-    service, queue = lonely
+    service, queue = without_server
     redis.rpush(queue, *[json.dumps({"id": str(i), "image": "", "deadline": 0}) for i in range(3)])
     if alive:
         redis.set(f"{queue}:server:busy", json.dumps({"model": "digits", "weights": "digits.keras"}), ex=60)
@@ -264,9 +264,9 @@ def test_full_queue_is_503_with_retry_after(
     assert_error(response, 503, code)
 
 
-def test_model_error_is_500_model_failed(lonely: tuple[Service, str], redis: Redis) -> None:
-    """The answer is the one that a model server gives when an image breaks the model."""
-    service, queue = lonely
+def test_model_error_is_500_model_failed(without_server: tuple[Service, str], redis: Redis) -> None:
+    """The test plays the model server, with the answer for an image that breaks the model."""
+    service, queue = without_server
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.post, PNG)
         job = json.loads(wait_until(lambda: redis.lindex(queue, 0), "the job is queued"))
@@ -276,10 +276,8 @@ def test_model_error_is_500_model_failed(lonely: tuple[Service, str], redis: Red
         assert_error(asked.result(), 500, "model_failed")
 
 
-def test_answer_of_an_older_model_server_is_understood(
-    lonely: tuple[Service, str], redis: Redis
-) -> None:
-    service, queue = lonely
+def test_answer_of_an_older_model_server_is_understood(without_server: tuple[Service, str], redis: Redis) -> None:
+    service, queue = without_server
     predictions = [{"label": "3", "probability": 0.9}]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.post, PNG)
@@ -299,7 +297,7 @@ def test_request_without_redis_is_503(tmp_path: Path) -> None:
         assert requests.get(f"{url}/livez", timeout=10).status_code == 200
 
 
-# Right answers
+# Correct results
 
 
 def test_held_out_digits_are_recognized(service: Service, held_out: list[tuple[bytes, str]]) -> None:
@@ -324,7 +322,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(service: Service, held_
 def test_two_model_servers_answer_each_request_correctly_once(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
-    """1,000 distinct images, each with the answer that one server alone gives."""
+    """1,000 distinct images."""
     rng = np.random.default_rng(1)
     _, (digits, classes) = split()
     chosen = rng.permutation(np.resize(np.arange(len(digits)), 1000))
@@ -367,7 +365,7 @@ def test_500_simultaneous_requests_are_all_answered(service: Service) -> None:
 
 
 def test_hundreds_of_requests_wait_despite_a_low_file_limit(redis: Redis, tmp_path: Path) -> None:
-    """As under systemd, whose limit for the sum of connections and files is 1,024 unless a process raises it."""
+    """systemd limits open files to 1,024 unless a process raises its limit; connections count as files."""
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     images, queue = 300, f"queue-{free_port()}"
     with ExitStack() as stack:
@@ -378,7 +376,7 @@ def test_hundreds_of_requests_wait_despite_a_low_file_limit(redis: Redis, tmp_pa
             resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
         pool = stack.enter_context(ThreadPoolExecutor(images))
         asked = [pool.submit(Service(url).post, PNG) for _ in range(images)]
-        wait_until(lambda: redis.llen(queue) == images, "all of them wait", 60)
+        wait_until(lambda: redis.llen(queue) == images, "all are queued", 60)
 
         stack.enter_context(run_model_server(tmp_path / "server", IMAGE_QUEUE=queue))
 
@@ -408,7 +406,7 @@ def test_simple_client_prints_the_tutorials_lines(service: Service) -> None:
 
 
 def test_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
-    """In web processes of its own: what other tests made of the service's is not what a load takes."""
+    """Uses new web processes, since other tests may have enlarged those of `service`."""
     photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
     noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
 
@@ -421,41 +419,39 @@ def test_web_process_stays_small_under_load(service: Service, record_property: C
     record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
-def test_queued_images_are_not_kept_in_memory(
-    redis: Redis, record_property: Callable[[str, object], None]
-) -> None:
+def test_queued_images_are_not_kept_in_memory(redis: Redis, record_property: Callable[[str, object], None]) -> None:
     image, queue = saved(Image.fromarray(colours(0)), "PNG"), f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="15") as url, ThreadPoolExecutor(256) as pool:
         before = max(map(resident_bytes, web_processes(url)))
         asked = [pool.submit(Service(url).post, image) for _ in range(256)]
-        wait_until(lambda: redis.llen(queue) == 256, "all of them wait")
+        wait_until(lambda: redis.llen(queue) == 256, "all are queued")
         grown = max(map(resident_bytes, web_processes(url))) - before
         assert {each.result().status_code for each in asked} == {504}
 
-    # Each of about 128 is 0.2 MB as text: kept once they would be 26 MB more.
+    # Each process has about 128 images of 0.2 MB as text: one copy of each in memory would be 26 MB.
     assert grown < 38e6
     record_property("figures", f"grown by {grown / 1e6:.0f} MB")
 
 
-# The numbers that Keras itself gives
+# The same numbers as Keras
 
 
 @pytest.fixture(scope="session")
 def imagenet_names() -> bool:
-    """Whether Keras has ImageNet's class names, or can fetch them: without internet it may not."""
-    patience = socket.getdefaulttimeout()
+    """Whether Keras has the ImageNet class names, or can download them."""
+    default = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
         keras.applications.resnet50.decode_predictions(np.zeros((1, 1000)), top=1)
     except Exception:
         return False
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(default)
     return True
 
 
 def decoded(probabilities: Any, imagenet_names: bool) -> list[list[tuple[str, float]]]:
-    """The five best of each row, by Keras' own decode_predictions or by the labels file of the test."""
+    """The top five of each row, by Keras' decode_predictions or the test's own labels file."""
     if imagenet_names:
         rows = keras.applications.resnet50.decode_predictions(probabilities, top=5)
         return [[(label, probability) for _, label, probability in row] for row in rows]
@@ -463,7 +459,7 @@ def decoded(probabilities: Any, imagenet_names: bool) -> list[list[tuple[str, fl
 
 
 class Plain(NamedTuple):
-    """What plain Keras makes of the samples with a ResNet50: the settings that serve it, and the probabilities."""
+    """Settings that serve a ResNet50, and its probabilities for the samples computed directly in Keras."""
 
     settings: dict[str, str]
     probabilities: Any
@@ -488,13 +484,13 @@ def plain_resnet50(tmp_path_factory: pytest.TempPathFactory, imagenet_names: boo
 def test_resnet50_through_http_equals_plain_keras(
     redis_port: int, tmp_path: Path, backend: str, imagenet_names: bool, plain_resnet50: Plain
 ) -> None:
-    """20 images of all formats and modes: the same labels in the same order, probabilities to 1e-4."""
+    """20 images in all formats and modes give the same labels in the same order, probabilities within 1e-4."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
     sent = samples.samples()
     plain = plain_resnet50.probabilities
 
-    # Warm-up measures each size of batch, which takes long for 32.
+    # Warm-up times every batch size; up to 32 would take long.
     with run_service(tmp_path, 1, KERAS_BACKEND=backend, BATCH_SIZE="8", **plain_resnet50.settings) as service:
         responses = post_all(service, [sample.data for sample in sent])
 
@@ -503,4 +499,4 @@ def test_resnet50_through_http_equals_plain_keras(
         got = [(each["label"], each["probability"]) for each in response.json()["predictions"]]
         assert [label for label, _ in got] == [label for label, _ in expected], sample.name
         assert [p for _, p in got] == pytest.approx([p for _, p in expected], abs=1e-4), sample.name
-    assert np.ptp(plain[:, plain[0].argmax()]) > 0.01  # so that a mix-up would show
+    assert np.ptp(plain[:, plain[0].argmax()]) > 0.01  # the images differ enough for a mix-up to be noticed

@@ -1,4 +1,4 @@
-"""How many images are decoded at once, by all web processes together."""
+"""The limit on images decoded at once, in all web processes together."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import settings
 from helpers import cgroup_quota
 from web.turns import MemoryTimeout, Turns
 
-# A process that has jobs of 20 ms, and writes when each began and ended.
+# A process that runs jobs of 20 ms and prints when each began and ended.
 WORKER = """if True:
     import sys, time
     from pathlib import Path
@@ -56,7 +56,7 @@ def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
 
     assert [len(jobs) for jobs in done] == [60, 60, 60]
     assert most_at_once([job for jobs in done for job in jobs]) == 2
-    # None of them waits until the others are done: at half of the time each has done a good part.
+    # No process waits for the others to finish: at half time each has done at least 10 jobs.
     begun, ended = min(jobs[0][0] for jobs in done), max(jobs[-1][1] for jobs in done)
     for jobs in done:
         assert sum(job[1] < (begun + ended) / 2 for job in jobs) >= 10
@@ -116,7 +116,7 @@ def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
     waiting = threading.Thread(target=take_half)
     with turns.memory(half, 1), turns.memory(half, 1):
         with turns.memory(1_000_000, 0):
-            pass  # a small one needs no share
+            pass  # small images need no share
         with pytest.raises(MemoryTimeout), turns.memory(half, 0.05):
             pass
         waiting.start()
@@ -132,11 +132,11 @@ def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
     ("own", "files", "cores"),
     [
         pytest.param("0::/a/b\n", {"a/b/cpu.max": "150000 100000"}, 1.5, id="version 2"),
-        pytest.param("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2, id="one above"),
+        pytest.param("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2, id="parent cgroup"),
         pytest.param("0::/\n", {"cpu.max": "50000 100000"}, 0.5, id="a container"),
-        pytest.param("0::/a\n", {"a/cpu.max": "max 100000"}, float("inf"), id="none"),
+        pytest.param("0::/a\n", {"a/cpu.max": "max 100000"}, float("inf"), id="no quota"),
         pytest.param("0::/a\n", {}, float("inf"), id="no file"),
-        pytest.param("0::/a\n", {"a/cpu.max": "rubbish"}, float("inf"), id="rubbish"),
+        pytest.param("0::/a\n", {"a/cpu.max": "rubbish"}, float("inf"), id="malformed"),
         pytest.param(
             "5:cpu,cpuacct:/a\n3:memory:/m\n",
             {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 3,
@@ -149,11 +149,13 @@ def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
         ),
         pytest.param(
             "5:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, float("inf"),
-            id="version 1, none",
+            id="version 1 without quota",
         ),
     ],
 )  # fmt: skip
-def test_available_cores_respect_the_cgroup_quota(tmp_path: Path, own: str, files: dict[str, str], cores: float) -> None:
+def test_available_cores_respect_cgroup_quotas(
+    tmp_path: Path, own: str, files: dict[str, str], cores: float
+) -> None:
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +173,7 @@ def test_available_cores_respect_the_affinity() -> None:
 def test_six_largest_images_at_once_take_less_than_a_gigabyte(
     service: Service, record_property: Callable[[str, object], None]
 ) -> None:
-    """Of both web processes together: RGBA, of 49 megapixels, whose transparency has to be laid onto white."""
+    """RGBA of 49 megapixels, the costliest kind: transparency is blended onto white. Both web processes together."""
     side, most = 7000, list[int]()
     rows = (b"\0" + b"\x20\x40\x60\x80" * side) * side
     image = hostile.png(hostile.header(side, side, colour=6), rows=rows)
@@ -182,11 +184,11 @@ def test_six_largest_images_at_once_take_less_than_a_gigabyte(
             most.append(sum(map(resident_bytes, web_processes(service.url))))
             time.sleep(0.01)
 
-    # On a machine that is busy with other things, the last ones' turn may not come in time.
+    # On a busy machine the last images may get no turn in time.
     statuses = [answer.result().status_code for answer in answers]
     assert set(statuses) <= {200, 503}
     assert statuses.count(200) >= 2
     assert len(most) > 20
     assert max(most) < 1e9
     record_property("figures", f"at most {max(most) / 1e6:.0f} MB")
-    wait_until(lambda: sum(map(resident_bytes, web_processes(service.url))) < 3e8, "the memory is given back")
+    wait_until(lambda: sum(map(resident_bytes, web_processes(service.url))) < 3e8, "the memory is freed")
