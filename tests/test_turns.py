@@ -153,9 +153,7 @@ def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_available_cores_respect_cgroup_quotas(
-    tmp_path: Path, own: str, files: dict[str, str], cores: float
-) -> None:
+def test_available_cores_respect_cgroup_quotas(tmp_path: Path, own: str, files: dict[str, str], cores: float) -> None:
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
