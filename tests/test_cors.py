@@ -12,7 +12,7 @@ import requests
 from conftest import ROOT, Service, assert_error, raw_answer, run_apache
 
 THREE = (ROOT / "models/digits/three.png").read_bytes()
-APP, LOCAL, STRANGER = "https://app.example", "http://localhost:3000", "https://evil.example"
+APP, LOCAL, OTHER = "https://app.example", "http://localhost:3000", "https://evil.example"
 KEY, OTHER_KEY = "the-key-of-2026-is-this", "the-key-of-2027-is-that"
 OURS = "Access-Control-"
 
@@ -34,7 +34,7 @@ def post(service: Service, origin: str, body: bytes = THREE, key: str = KEY) -> 
     return service.post(body, headers={"Origin": origin, "Authorization": f"Bearer {key}"})
 
 
-def announce(service: Service, origin: str, length: str) -> requests.Response:
+def send_headers(service: Service, origin: str, length: str) -> requests.Response:
     """Send the headers of a request that Apache rejects for its Content-Length."""
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: {origin}\r\nContent-Length: {length}\r\n\r\n"
     return raw_answer(service, head.encode())
@@ -96,7 +96,7 @@ def test_page_may_read_errors(shared: Service) -> None:
 
 
 def test_page_may_read_apaches_errors(shared: Service) -> None:
-    too_large, nonsense = announce(shared, LOCAL, "999999999"), announce(shared, LOCAL, "many")
+    too_large, nonsense = send_headers(shared, LOCAL, "999999999"), send_headers(shared, LOCAL, "many")
 
     assert_error(too_large, 413, "too_large")
     assert_error(nonsense, 400, "bad_request")
@@ -104,13 +104,13 @@ def test_page_may_read_apaches_errors(shared: Service) -> None:
     assert_shared(nonsense, LOCAL)
 
 
-STRANGE = [STRANGER, "null", f"{APP}:8443", f"{APP}.evil.example", "http://app.example", f"{APP},{LOCAL}", f"{APP} x",
-           "*", "https://*", ""]  # fmt: skip
+OTHER_ORIGINS = [OTHER, "null", f"{APP}:8443", f"{APP}.evil.example", "http://app.example", f"{APP},{LOCAL}",
+                 f"{APP} x", "*", "https://*", ""]  # fmt: skip
 
 
-@pytest.mark.parametrize("origin", STRANGE)
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
 def test_other_origins_get_no_cors_headers(shared: Service, origin: str) -> None:
-    by_apache = announce(shared, origin, "999999999")
+    by_apache = send_headers(shared, origin, "999999999")
     answers = [preflight(f"{shared.url}/predict", origin), post(shared, origin, key="x"), by_apache]
 
     assert [access_headers(answer) for answer in answers] == [[], [], []]
@@ -157,7 +157,7 @@ for origin in ("{APP}", "null"):
 
 
 def test_cors_is_off_by_default(service: Service) -> None:
-    answers = [preflight(f"{service.url}/predict", APP), post(service, APP), announce(service, APP, "999999999")]
+    answers = [preflight(f"{service.url}/predict", APP), post(service, APP), send_headers(service, APP, "999999999")]
 
     assert [answer.status_code for answer in answers] == [200, 200, 413]
     assert [access_headers(answer) for answer in answers] == [[], [], []]

@@ -139,13 +139,13 @@ def test_counts_survive_the_death_of_a_web_process(measured: tuple[Service, str]
         killed = web_processes(service.url)
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        wait_until(partial(others, service.url, killed), "other web processes answer")
+        wait_until(partial(replaced, service.url, killed), "new web processes answer")
         service.post(IMAGE)
 
     assert figures(service.url)[ANSWERED] - before == 3
 
 
-def others(url: str, killed: list[int]) -> bool:
+def replaced(url: str, killed: list[int]) -> bool:
     return len(set(web_processes(url)) - set(killed)) == len(killed) and responds(url)
 
 

@@ -41,7 +41,7 @@ def spans(printed: str) -> list[tuple[float, float]]:
     return [(float(begun), float(ended)) for begun, ended in map(str.split, printed.splitlines())]
 
 
-def most_at_once(jobs: list[tuple[float, float]]) -> int:
+def max_at_once(jobs: list[tuple[float, float]]) -> int:
     return max(sum(begun <= at < ended for begun, ended in jobs) for at, _ in jobs)
 
 
@@ -55,7 +55,7 @@ def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
     done = [spans(worker.communicate(timeout=60)[0]) for worker in workers]
 
     assert [len(jobs) for jobs in done] == [60, 60, 60]
-    assert most_at_once([job for jobs in done for job in jobs]) == 2
+    assert max_at_once([job for jobs in done for job in jobs]) == 2
     # No process waits for the others to finish: at half time each has done at least 10 jobs.
     begun, ended = min(jobs[0][0] for jobs in done), max(jobs[-1][1] for jobs in done)
     for jobs in done:
