@@ -218,10 +218,10 @@ def test_logs_can_be_json(redis_port: int, tmp_path: Path) -> None:
         [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         for text in ((tmp_path / "apache").read_text(), service.servers[0].log)
     )
-    told = {line["request"]: line for line in web if "request" in line}
-    assert told["good-1"].items() >= {"level": "INFO", "status": 200, "batch": 1, "images": 1}.items()
-    assert {"time", "ms", "prepare_ms", "queue_ms", "compute_ms"} <= told["good-1"].keys()
-    assert told["bad-1"].items() >= {"status": 400, "code": "bad_image"}.items()
+    logged = {line["request"]: line for line in web if "request" in line}
+    assert logged["good-1"].items() >= {"level": "INFO", "status": 200, "batch": 1, "images": 1}.items()
+    assert {"time", "ms", "prepare_ms", "queue_ms", "compute_ms"} <= logged["good-1"].keys()
+    assert logged["bad-1"].items() >= {"status": 400, "code": "bad_image"}.items()
     assert any(line.get("requests") == ["good-1"] for line in server)
     assert any(line["message"] == "* Model loaded" for line in server)
 
