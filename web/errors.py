@@ -19,10 +19,8 @@ HTTP_MESSAGES = {
     404: "There is nothing at this address, so post the image to /predict.",
     405: "This address does not take this method, so post the image to /predict.",
 }
-# The queue knows nothing of HTTP. A plain ServiceError is a fault of ours.
-STATUSES: dict[type[ServiceError], int] = {
-    ServiceError: 500, QueueFull: 503, RedisDown: 503, NoModelServer: 503, ResultTimeout: 504,
-}  # fmt: skip
+# For the queue's errors, since the queue knows nothing of HTTP.
+STATUSES: dict[type[ServiceError], int] = {QueueFull: 503, RedisDown: 503, NoModelServer: 503, ResultTimeout: 504}
 
 
 class WebError(ServiceError):
@@ -46,7 +44,7 @@ class ModelFailed(WebError):
 
 def status_of(kind: type[ServiceError]) -> int:
     """Return the HTTP status of an error class."""
-    return kind.status if issubclass(kind, WebError) else STATUSES[kind]
+    return kind.status if issubclass(kind, WebError) else STATUSES.get(kind, 500)
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Metrics:
         self.jobs.labels(event).inc(times)
 
     def count_request(self, endpoint: str, status: int, seconds: float, images: int) -> None:
-        """Count a response that took `seconds` and has predictions for so many `images`.
+        """Count a response that took `seconds` and has predictions for this number of `images`.
 
         The duration counts only if there are predictions: a 401 takes a millisecond, and many of them would hide how
         long images take.
@@ -82,8 +82,8 @@ class Metrics:
         self.images.labels(CLASSIFIED).inc()
         if batch:  # model servers of older versions do not report it
             self.batches.observe(batch)
-        for stage, time in seconds.items():
-            self.stages.labels(stage).observe(time)
+        for stage, taken in seconds.items():
+            self.stages.labels(stage).observe(taken)
 
     def count_failed(self, code: str) -> None:
         """Count an image whose result was the error `code`."""

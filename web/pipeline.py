@@ -79,7 +79,7 @@ class Pipeline:
     def _prepare_and_ask(self, upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
         begun = time.monotonic()
         shape = self.queue.shape()
-        image = [self.prepare_in_turn(upload, deadline, shape)]
+        image = [self._prepare_in_turn(upload, deadline, shape)]
         prepared = time.monotonic()
         # pop() leaves no reference here, so the queue can free the image while it waits.
         answer = self.queue.ask(image.pop(), deadline, request_id, top, shape)
@@ -90,13 +90,13 @@ class Pipeline:
         seconds = (prepared - begun, waited, answer.get("compute_s", 0.0))
         return Classified(answer["predictions"], answer.get("batch", 0), dict(zip(STAGES, seconds, strict=True)))
 
-    def prepare_in_turn(self, upload: IO[bytes], deadline: float, shape: Shape) -> str:
-        """Wait for a turn, then return what prepare() does. Raises what it raises.
+    def _prepare_in_turn(self, upload: IO[bytes], deadline: float, shape: Shape) -> str:
+        """Wait for a turn, then return what _prepare() does. Raises what it raises.
 
         Raises QueueFull if half of the time until `deadline` (unix seconds) passes first.
         """
         limit = time.monotonic() + max(0.0, deadline - time.time()) / 2
-        prepared = self.turns.submit(partial(self.prepare, upload, shape, limit))
+        prepared = self.turns.submit(partial(self._prepare, upload, shape, limit))
         try:
             concurrent.futures.wait([prepared], max(0.0, limit - time.monotonic()))
             if not prepared.done() and prepared.cancel():  # it had not begun
@@ -106,7 +106,7 @@ class Pipeline:
         finally:
             del prepared  # breaks a reference cycle between the future, its error and this frame
 
-    def prepare(self, upload: IO[bytes], shape: Shape, limit: float) -> str:
+    def _prepare(self, upload: IO[bytes], shape: Shape, limit: float) -> str:
         """Return the image in `upload` as base64 text of pixels of `shape` (height, width, channels).
 
         Raises MissingImage, BadImage, TooLarge, and QueueFull if there is no memory for it by `limit` (monotonic).
@@ -114,14 +114,14 @@ class Pipeline:
         try:
             with upload:  # closed here, so that hundreds of waiting requests do not keep theirs open
                 opened = [open_image(upload)]
-            return self.encode(opened.pop(), shape, limit)
+            return self._encode(opened.pop(), shape, limit)
         except MemoryTimeout:
             raise too_many_images() from None
         except ServiceError as error:
             drop_tracebacks(error)
             raise
 
-    def encode(self, image: Image.Image, shape: Shape, limit: float) -> str:
+    def _encode(self, image: Image.Image, shape: Shape, limit: float) -> str:
         """Reserve the memory to decode `image`; return it prepared, as base64 text.
 
         Raises BadImage, TooLarge, and MemoryTimeout if the memory is not free by `limit` (monotonic).
