@@ -4,7 +4,6 @@ Every file is listed here, so no URL leads to a folder. Files are sent from disk
 pages are relative, because a proxy may serve the service under a prefix.
 """
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -59,17 +58,8 @@ FILES = {
 
 def add_pages(app: flask.Flask) -> None:
     """Add a route for each file to `app`."""
-    for path, page in FILES.items():
-        app.add_url_rule(path, endpoint=path, view_func=view(page))
-
-
-def view(page: Page) -> Callable[[], flask.Response]:
-    """Return the view function that sends a file. Flask-Limiter does not accept a partial() as a view."""
-
-    def answer() -> flask.Response:
-        return send(page)
-
-    return answer
+    for path in FILES:
+        app.add_url_rule(path, endpoint=path, view_func=lambda: send(FILES[flask.request.path]))
 
 
 def send(page: Page) -> flask.Response:
