@@ -160,15 +160,14 @@ class StartupError(Exception):
 
 
 class ServiceError(Exception):
-    """A request that can't be answered as asked: what the client is told, and the HTTP status that says so.
+    """A request that can't be answered as asked.
 
-    The message is one plain sentence that says what to do; what a library said stays in the log.
+    The message goes to the client: one plain sentence that says what to do. What a library said stays in the log.
     """
 
-    status = 500
     code = "internal_error"
 
     def __init__(self, message: str, **more: object) -> None:
-        """Say `message`, and to programs `more`, which stands beside the error in the answer."""
+        """Keep `message` and, for programs, `more` fields that stand beside the error in the response."""
         super().__init__(message)
         self.more = more

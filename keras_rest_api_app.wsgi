@@ -1,10 +1,13 @@
-"""What Apache loads: mod_wsgi looks for `application`."""
+"""Loaded by Apache: mod_wsgi looks for `application`."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from run_web_server import start  # noqa: E402
+from run_web_server import create_app
+from web.process import set_up_process, watch_redis
 
-application = start()
+set_up_process()
+application = create_app()
+watch_redis(application.extensions["queue"])

@@ -20,16 +20,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import hostile  # noqa: E402 - the path comes first
 import samples  # noqa: E402
 
-import run_web_server as web  # noqa: E402
 from helpers import ServiceError  # noqa: E402
 from web.image_preparation import open_image, prepare_image  # noqa: E402
+from web.process import limit_malloc  # noqa: E402
 
 QUIET = 0.022  # seconds
 NOTABLE = 0.05  # seconds
 
 
 def main() -> None:
-    web.keep_memory_small()
+    limit_malloc()
     for form in (
         "PNG",
         "JPEG",

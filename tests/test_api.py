@@ -1,4 +1,4 @@
-"""What /predict takes and says besides the tutorial's form and the tutorial's JSON."""
+"""What /predict accepts and returns beyond the tutorial, and the Open Inference Protocol."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +13,8 @@ from conftest import ROOT, Service, assert_error, free_port, raw_answer, run_apa
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-import run_web_server
+from image_queue import WebQueue
+from run_web_server import create_app
 
 THREE, SEVEN = (ROOT / "models/digits" / name for name in ("three.png", "seven.jpg"))
 
@@ -25,7 +26,7 @@ def post(service: Service, *images: bytes, path: str = "/predict", **options: An
 
 @pytest.mark.parametrize(("image", "kind"), [(THREE, "image/png"), (SEVEN, "image/jpeg"), (SEVEN, "image/unheard-of")])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_the_image_may_be_the_body(service: Service, image: Path, kind: str, chunked: bool) -> None:
+def test_image_may_be_the_request_body(service: Service, image: Path, kind: str, chunked: bool) -> None:
     data = image.read_bytes()
     body: Any = iter([data[:100], data[100:]]) if chunked else data
 
@@ -40,7 +41,7 @@ def test_the_image_may_be_the_body(service: Service, image: Path, kind: str, chu
     [(b"", 400, "missing_image"), (b"no image", 400, "bad_image"), (b"." * (16 * 2**20 + 1), 413, "too_large")],
 )
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_no_image_is_refused(
+def test_body_that_is_no_image_is_rejected(
     service: Service, body: bytes, status: int, code: str, chunked: bool
 ) -> None:
     sent: Any = iter([body]) if chunked and body else body
@@ -50,7 +51,7 @@ def test_a_body_that_is_no_image_is_refused(
     assert_error(answer, status, code)
 
 
-def test_each_of_several_images_gets_what_it_would_get_alone(service: Service) -> None:
+def test_each_of_several_images_gets_its_own_result(service: Service) -> None:
     three, bad, seven = THREE.read_bytes(), b"no image", SEVEN.read_bytes()
 
     answer = post(service, three, bad, seven)
@@ -61,21 +62,21 @@ def test_each_of_several_images_gets_what_it_would_get_alone(service: Service) -
     assert [each["success"] for each in alone] == [True, False, True]
 
 
-def test_several_images_that_are_all_classified_are_a_success(service: Service) -> None:
+def test_several_classified_images_are_a_success(service: Service) -> None:
     answer = post(service, *[THREE.read_bytes()] * 32).json()
 
     assert answer["success"] is True
     assert [each["predictions"][0]["label"] for each in answer["results"]] == ["3"] * 32
 
 
-def test_too_many_images_are_413(service: Service) -> None:
+def test_too_many_images_in_a_request_are_413(service: Service) -> None:
     message = assert_error(post(service, *[THREE.read_bytes()] * 33), 413, "too_large")
 
     assert "32 images" in message
 
 
 @pytest.mark.parametrize("top", [1, 7])
-def test_top_says_how_many_predictions_there_are(service: Service, top: int) -> None:
+def test_top_sets_the_number_of_predictions(service: Service, top: int) -> None:
     answer = post(service, THREE.read_bytes(), path=f"/predict?top={top}")
 
     everything = post(service, THREE.read_bytes(), path="/predict?top=1000").json()["predictions"]
@@ -84,19 +85,19 @@ def test_top_says_how_many_predictions_there_are(service: Service, top: int) -> 
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "1001", "five", "", "1.5", "%D9%A3"])
-def test_a_top_that_makes_no_sense_is_400(service: Service, top: str) -> None:
+def test_invalid_top_is_400(service: Service, top: str) -> None:
     assert_error(post(service, THREE.read_bytes(), path=f"/predict?top={top}"), 400, "bad_request")
 
 
-def test_a_request_has_its_clients_id_in_its_answer_and_in_the_log(service: Service) -> None:
+def test_clients_request_id_is_returned_and_logged(service: Service) -> None:
     answer = post(service, THREE.read_bytes(), headers={"X-Request-ID": "order-66.a_b"})
 
     assert answer.headers["X-Request-ID"] == "order-66.a_b"
-    wait_until(lambda: "order-66.a_b" in service.servers[0].log, "the model server's log has it")
+    wait_until(lambda: "order-66.a_b" in service.servers[0].log, "the id is in the model server's log")
 
 
 @pytest.mark.parametrize("given", [None, "", "two words", "a" * 65, "<script>", "ü"])
-def test_a_request_without_a_sensible_id_gets_one_of_its_own(service: Service, given: str | None) -> None:
+def test_request_without_a_valid_id_gets_a_new_one(service: Service, given: str | None) -> None:
     headers = {} if given is None else {"X-Request-ID": given.encode("latin-1")}
 
     answers = [post(service, THREE.read_bytes(), headers=headers) for _ in range(2)]
@@ -106,23 +107,23 @@ def test_a_request_without_a_sensible_id_gets_one_of_its_own(service: Service, g
     assert all(re.fullmatch(r"[\w@-]{20,64}", each, re.ASCII) for each in ids)
 
 
-def test_an_error_has_an_id_too_apaches_own_included(service: Service) -> None:
+def test_errors_have_a_request_id(service: Service) -> None:
     refused = requests.post(f"{service.url}/predict", b"", timeout=60)
     by_apache = raw_answer(service, b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
 
     assert (refused.status_code, by_apache.status_code) == (400, 400)
     for answer in (refused, by_apache):
-        assert "," not in answer.headers["X-Request-ID"]  # one, not one of each
+        assert "," not in answer.headers["X-Request-ID"]  # a single id, not one from Apache and one from the app
 
 
-def test_the_time_of_each_stage_is_told(service: Service) -> None:
+def test_server_timing_has_every_stage(service: Service) -> None:
     took = post(service, THREE.read_bytes()).headers["Server-Timing"]
 
     stages = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", took)}
     assert list(stages) == ["prepare", "queue", "compute", "total"]
     assert 'desc="batch of 1"' in took
     assert min(stages["prepare"], stages["compute"]) > 0
-    assert stages["total"] >= stages["prepare"] + stages["queue"] + stages["compute"] - 0.2  # each is rounded
+    assert stages["total"] >= stages["prepare"] + stages["queue"] + stages["compute"] - 0.2  # rounding
 
 
 def get(service: Service, path: str) -> requests.Response:
@@ -133,7 +134,7 @@ def get(service: Service, path: str) -> requests.Response:
 
 
 def assert_protocol_error(answer: Any, status: int) -> str:
-    """Check the one shape that every error below /v2 has; return its text."""
+    """Check that this is an error in the protocol's format; return its text."""
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/json"
     assert list(answer.json()) == ["error"]
@@ -160,7 +161,7 @@ METADATA = {
      ("/v2/models/digits/ready", {"name": "digits", "ready": True}),
      ("/v2/models/digits/versions/digits.keras/ready", {"name": "digits", "ready": True})],
 )  # fmt: skip
-def test_the_protocol_s_health_and_metadata(service: Service, path: str, body: dict[str, Any]) -> None:
+def test_protocol_health_and_model_metadata(service: Service, path: str, body: dict[str, Any]) -> None:
     for address in (path, f"{path}/"):
         answer = get(service, address)
 
@@ -168,13 +169,13 @@ def test_the_protocol_s_health_and_metadata(service: Service, path: str, body: d
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/"])
-def test_the_protocol_s_server_metadata(service: Service, path: str) -> None:
+def test_protocol_server_metadata(service: Service, path: str) -> None:
     assert get(service, path).json() == {"name": "keras-rest-api", "version": "1", "extensions": []}
 
 
 @pytest.mark.parametrize("path", ["/v2/models/cats", "/v2/models/cats/ready", "/v2/models/cats/versions/1",
                                   "/v2/models/digits/versions/2", "/v2/models/digits/versions/2/ready"])  # fmt: skip
-def test_a_model_or_version_that_is_not_served_is_404_with_those_that_are(service: Service, path: str) -> None:
+def test_unknown_model_or_version_is_404_and_lists_the_known(service: Service, path: str) -> None:
     assert "digits" in assert_protocol_error(get(service, path), 404)
 
 
@@ -183,17 +184,17 @@ def test_a_model_or_version_that_is_not_served_is_404_with_those_that_are(servic
     ["/v2/nothing", "/v2/models", "/v2/models/a%2Fb", "/v2/models/a%2Fb/ready", "/v2/repository/index",
      "/v2//models/digits/nothing"],
 )  # fmt: skip
-def test_an_unknown_address_below_v2_is_404_in_the_protocol_s_shape(service: Service, path: str) -> None:
+def test_unknown_path_below_v2_is_404_in_protocol_format(service: Service, path: str) -> None:
     assert_protocol_error(get(service, path), 404)
 
 
 @pytest.mark.parametrize("path", ["/v2x", "/v3/models/digits", "/predict%2F"])
-def test_an_unknown_address_elsewhere_keeps_the_service_s_shape(service: Service, path: str) -> None:
+def test_unknown_path_elsewhere_is_404_in_the_services_format(service: Service, path: str) -> None:
     assert_error(get(service, path), 404, "not_found")
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/health/live", "/v2/models/digits/versions/digits.keras"])
-def test_a_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
+def test_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
     answer = requests.delete(service.url + path, timeout=10)
 
     assert_protocol_error(answer, 405)
@@ -201,19 +202,19 @@ def test_a_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v2/models/digits/infer", "/v2/models/digits/versions/digits.keras/infer"])
-def test_infer_says_what_to_use_instead(service: Service, path: str) -> None:
+def test_infer_is_501_and_names_predict(service: Service, path: str) -> None:
     answer = requests.post(service.url + path, json={"inputs": [PIXELS | {"data": []}]}, timeout=10)
 
     assert "POST /predict" in assert_protocol_error(answer, 501)
 
 
-def test_apaches_own_errors_below_v2_have_the_protocol_s_shape(service: Service) -> None:
+def test_apaches_errors_below_v2_have_protocol_format(service: Service) -> None:
     too_large = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
 
     assert_protocol_error(raw_answer(service, too_large), 413)
 
 
-def test_a_real_client_of_the_protocol_reads_answers_and_errors(service: Service) -> None:
+def test_tritonclient_reads_answers_and_errors(service: Service) -> None:
     with triton(service.url) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -228,23 +229,23 @@ def test_a_real_client_of_the_protocol_reads_answers_and_errors(service: Service
 
         pixels = InferInput("pixels", [1, 224, 224, 3], "UINT8")
         pixels.set_data_from_numpy(np.zeros((1, 224, 224, 3), np.uint8))
-        assert "[404] The models served here are: digits." in refusal(client.get_model_metadata, "cats")
-        assert "[404] The versions of digits served here are: digits.keras." in refusal(
+        assert "[404] The models served here are: digits." in error_text(client.get_model_metadata, "cats")
+        assert "[404] The versions of digits served here are: digits.keras." in error_text(
             client.get_model_metadata, "digits", "2"
         )
-        assert "[404] There is nothing at this address" in refusal(client.get_model_repository_index)
-        assert "POST /predict" in refusal(client.infer, "digits", [pixels])
-        assert "POST /predict" in refusal(client.infer, "digits", [pixels], model_version=version)
+        assert "[404] There is nothing at this address" in error_text(client.get_model_repository_index)
+        assert "POST /predict" in error_text(client.infer, "digits", [pixels])
+        assert "POST /predict" in error_text(client.infer, "digits", [pixels], model_version=version)
 
 
-def test_a_real_client_of_the_protocol_learns_why_the_service_is_not_ready(redis_port: int) -> None:
+def test_tritonclient_learns_why_the_service_is_not_ready(redis_port: int) -> None:
     with run_apache(IMAGE_QUEUE=f"queue-{free_port()}", API_KEYS="the-key-of-2026-is-this") as url:
         with triton(url) as client:
             assert client.is_server_live()
             assert not client.is_server_ready()
             assert not client.is_model_ready("digits")
-            assert "[503] No model server is alive" in refusal(client.get_model_metadata, "digits")
-            assert "[401] Send a key" in refusal(client.infer, "digits", [])
+            assert "[503] No model server is alive" in error_text(client.get_model_metadata, "digits")
+            assert "[401] Send a key" in error_text(client.infer, "digits", [])
         for path in ("/v2/health/ready", "/v2/models/digits", "/v2/models/digits/versions/1/ready"):
             answer = get(Service(url), path)
             assert_protocol_error(answer, 503)
@@ -260,17 +261,17 @@ def triton(url: str) -> Iterator[InferenceServerClient]:
         client.close()
 
 
-def refusal(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
-    """What the client prints of the error that a call raises."""
+def error_text(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
+    """The text of the error that a call raises."""
     with pytest.raises(InferenceServerException) as raised:
         call(*arguments, **more)
     return str(raised.value)
 
 
-def test_a_fault_of_ours_below_v2_has_the_protocol_s_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: 1 / 0)
+def test_internal_error_below_v2_has_protocol_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: 1 / 0)
 
-    answer = run_web_server.app.test_client().get("/v2/health/ready")
+    answer = create_app().test_client().get("/v2/health/ready")
 
     assert (answer.status_code, list(answer.get_json())) == (500, ["error"])
 
@@ -280,24 +281,22 @@ def test_a_fault_of_ours_below_v2_has_the_protocol_s_shape(monkeypatch: pytest.M
     [("digits.keras", "digits.keras"), ("my model (2).keras", "my-model-2-.keras"), ("vögel.keras", "v-gel.keras"),
      ("a/b?c#d%20", "a-b-c-d-20"), ("imagenet", "imagenet")],
 )  # fmt: skip
-def test_a_version_can_stand_in_an_address_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, weights: str, version: str
-) -> None:
+def test_version_is_url_safe(monkeypatch: pytest.MonkeyPatch, weights: str, version: str) -> None:
     server = {"model": "birds", "weights": weights, "shape": [224, 224, 3], "classes": 2}
-    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: {"a": server, "b": server})
-    monkeypatch.setattr(run_web_server.queue, "waiting", lambda: 0)
-    client = run_web_server.app.test_client()
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: {"a": server, "b": server})
+    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
+    client = create_app().test_client()
 
     assert client.get("/v2/models/birds").get_json()["versions"] == [version]
     assert client.get(f"/v2/models/birds/versions/{version}/ready").status_code == 200
 
 
-def test_while_a_model_is_replaced_both_of_its_versions_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_versions_are_listed_while_a_model_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     servers = {name: {"model": "birds", "weights": f"{name}.keras", "shape": [64, 64, 3], "classes": classes}
                for name, classes in (("new", 3), ("old", 2))}  # fmt: skip
-    monkeypatch.setattr(run_web_server.queue, "live_servers", lambda: servers)
-    monkeypatch.setattr(run_web_server.queue, "waiting", lambda: 0)
-    client = run_web_server.app.test_client()
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: servers)
+    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
+    client = create_app().test_client()
 
     for version, classes in (("new.keras", 3), ("old.keras", 2)):
         body = client.get(f"/v2/models/birds/versions/{version}").get_json()

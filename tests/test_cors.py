@@ -1,4 +1,4 @@
-"""Pages of other origins: what CORS_ORIGINS lets a browser there do, and that it may nothing without."""
+"""CORS: what CORS_ORIGINS allows pages of other origins, and that nothing is allowed without it."""
 
 import os
 import re
@@ -12,14 +12,14 @@ import requests
 from conftest import ROOT, Service, assert_error, raw_answer, run_apache
 
 THREE = (ROOT / "models/digits/three.png").read_bytes()
-APP, LOCAL, STRANGER = "https://app.example", "http://localhost:3000", "https://evil.example"
+APP, LOCAL, OTHER = "https://app.example", "http://localhost:3000", "https://evil.example"
 KEY, OTHER_KEY = "the-key-of-2026-is-this", "the-key-of-2027-is-that"
 OURS = "Access-Control-"
 
 
 @pytest.fixture(scope="module")
 def shared(service: Service) -> Iterator[Service]:
-    """A service that two origins may call, with a key."""
+    """A service that pages of two origins may call, with a key."""
     origins, keys = f"{APP},{LOCAL}", f"{KEY},{OTHER_KEY}"
     with run_apache(IMAGE_QUEUE=service.queue, CORS_ORIGINS=origins, API_KEYS=keys, RATE_LIMIT="20/minute") as url:
         yield Service(url)
@@ -34,8 +34,8 @@ def post(service: Service, origin: str, body: bytes = THREE, key: str = KEY) -> 
     return service.post(body, headers={"Origin": origin, "Authorization": f"Bearer {key}"})
 
 
-def announce(service: Service, origin: str, length: str) -> requests.Response:
-    """Begin a request that Apache refuses by its Content-Length."""
+def send_headers(service: Service, origin: str, length: str) -> requests.Response:
+    """Send the headers of a request that Apache rejects for its Content-Length."""
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: {origin}\r\nContent-Length: {length}\r\n\r\n"
     return raw_answer(service, head.encode())
 
@@ -45,8 +45,8 @@ def access_headers(answer: Any) -> list[str]:
 
 
 def assert_shared(answer: Any, origin: str) -> None:
-    """Check that a browser would show the answer to a page of `origin`, with what else the page may want to know."""
-    assert answer.headers["Access-Control-Allow-Origin"] == origin  # once, not one of each of Apache and the app
+    """Check that a browser would let a page of `origin` read the response and its useful headers."""
+    assert answer.headers["Access-Control-Allow-Origin"] == origin  # once, not from both Apache and the app
     exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
     assert {"X-Request-ID", "Retry-After", "Server-Timing"} <= set(exposed)
     assert "Origin" in re.split(r", ?", answer.headers["Vary"])
@@ -54,7 +54,7 @@ def assert_shared(answer: Any, origin: str) -> None:
 
 
 @pytest.mark.parametrize("origin", [APP, LOCAL])
-def test_a_preflight_needs_no_key_and_says_what_may_be_sent(shared: Service, origin: str) -> None:
+def test_preflight_needs_no_key(shared: Service, origin: str) -> None:
     answer = preflight(f"{shared.url}/predict", origin)
 
     assert answer.ok
@@ -65,7 +65,7 @@ def test_a_preflight_needs_no_key_and_says_what_may_be_sent(shared: Service, ori
     assert 600 <= int(answer.headers["Access-Control-Max-Age"]) <= 86400
 
 
-def test_a_page_of_a_listed_origin_gets_its_predictions(shared: Service) -> None:
+def test_page_of_a_listed_origin_gets_predictions(shared: Service) -> None:
     answer = post(shared, APP)
 
     assert answer.json()["predictions"][0]["label"] == "3"
@@ -74,7 +74,7 @@ def test_a_page_of_a_listed_origin_gets_its_predictions(shared: Service) -> None
 
 
 @pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/stats", "/openapi.json", "/v2", "/v2/models/digits"])
-def test_it_may_ask_how_the_service_is_doing(shared: Service, path: str) -> None:
+def test_page_may_read_health_and_metadata(shared: Service, path: str) -> None:
     answer = requests.get(shared.url + path, headers={"Origin": APP}, timeout=10)
 
     assert answer.status_code == 200
@@ -82,7 +82,7 @@ def test_it_may_ask_how_the_service_is_doing(shared: Service, path: str) -> None
     assert "GET" in preflight(shared.url + path, APP, "GET").headers["Access-Control-Allow-Methods"]
 
 
-def test_it_may_read_the_errors_too(shared: Service) -> None:
+def test_page_may_read_errors(shared: Service) -> None:
     refused = [post(shared, APP, b"no image"), post(shared, APP, key="x")]
     for _ in range(21):
         answer = post(shared, APP, b"", OTHER_KEY)
@@ -95,8 +95,8 @@ def test_it_may_read_the_errors_too(shared: Service) -> None:
     assert int(answer.headers["Retry-After"]) > 0
 
 
-def test_it_may_read_what_apache_itself_refuses(shared: Service) -> None:
-    too_large, nonsense = announce(shared, LOCAL, "999999999"), announce(shared, LOCAL, "many")
+def test_page_may_read_apaches_errors(shared: Service) -> None:
+    too_large, nonsense = send_headers(shared, LOCAL, "999999999"), send_headers(shared, LOCAL, "many")
 
     assert_error(too_large, 413, "too_large")
     assert_error(nonsense, 400, "bad_request")
@@ -104,35 +104,35 @@ def test_it_may_read_what_apache_itself_refuses(shared: Service) -> None:
     assert_shared(nonsense, LOCAL)
 
 
-STRANGE = [STRANGER, "null", f"{APP}:8443", f"{APP}.evil.example", "http://app.example", f"{APP},{LOCAL}", f"{APP} x",
-           "*", "https://*", ""]  # fmt: skip
+OTHER_ORIGINS = [OTHER, "null", f"{APP}:8443", f"{APP}.evil.example", "http://app.example", f"{APP},{LOCAL}",
+                 f"{APP} x", "*", "https://*", ""]  # fmt: skip
 
 
-@pytest.mark.parametrize("origin", STRANGE)
-def test_pages_of_other_origins_may_nothing(shared: Service, origin: str) -> None:
-    by_apache = announce(shared, origin, "999999999")
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
+def test_other_origins_get_no_cors_headers(shared: Service, origin: str) -> None:
+    by_apache = send_headers(shared, origin, "999999999")
     answers = [preflight(f"{shared.url}/predict", origin), post(shared, origin, key="x"), by_apache]
 
     assert [access_headers(answer) for answer in answers] == [[], [], []]
-    # A cache must not give one origin what another got.
+    # Otherwise a cache could give one origin the response for another.
     assert "Origin" in answers[1].headers["Vary"]
 
 
-def test_requests_of_no_page_are_as_before(shared: Service) -> None:
+def test_request_without_origin_gets_no_cors_headers(shared: Service) -> None:
     answer = shared.post(THREE, headers={"Authorization": f"Bearer {KEY}"})
 
     assert answer.status_code == 200
     assert access_headers(answer) == []
 
 
-def test_metrics_are_for_no_page(shared: Service) -> None:
+def test_metrics_have_no_cors_headers(shared: Service) -> None:
     answers = [requests.get(f"{shared.url}/metrics", headers={"Origin": APP}, timeout=10),
                preflight(f"{shared.url}/metrics", APP, "GET")]  # fmt: skip
 
     assert [access_headers(answer) for answer in answers] == [[], []]
 
 
-def test_a_preflight_counts_as_no_request_to_predict(shared: Service) -> None:
+def test_preflight_is_not_counted_as_a_request(shared: Service) -> None:
     before = requests.get(f"{shared.url}/stats", timeout=10).json()
 
     preflight(f"{shared.url}/predict", APP)
@@ -141,10 +141,10 @@ def test_a_preflight_counts_as_no_request_to_predict(shared: Service) -> None:
     assert (after["requests"], after["latency"]["count"]) == (before["requests"], before["latency"]["count"])
 
 
-def test_a_star_lets_every_page_in() -> None:
+def test_star_allows_every_origin() -> None:
     code = f"""
-import run_web_server as web
-client = web.app.test_client()
+import run_web_server
+client = run_web_server.create_app().test_client()
 for origin in ("{APP}", "null"):
     for answer in (client.get("/livez", headers={{"Origin": origin}}), client.get("/livez")):
         print(answer.headers["Access-Control-Allow-Origin"], answer.headers.get("Vary"))
@@ -156,8 +156,8 @@ for origin in ("{APP}", "null"):
     assert printed == "* None\n" * 4
 
 
-def test_without_the_setting_no_page_may_anything(service: Service) -> None:
-    answers = [preflight(f"{service.url}/predict", APP), post(service, APP), announce(service, APP, "999999999")]
+def test_cors_is_off_by_default(service: Service) -> None:
+    answers = [preflight(f"{service.url}/predict", APP), post(service, APP), send_headers(service, APP, "999999999")]
 
     assert [answer.status_code for answer in answers] == [200, 200, 413]
     assert [access_headers(answer) for answer in answers] == [[], [], []]

@@ -1,4 +1,4 @@
-"""Who gets in: keys, rate limits, TLS, what no URL leads to, and who the processes are."""
+"""Access: API keys, rate limits, Redis credentials, TLS, security headers, hidden files, privileges, known CVEs."""
 
 import base64
 import hmac
@@ -47,9 +47,9 @@ from conftest import (
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
-import run_web_server
 from helpers import StartupError
 from run_model_server import give_up_root
+from run_web_server import create_app
 from web import access
 
 PNG = (ROOT / "models/digits/three.png").read_bytes()
@@ -62,7 +62,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def raw(url: str, request: bytes) -> bytes:
-    """Send bytes that no client library would; return all that comes back until Apache closes."""
+    """Send raw bytes; return everything until Apache closes the connection."""
     where = urlsplit(url)
     with socket.create_connection((str(where.hostname), int(where.port or 0)), timeout=60) as connection:
         connection.sendall(request)
@@ -73,7 +73,7 @@ def raw(url: str, request: bytes) -> bytes:
 
 
 class Guarded(NamedTuple):
-    """A service that wants one of two keys, with TLS beside the plain site, its certificates and its logs."""
+    """A service with two API keys, a plain and a TLS site; its certificates and its logs."""
 
     service: Service
     tls_url: str
@@ -96,7 +96,7 @@ def guarded(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {OLD_KEY}", f"Bearer {NEW_KEY}", f"bearer  {NEW_KEY}"])
-def test_either_of_two_keys_opens_the_door(guarded: Guarded, authorization: str) -> None:
+def test_each_of_two_keys_is_accepted(guarded: Guarded, authorization: str) -> None:
     assert guarded.service.post(PNG, headers={"Authorization": authorization}).status_code == 200
 
 
@@ -119,12 +119,12 @@ BAD_KEYS = {
 
 
 @pytest.mark.parametrize("header", BAD_KEYS.values(), ids=BAD_KEYS.keys())
-def test_whoever_has_no_key_is_refused_with_json(guarded: Guarded, header: bytes) -> None:
+def test_request_without_a_valid_key_gets_json_401(guarded: Guarded, header: bytes) -> None:
     request = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + header + b"Content-Length: 0\r\n\r\n"
 
     answer = raw(guarded.url, request)
 
-    # Control characters are no HTTP, which Apache itself says.
+    # Apache itself rejects control characters as invalid HTTP.
     status, code = (b"400", b"bad_request") if b"\x01" in header else (b"401", b"unauthorized")
     assert answer.startswith(b"HTTP/1.1 " + status)
     assert b'"code": "%s"' % code in answer.replace(b'":"', b'": "')
@@ -132,7 +132,7 @@ def test_whoever_has_no_key_is_refused_with_json(guarded: Guarded, header: bytes
     assert (b"www-authenticate: bearer\r\n" in answer.lower()) == (status == b"401")
 
 
-def test_a_refusal_has_the_shape_of_every_error(guarded: Guarded) -> None:
+def test_missing_key_has_the_usual_error_format(guarded: Guarded) -> None:
     assert_error(guarded.service.post(PNG), 401, "unauthorized")
     assert_error(requests.get(f"{guarded.url}/predict", timeout=10), 405, "method_not_allowed")
 
@@ -142,31 +142,32 @@ def test_health_needs_no_key(guarded: Guarded, path: str) -> None:
     assert requests.get(guarded.url + path, timeout=10).status_code == 200
 
 
-def test_without_a_key_a_large_upload_is_refused_as_a_small_one(guarded: Guarded) -> None:
-    """Apache hands on what nobody reads, which must not end in a broken pipe."""
+def test_large_upload_without_a_key_is_401(guarded: Guarded) -> None:
+    """Apache forwards a body that the app never reads; that must not end in a broken pipe."""
     for _ in range(5):
         assert_error(guarded.service.post(b"x" * 10_000_000), 401, "unauthorized")
 
 
 class Unreadable(io.RawIOBase):
-    """An upload that nobody may touch."""
+    """An upload that fails if it is read."""
 
     def readinto(self, _buffer: object, /) -> int:
         raise AssertionError("the body was read")
 
 
-def test_without_a_key_the_web_does_not_read_the_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_without_a_key_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access, "key_hashes", [access.key_hash(OLD_KEY)])
     upload = {"wsgi.input": Unreadable(), "CONTENT_LENGTH": "9999", "CONTENT_TYPE": "multipart/form-data; boundary=x"}
 
-    refused = run_web_server.app.test_client().post("/predict", environ_overrides=upload)
-    let_in = run_web_server.app.test_client().post("/predict", environ_overrides=upload, headers=bearer(OLD_KEY))
+    client = create_app().test_client()
+    refused = client.post("/predict", environ_overrides=upload)
+    let_in = client.post("/predict", environ_overrides=upload, headers=bearer(OLD_KEY))
 
     assert (refused.status_code, let_in.status_code) == (401, 500)
 
 
-def test_every_key_is_compared_whichever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the comparison takes no time of its own is hmac's promise; that none is left out is ours."""
+def test_all_keys_are_always_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hmac guarantees constant-time comparison; the loop must not stop at the first match."""
     compared: list[bool] = []
     true_compare = hmac.compare_digest
     keys = [OLD_KEY, NEW_KEY, "another-key-altogether"]
@@ -183,8 +184,8 @@ def test_every_key_is_compared_whichever_fits(monkeypatch: pytest.MonkeyPatch) -
     assert compared == [True, False, False]
 
 
-def test_no_log_has_a_key(guarded: Guarded) -> None:
-    """After all of the tests above."""
+def test_keys_are_not_logged(guarded: Guarded) -> None:
+    """Covers the logs of all tests above."""
     guarded.service.post(PNG, headers=bearer(OLD_KEY))
 
     for log in guarded.logs.iterdir():
@@ -195,13 +196,13 @@ def test_no_log_has_a_key(guarded: Guarded) -> None:
 
 
 def post_nothing(url: str, **headers: str) -> requests.Response:
-    """A request that counts, and is then refused for want of an image: what passes is a 400."""
+    """Send a request that counts but has no image: 400 if the limit lets it pass."""
     return requests.post(f"{url}/predict", headers=headers, timeout=60)
 
 
-def test_a_limit_holds_across_processes_and_machines(redis: Redis) -> None:
-    """Two Apaches of two processes each count together, and believe nobody's word for an address."""
-    queue, before = f"queue-{free_port()}", set(redis.scan_iter("*:limit:*"))  # those of other tests, which expire
+def test_rate_limit_is_shared_by_processes_and_machines(redis: Redis) -> None:
+    """Two Apaches with two processes each count together, and X-Forwarded-For is ignored."""
+    queue, before = f"queue-{free_port()}", set(redis.scan_iter("*:limit:*"))  # other tests' counters
     with ExitStack() as stack, ThreadPoolExecutor(32) as pool:
         apaches = [run_apache(RATE_LIMIT="1000/day;20/hour", IMAGE_QUEUE=queue) for _ in range(2)]
         urls = [stack.enter_context(apache) for apache in apaches]
@@ -219,7 +220,7 @@ def test_a_limit_holds_across_processes_and_machines(redis: Redis) -> None:
     assert all(counter.startswith(f"{queue}:".encode()) and redis.ttl(counter) > 0 for counter in counters)
 
 
-def test_a_limit_counts_each_key_by_itself_and_keeps_it_to_itself(redis: Redis, tmp_path: Path) -> None:
+def test_rate_limit_counts_each_key_without_storing_it(redis: Redis, tmp_path: Path) -> None:
     queue, log = f"queue-{free_port()}", tmp_path / "log"
     with run_apache(RATE_LIMIT="2/hour", API_KEYS=f"{OLD_KEY},{NEW_KEY}", IMAGE_QUEUE=queue, log=log) as url:
         keyless = [post_nothing(url).status_code for _ in range(4)]
@@ -230,30 +231,30 @@ def test_a_limit_counts_each_key_by_itself_and_keeps_it_to_itself(redis: Redis, 
     counters = [key.decode() for key in redis.scan_iter(f"{queue}*")]
     assert len(counters) == 2
     assert not any(OLD_KEY in counter or NEW_KEY in counter for counter in counters)
-    assert "exceeded" not in log.read_text()  # a line for each refusal would let strangers fill the disk
+    assert "exceeded" not in log.read_text()  # a line for each rejection would let strangers fill the disk
 
 
-def test_a_used_up_limit_says_when_it_ends_and_then_lets_in_again(redis: Redis) -> None:
+def test_rate_limited_client_may_return_after_retry_after(redis: Redis) -> None:
     with run_apache(RATE_LIMIT="1/2seconds", IMAGE_QUEUE=f"queue-{free_port()}") as url:
         assert post_nothing(url).status_code == 400
         refused = post_nothing(url)
-        while refused.status_code == 400:  # this machine is slow: a new window had begun
+        while refused.status_code == 400:  # on a slow machine a new window has begun
             refused = post_nothing(url)
         assert refused.headers["Retry-After"] in {"1", "2", "3"}
-        time.sleep(int(refused.headers["Retry-After"]))  # what a client is told to do
+        time.sleep(int(refused.headers["Retry-After"]))  # as the client is told
 
         assert post_nothing(url).status_code == 400
 
 
-def test_when_redis_is_away_a_limit_lets_everybody_pass(tmp_path: Path) -> None:
-    """The queue waits for its Redis, and so no request is lost by a restart of it."""
+def test_rate_limit_is_not_enforced_without_redis(tmp_path: Path) -> None:
+    """Requests wait in the web until Redis is back, so the limit must not reject them."""
     nobody = str(free_port())
     with run_apache(RATE_LIMIT="1/hour", REDIS_PORT=nobody, REDIS_TIMEOUT="0.5", log=tmp_path / "log") as url:
         assert [post_nothing(url).status_code for _ in range(3)] == [400] * 3
         assert_error(Service(url).post(PNG), 503, "redis_down")
 
     log = (tmp_path / "log").read_text()
-    assert "RATE_LIMIT lets everybody pass" in log
+    assert "RATE_LIMIT is not enforced" in log
     assert "Traceback" not in log
 
 
@@ -262,8 +263,8 @@ def test_when_redis_is_away_a_limit_lets_everybody_pass(tmp_path: Path) -> None:
 PASSWORD = "pass/word@of:redis"
 
 
-class Vault(NamedTuple):
-    """A Redis that lets in by TLS only, and only who has a name and a password; its certificates."""
+class SecureRedis(NamedTuple):
+    """A Redis that requires TLS, a user and a password; its port, certificates and an admin client."""
 
     port: int
     certificates: dict[str, str]
@@ -276,15 +277,15 @@ class Vault(NamedTuple):
 
 @pytest.fixture(scope="module")
 def public() -> Iterator[Path]:
-    """A folder that Apache's user may read, as pytest's own are not when root runs it."""
+    """A folder that Apache's user may read; pytest's own folders belong to root."""
     with tempfile.TemporaryDirectory(prefix="test-doors-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 @pytest.fixture(scope="module")
-def vault(public: Path) -> Iterator[Vault]:
-    """The user is the line of docs/operations.md, as it stands there."""
+def secure_redis(public: Path) -> Iterator[SecureRedis]:
+    """Run that Redis with the user from docs/operations.md, copied literally."""
     files, port = make_certificates(public), free_port()
     [line] = re.findall(r"^ *(user keras-rest-api .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     users = [line.replace("PASSWORD", PASSWORD), "user default off", "user admin on >admin ~* +@all"]
@@ -295,11 +296,11 @@ def vault(public: Path) -> Iterator[Vault]:
     admin = Redis.from_url(f"rediss://admin:admin@127.0.0.1:{port}/0?ssl_ca_certs={files['ca']}", socket_timeout=5)
     with running([need("redis-server"), str(public / "redis.conf")], public / "log") as process:
         wait_until(lambda: process.alive and answers(admin), "Redis answers")
-        yield Vault(port, files, admin)
+        yield SecureRedis(port, files, admin)
 
 
-def test_the_service_works_with_a_redis_that_wants_a_user_a_password_and_tls(vault: Vault, tmp_path: Path) -> None:
-    settings = {"REDIS_URL": vault.url(), "IMAGE_QUEUE": "image_queue", "RATE_LIMIT": "100/hour"}
+def test_redis_with_user_password_and_tls_works(secure_redis: SecureRedis, tmp_path: Path) -> None:
+    settings = {"REDIS_URL": secure_redis.url(), "IMAGE_QUEUE": "image_queue", "RATE_LIMIT": "100/hour"}
     with run_service(tmp_path, 1, **settings) as service:
         labels = [service.label(PNG) for _ in range(3)]
         service.servers[0].stop(signal.SIGKILL)
@@ -308,12 +309,12 @@ def test_the_service_works_with_a_redis_that_wants_a_user_a_password_and_tls(vau
             again.stop()
 
     assert labels == ["3"] * 4
-    assert vault.admin.acl_log() == []
+    assert secure_redis.admin.acl_log() == []
     assert not any("Traceback" in log.read_text() for log in tmp_path.iterdir())
 
 
-def test_the_user_of_the_readme_may_do_nothing_else(vault: Vault) -> None:
-    with Redis.from_url(vault.url(), protocol=2) as client:
+def test_documented_redis_user_has_no_further_rights(secure_redis: SecureRedis) -> None:
+    with Redis.from_url(secure_redis.url(), protocol=2) as client:
         for command in (
             ["KEYS", "*"],
             ["FLUSHALL"],
@@ -325,41 +326,45 @@ def test_the_user_of_the_readme_may_do_nothing_else(vault: Vault) -> None:
                 client.execute_command(*command)
 
 
-WRONG = {
+REDIS_FAULTS = {
     "password": "rejects the password, so check the user and the password in REDIS_URL",
     "certificate": "presents an untrusted certificate, so check ssl_ca_certs",
     "rights": "does not grant this user the permissions it needs, so set those in docs/operations.md",
 }
 
 
-def weak_user(vault: Vault) -> str:
-    """The URL of a user that may ask what Redis is, and nothing else."""
-    vault.admin.acl_setuser(
+def weak_user(secure_redis: SecureRedis) -> str:
+    """The URL of a user that may run PING and INFO, and nothing else."""
+    secure_redis.admin.acl_setuser(
         "weak", enabled=True, reset=True, passwords="+the-wrong-one", keys=["image_queue*"], commands=["+ping", "+info"]
     )
-    return vault.url("the-wrong-one").replace("keras-rest-api", "weak")
+    return secure_redis.url("the-wrong-one").replace("keras-rest-api", "weak")
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
-    vault: Vault, public: Path, tmp_path: Path, wrong: str
+@pytest.mark.parametrize("fault", REDIS_FAULTS)
+def test_redis_access_errors_are_logged_without_the_password(
+    secure_redis: SecureRedis, public: Path, tmp_path: Path, fault: str
 ) -> None:
     other = make_certificates(public, "other")["ca"]
-    urls = {"password": vault.url("the-wrong-one"), "certificate": vault.url(ca=other), "rights": weak_user(vault)}
-    url = urls[wrong]
+    urls = {
+        "password": secure_redis.url("the-wrong-one"),
+        "certificate": secure_redis.url(ca=other),
+        "rights": weak_user(secure_redis),
+    }
+    url = urls[fault]
     logs = [tmp_path / "server.log", tmp_path / "apache.log"]
     with (
         running([sys.executable, "run_model_server.py"], logs[0], REDIS_URL=url) as server,
         run_apache(log=logs[1], REDIS_URL=url, REDIS_TIMEOUT="1") as site,
     ):
         answered = [Service(site).post(PNG), requests.get(f"{site}/readyz", timeout=10)]
-        server.wait_for_log(WRONG[wrong])
-        told = [log.read_text() for log in logs] + [response.text for response in answered]
+        server.wait_for_log(REDIS_FAULTS[fault])
+        texts = [log.read_text() for log in logs] + [response.text for response in answered]
 
     assert [response.status_code for response in answered] == [503, 503]
-    assert WRONG[wrong] in told[1]
-    assert WRONG[wrong] in answered[1].json()["error"]["message"]
-    for text in told:
+    assert REDIS_FAULTS[fault] in texts[1]
+    assert REDIS_FAULTS[fault] in answered[1].json()["error"]["message"]
+    for text in texts:
         assert "Traceback" not in text
         assert not any(secret in text for secret in (PASSWORD, quote(PASSWORD, safe=""), "the-wrong-one"))
 
@@ -367,7 +372,7 @@ def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
 # TLS
 
 
-def test_a_prediction_comes_over_tls_too(guarded: Guarded) -> None:
+def test_predict_works_over_tls(guarded: Guarded) -> None:
     files = {"image": PNG}
     answer = requests.post(
         f"{guarded.tls_url}/predict",
@@ -383,7 +388,7 @@ def test_a_prediction_comes_over_tls_too(guarded: Guarded) -> None:
     assert guarded.service.post(PNG, headers=bearer(OLD_KEY)).status_code == 200
 
 
-def test_tls_refuses_the_keyless_as_the_plain_site_does(guarded: Guarded) -> None:
+def test_tls_site_requires_a_key_too(guarded: Guarded) -> None:
     answer = requests.post(f"{guarded.tls_url}/predict", verify=guarded.certificates["ca"], timeout=60)
 
     assert_error(answer, 401, "unauthorized")
@@ -391,8 +396,8 @@ def test_tls_refuses_the_keyless_as_the_plain_site_does(guarded: Guarded) -> Non
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_old_versions_of_tls_are_refused(guarded: Guarded, version: ssl.TLSVersion) -> None:
-    """By the site: this client would speak them."""
+def test_old_tls_versions_are_rejected(guarded: Guarded, version: ssl.TLSVersion) -> None:
+    """The server rejects them: this client allows them."""
     context = ssl.create_default_context(cafile=guarded.certificates["ca"])
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = version
@@ -404,7 +409,7 @@ def test_old_versions_of_tls_are_refused(guarded: Guarded, version: ssl.TLSVersi
     assert refusal.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"
 
 
-def test_plain_http_on_the_port_of_tls_is_refused_with_json(guarded: Guarded) -> None:
+def test_plain_http_on_the_tls_port_gets_json_400(guarded: Guarded) -> None:
     assert_error(requests.get(guarded.tls_url.replace("https", "http"), timeout=60), 400, "bad_request")
 
 
@@ -412,7 +417,7 @@ def test_plain_http_on_the_port_of_tls_is_refused_with_json(guarded: Guarded) ->
 
 
 def answer_of(url: str, request: bytes) -> tuple[int, list[tuple[str, str]]]:
-    """Return the status and the headers that come, each as often as it comes, names in lower case."""
+    """Return the status and all headers, repeated ones included, with names in lower case."""
     head = raw(url, request).split(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
     pairs = [line.split(": ", 1) for line in head[1:]]
     return int(head[0].split()[1]), [(name.lower(), value) for name, value in pairs]
@@ -425,14 +430,12 @@ def answer_of(url: str, request: bytes) -> tuple[int, list[tuple[str, str]]]:
         (b"GET /readyz HTTP/1.1", 200),
         (b"POST /predict HTTP/1.1", 401),
         (b"GET /nowhere HTTP/1.1", 404),
-        (b"GET /%2e%2e%2fetc HTTP/1.1", 404),  # Apache's own
+        (b"GET /%2e%2e%2fetc HTTP/1.1", 404),  # answered by Apache itself
         (b"NONSENSE", 400),
         (b"TRACE / HTTP/1.1", 405),
     ],
 )
-def test_every_answer_has_the_security_headers_once_and_no_version(
-    guarded: Guarded, request_line: bytes, status: int
-) -> None:
+def test_security_headers_are_set_once_without_versions(guarded: Guarded, request_line: bytes, status: int) -> None:
     got, headers = answer_of(guarded.url, request_line + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
 
     assert got == status
@@ -449,7 +452,7 @@ def test_every_answer_has_the_security_headers_once_and_no_version(
     assert not re.search(r"powered|python|werkzeug|wsgi|\d+\.\d+\.\d+", str(headers), re.IGNORECASE)
 
 
-# The source tree
+# Hidden files
 
 SPELLINGS = [
     "/{}", "//{}", "/./{}", "/a/../{}", "/%2e/{}", "/a/%2e%2e/{}", "/..%2f{}", "/%2e%2e%2f{}", "/a%2f..%2f{}",
@@ -460,7 +463,7 @@ SPELLINGS = [
 
 
 def targets() -> list[tuple[str, list[str]]]:
-    """Every file of the project, and what must never be seen, each with the addresses that it might be at."""
+    """Every project file and some hidden files, each with many spellings of its URL."""
     tracked = subprocess.check_output([need("git"), "-c", "safe.directory=*", "ls-files"], cwd=ROOT, text=True).split()
     hidden = [".env", ".git", ".git/config", ".git/HEAD", ".venv/pyvenv.cfg", ".ruff_cache/CACHEDIR.TAG", "bin"]
     absolute = [f"{each}{ROOT}/{{}}" for each in ("", "/", "/..", "/file:", "/static/")]
@@ -468,13 +471,13 @@ def targets() -> list[tuple[str, list[str]]]:
 
 
 def distinctive(name: str) -> bytes:
-    """The longest line of a file, which no other answer has by chance."""
+    """The longest line of a file, to recognize it in a response."""
     path = ROOT / name
     longest = max(path.read_bytes().splitlines(), key=len) if path.is_file() else b""
     return longest if len(longest) > 12 else b"no such line"
 
 
-def test_no_url_leads_to_a_file_of_the_project(guarded: Guarded) -> None:
+def test_no_url_serves_a_project_file(guarded: Guarded) -> None:
     def leaks(name: str, address: str) -> str:
         request = f"GET {address} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         answer = raw(guarded.url, request)
@@ -491,7 +494,7 @@ def test_no_url_leads_to_a_file_of_the_project(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize("method", ["TRACE", "PUT", "DELETE", "PATCH", "PROPFIND", "MKCOL", "COPY", "CONNECT", "DEBUG"])
 @pytest.mark.parametrize("path", ["/", "/predict", "/settings.py", "*"])
-def test_no_other_method_does_anything(guarded: Guarded, method: str, path: str) -> None:
+def test_other_methods_are_rejected(guarded: Guarded, method: str, path: str) -> None:
     request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode()
 
     answer = raw(guarded.url, request)
@@ -501,7 +504,7 @@ def test_no_other_method_does_anything(guarded: Guarded, method: str, path: str)
 
 
 @pytest.mark.parametrize("path", ["/", "/predict", "*"])
-def test_options_says_no_more_than_which_methods_there_are(guarded: Guarded, path: str) -> None:
+def test_options_lists_only_the_methods(guarded: Guarded, path: str) -> None:
     request = f"OPTIONS {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
 
     status, headers = answer_of(guarded.url, request)
@@ -510,11 +513,11 @@ def test_options_says_no_more_than_which_methods_there_are(guarded: Guarded, pat
     assert set(dict(headers).get("allow", "").split(", ")) <= {"", "GET", "HEAD", "POST", "OPTIONS"}
 
 
-# Who the processes are
+# Privileges
 
 
 def save_model(path: Path) -> None:
-    """Save a model that a NaN goes through, and breaks."""
+    """Save a model whose output is NaN if the input is."""
     pixels = keras.Input((224, 224, 3))
     layers = keras.layers.Dense(5, activation="softmax")(keras.layers.GlobalAveragePooling2D()(pixels))
     keras.Model(pixels, layers).save(path)
@@ -525,15 +528,15 @@ def job(name: str, image: object) -> str:
     return json.dumps({"id": name, "image": image, "deadline": time.time() + 60})
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has something to give up")
-def test_a_model_server_that_root_starts_gives_root_up_and_needs_nothing_of_it_any_more(tmp_path: Path) -> None:
-    """From a folder that nobody else can enter, Python itself in it: whatever is imported or read late fails."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> None:
+    """Code and Python are in a folder that only root can enter, so any import or file read after the drop fails."""
     port, queue = free_port(), f"queue-{free_port()}"
     python, app, authority = tmp_path / "hidden/python", tmp_path / "hidden/app", make_certificates(tmp_path)
     for folder in (python / "bin", python / "lib", app):
         folder.mkdir(parents=True)
     (tmp_path / "hidden").chmod(0o700)
-    # Python finds its library beside itself, so through a folder that root alone may enter.
+    # Python finds its library next to its executable, inside the hidden folder.
     shutil.copy(Path(sys.executable).resolve(), python / "bin/python")
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     (python / "lib" / library.name).symlink_to(library)
@@ -586,13 +589,13 @@ def test_a_model_server_that_root_starts_gives_root_up_and_needs_nothing_of_it_a
         assert fields["Gid"].split() == [str(user.pw_gid)] * 4
         assert fields["Groups"].strip() == ""
         assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
-    assert any("NoNewPrivs:\t1" in status for status in threads)  # the main thread's, and what it starts
+    assert any("NoNewPrivs:\t1" in status for status in threads)  # for the main thread and its children
     assert "Root has become www-data" in server.log
     assert "ArithmeticError" in server.log  # the traceback of the broken image
     assert not re.search(r"ImportError|ModuleNotFound|LookupError|PermissionError|Permission denied", server.log)
 
 
-def test_root_that_can_not_give_itself_up_is_refused_and_others_have_nothing_to_give(
+def test_root_that_cannot_drop_privileges_is_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def not_permitted(*_: object) -> None:
@@ -607,19 +610,19 @@ def test_root_that_can_not_give_itself_up_is_refused_and_others_have_nothing_to_
     give_up_root()
 
 
-def test_the_systemd_unit_is_hardened_and_says_nothing_that_systemd_does_not_know() -> None:
-    """Without a systemd that runs: the figure goes from 0, as safe as can be, to 10; 8.5 is an ordinary unit's."""
+def test_systemd_unit_is_hardened_and_valid() -> None:
+    """Works without a running systemd. Exposure ranges from 0 (safest) to 10; the threshold 15 means 1.5."""
     analyse, unit = need("systemd-analyze"), str(ROOT / "deploy/systemd/model-server@.service")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([analyse, *arguments, unit], capture_output=True, text=True, timeout=60, check=False)
 
-    judged = run("security", "--offline=true", "--threshold=15", "--no-pager")
+    security = run("security", "--offline=true", "--threshold=15", "--no-pager")
     verified = run("verify")
 
-    assert judged.returncode == 0, judged.stdout
-    assert "exposure level" in judged.stdout
-    # That the service is not installed here is all there is to say.
+    assert security.returncode == 0, security.stdout
+    assert "exposure level" in security.stdout
+    # The only complaint may be that the service is not installed here.
     assert [line for line in verified.stderr.splitlines() if "is not executable: No such file" not in line] == []
 
 
@@ -641,14 +644,14 @@ AUDITS = {
 }
 
 
-@pytest.mark.parametrize(("script", "code", "said"), AUDITS.values(), ids=AUDITS.keys())
-def test_the_audit_says_in_one_line_how_it_ended(tmp_path: Path, script: str, code: int, said: str) -> None:
-    """With a stand-in for pip-audit, since what is known differs from day to day, and takes a network."""
+@pytest.mark.parametrize(("script", "code", "message"), AUDITS.values(), ids=AUDITS.keys())
+def test_audit_reports_its_result_in_one_line(tmp_path: Path, script: str, code: int, message: str) -> None:
+    """Replaces pip-audit with a stub, since real results need a network and change daily."""
     [version] = re.findall(r"pip-audit==(\S+)", (ROOT / "bin/audit").read_text())
-    stand_in = tmp_path / "bin/pip-audit"
-    stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo pip-audit {version} && exit\n{script}\n')
-    stand_in.chmod(0o755)
+    stub = tmp_path / "bin/pip-audit"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo pip-audit {version} && exit\n{script}\n')
+    stub.chmod(0o755)
 
     ended = subprocess.run(
         [str(ROOT / "bin/audit")],
@@ -658,4 +661,4 @@ def test_the_audit_says_in_one_line_how_it_ended(tmp_path: Path, script: str, co
     assert ended.returncode == code
     line = (ended.stderr if code else ended.stdout).splitlines()
     assert len(line) == 1
-    assert said in line[0]
+    assert message in line[0]

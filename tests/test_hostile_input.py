@@ -29,7 +29,8 @@ from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngImageFile
 from samples import saved
 
-import run_web_server as web
+from image_queue import WebQueue
+from run_web_server import create_app
 from web import image_preparation as preparation
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
@@ -167,10 +168,10 @@ def test_what_pillow_warns_of_is_not_kept() -> None:
 def test_the_log_has_the_request_of_a_bad_image_and_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, data: bytes, why: str
 ) -> None:
-    monkeypatch.setattr(web.queue, "shape", lambda: (224, 224, 3))
+    monkeypatch.setattr(WebQueue, "shape", lambda _: (224, 224, 3))
 
     with caplog.at_level("INFO"), pytest.raises(preparation.BadImage):
-        web.classify(io.BytesIO(data), time.time() + 60, "the-id-of-it", 0)
+        create_app().extensions["pipeline"].classify(io.BytesIO(data), time.time() + 60, "the-id-of-it", 0)
 
     [line] = caplog.messages
     assert line.startswith(f"request the-id-of-it: bad image: {why}")
@@ -180,10 +181,10 @@ def test_the_log_has_the_request_of_a_bad_image_and_why(
 
 def test_an_error_does_not_keep_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may wait for the other images of its request, and a decoded image takes up to half a gigabyte."""
-    monkeypatch.setattr(web.queue, "shape", lambda: (224, 224, 3))
+    monkeypatch.setattr(WebQueue, "shape", lambda _: (224, 224, 3))
     gc.collect()
 
-    error = web.outcome(io.BytesIO(GOOD[:-300]), time.time() + 60, "x", 0)
+    error = create_app().extensions["pipeline"].classify_or_error(io.BytesIO(GOOD[:-300]), time.time() + 60, "x", 0)
 
     assert isinstance(error, preparation.BadImage)
     assert not [each for each in gc.get_objects() if isinstance(each, PngImageFile)]

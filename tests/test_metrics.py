@@ -1,4 +1,4 @@
-"""The figures of the service: do they add up, whoever is asked, and does Prometheus' own tool like them."""
+"""Metrics and logs: counts add up in every web process, and Prometheus' own tools accept them."""
 
 import json
 import os
@@ -41,7 +41,7 @@ Figures = dict[str, float]
 
 
 def figures(url: str) -> Figures:
-    """Every sample below `url`, by its name and labels as Prometheus writes them."""
+    """All samples at `url`/metrics, keyed by name and labels in Prometheus' notation."""
     answer = requests.get(f"{url}/metrics", timeout=10)
     assert answer.status_code == 200
     return {
@@ -53,18 +53,18 @@ def figures(url: str) -> Figures:
 
 @pytest.fixture(scope="module")
 def measured(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
-    """A service of two web processes, and the URL of its model server's metrics."""
+    """A service with two web processes, and the URL of its model server's metrics."""
     port = free_port()
     with run_service(tmp_path_factory.mktemp("measured"), METRICS_PORT=str(port)) as service:
         yield service, f"http://127.0.0.1:{port}"
 
 
 def growth(before: Figures, after: Figures) -> Figures:
-    """What was counted between the two, gauges apart; a series that was not there yet began at zero."""
+    """The increase of each counter; a new series started at zero. Meaningless for gauges."""
     return {name: value - before.get(name, 0) for name, value in after.items()}
 
 
-def test_the_metrics_of_a_stress_test_add_up_to_its_requests(measured: tuple[Service, str]) -> None:
+def test_metrics_of_a_stress_test_add_up(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     command = [sys.executable, "stress_test.py", "--url", f"{service.url}/predict", "--interval", "0", "--requests"]
     before = figures(service.url), figures(model_server), len(service.servers[0].log)
@@ -78,7 +78,7 @@ def test_the_metrics_of_a_stress_test_add_up_to_its_requests(measured: tuple[Ser
     web, server = growth(before[0], figures(service.url)), growth(before[1], figures(model_server))
     assert web[ANSWERED] == 301
     assert web['keras_rest_api_requests_total{endpoint="/predict",status="400"}'] == 1
-    # Neither the 400 nor, below, what takes a millisecond: how long images take would be hidden behind it.
+    # The 400 is not included: fast errors would hide how long images take.
     assert web["keras_rest_api_request_duration_seconds_count"] == 301
     assert web['keras_rest_api_images_total{outcome="classified"}'] == 301
     assert web['keras_rest_api_images_total{outcome="bad_image"}'] == 2
@@ -97,7 +97,7 @@ def test_the_metrics_of_a_stress_test_add_up_to_its_requests(measured: tuple[Ser
     assert sum(map(int, logged)) == 301
 
 
-def test_stats_says_the_same_as_the_metrics(measured: tuple[Service, str]) -> None:
+def test_stats_agrees_with_the_metrics(measured: tuple[Service, str]) -> None:
     service, _ = measured
     service.post(IMAGE)
     service.post(b"no image")
@@ -119,7 +119,7 @@ def test_stats_says_the_same_as_the_metrics(measured: tuple[Service, str]) -> No
     assert 1 <= stats["batch_size"]["buckets"]["1"] <= stats["batch_size"]["buckets"]["16"] <= stats["images"]
 
 
-def test_whichever_web_process_is_asked_counts_for_all_of_them(measured: tuple[Service, str]) -> None:
+def test_any_web_process_reports_the_counts_of_all(measured: tuple[Service, str]) -> None:
     service, _ = measured
     before = figures(service.url)[ANSWERED]
     with ThreadPoolExecutor(20) as pool:
@@ -131,7 +131,7 @@ def test_whichever_web_process_is_asked_counts_for_all_of_them(measured: tuple[S
     assert {each[ANSWERED] - before for each in answers} == {60}
 
 
-def test_a_web_process_that_dies_takes_no_count_along(measured: tuple[Service, str]) -> None:
+def test_counts_survive_the_death_of_a_web_process(measured: tuple[Service, str]) -> None:
     service, _ = measured
     service.post(IMAGE)
     before = figures(service.url)[ANSWERED]
@@ -139,17 +139,17 @@ def test_a_web_process_that_dies_takes_no_count_along(measured: tuple[Service, s
         killed = web_processes(service.url)
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        wait_until(partial(others, service.url, killed), "other web processes answer")
+        wait_until(partial(replaced, service.url, killed), "new web processes answer")
         service.post(IMAGE)
 
     assert figures(service.url)[ANSWERED] - before == 3
 
 
-def others(url: str, killed: list[int]) -> bool:
+def replaced(url: str, killed: list[int]) -> bool:
     return len(set(web_processes(url)) - set(killed)) == len(killed) and responds(url)
 
 
-def test_without_redis_the_metrics_say_so(tmp_path: Path) -> None:
+def test_metrics_report_that_redis_is_down(tmp_path: Path) -> None:
     port = free_port()
     with run_apache(REDIS_PORT=str(port)) as url:
         without, stats = figures(url), requests.get(f"{url}/stats", timeout=10).json()
@@ -162,36 +162,41 @@ def test_without_redis_the_metrics_say_so(tmp_path: Path) -> None:
     assert stats["model_servers"] == {}
 
 
-def test_where_the_figures_can_t_be_shared_each_process_has_its_own(redis_port: int) -> None:
+def test_unwritable_metrics_folder_leaves_each_process_its_own_counts(redis_port: int) -> None:
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": "/proc/nowhere"}
-    code = "import run_web_server as web; c = web.app.test_client(); c.get('/livez'); print(c.get('/metrics').text)"
+    code = """
+import run_web_server
+client = run_web_server.create_app().test_client()
+client.get("/livez")
+print(client.get("/metrics").text)
+"""
 
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
     )
 
     assert 'keras_rest_api_requests_total{endpoint="/livez",status="200"} 1.0' in answer.stdout
-    assert "its files can't be written" in answer.stderr
+    assert "the shared files can't be written" in answer.stderr
 
 
-def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_port: int, tmp_path: Path) -> None:
+def test_metrics_port_in_use_stops_the_start(redis_port: int, tmp_path: Path) -> None:
     with run_redis(tmp_path / "redis", taken := free_port()):
         command = [sys.executable, "run_model_server.py", "--gpu", "1"]
         process = Process(command, tmp_path / "server", METRICS_PORT=str(taken - 1))
-        wait_until(lambda: not process.alive, "it ends", 60)
+        wait_until(lambda: not process.alive, "the model server stops", 60)
 
     assert process.popen.returncode == 2
     assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
 
 
-def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path) -> None:
+def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
     port, queue = free_port(), f"queue-{free_port()}"
     deadly, good = [[sys.executable, script] for script in ("tests/deadly_server.py", "run_model_server.py")]
     with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
         with running(deadly, tmp_path / "deadly", IMAGE_QUEUE=queue) as killed:
             killed.wait_for_log("* Joined")
-            answer = pool.submit(Service(url).post, WHITE)  # which kills it
-            wait_until(lambda: not killed.alive, "it dies")
+            answer = pool.submit(Service(url).post, WHITE)  # kills the server
+            wait_until(lambda: not killed.alive, "the model server dies")
         with running(good, tmp_path / "good", IMAGE_QUEUE=queue, METRICS_PORT=str(port)):
             assert answer.result().status_code == 200
             counted = figures(f"http://127.0.0.1:{port}")
@@ -203,7 +208,7 @@ def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path)
 # Logs
 
 
-def test_logs_are_json_where_that_is_asked_for(redis_port: int, tmp_path: Path) -> None:
+def test_logs_can_be_json(redis_port: int, tmp_path: Path) -> None:
     with run_service(tmp_path, LOG_FORMAT="json") as service:
         good = service.post(IMAGE, headers={"X-Request-ID": "good-1"})
         bad = service.post(b"no image", headers={"X-Request-ID": "bad-1"})
@@ -213,15 +218,15 @@ def test_logs_are_json_where_that_is_asked_for(redis_port: int, tmp_path: Path) 
         [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         for text in ((tmp_path / "apache").read_text(), service.servers[0].log)
     )
-    told = {line["request"]: line for line in web if "request" in line}
-    assert told["good-1"].items() >= {"level": "INFO", "status": 200, "batch": 1, "images": 1}.items()
-    assert {"time", "ms", "prepare_ms", "queue_ms", "compute_ms"} <= told["good-1"].keys()
-    assert told["bad-1"].items() >= {"status": 400, "code": "bad_image"}.items()
+    logged = {line["request"]: line for line in web if "request" in line}
+    assert logged["good-1"].items() >= {"level": "INFO", "status": 200, "batch": 1, "images": 1}.items()
+    assert {"time", "ms", "prepare_ms", "queue_ms", "compute_ms"} <= logged["good-1"].keys()
+    assert logged["bad-1"].items() >= {"status": 400, "code": "bad_image"}.items()
     assert any(line.get("requests") == ["good-1"] for line in server)
     assert any(line["message"] == "* Model loaded" for line in server)
 
 
-def test_the_web_s_log_has_a_line_for_each_request(measured: tuple[Service, str]) -> None:
+def test_web_log_has_a_line_for_each_request(measured: tuple[Service, str]) -> None:
     service, _ = measured
 
     service.post(IMAGE, headers={"X-Request-ID": "mine"})
@@ -243,7 +248,7 @@ def promtool(*arguments: str, given: str = "") -> str:
     return answer.stdout + answer.stderr
 
 
-def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Service, str]) -> None:
+def test_promtool_accepts_the_metrics(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     service.post(IMAGE)
 
@@ -251,12 +256,12 @@ def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Servi
     assert promtool("check", "metrics", given=requests.get(f"{model_server}/metrics", timeout=10).text) == ""
 
 
-def test_the_configuration_and_the_alert_rules_are_valid() -> None:
+def test_prometheus_configuration_and_alerts_are_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
     assert "SUCCESS" in promtool("test", "rules", str(ROOT / "tests/alerts_test.yml"))
 
 
-def test_dashboard_and_alerts_ask_for_metrics_that_there_are(measured: tuple[Service, str]) -> None:
+def test_dashboard_and_alerts_use_existing_metrics(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     service.post(IMAGE)
     there = {name.split("{")[0] for url in (service.url, model_server) for name in figures(url)}

@@ -20,11 +20,11 @@ from redis import Redis
 from samples import colours, saved
 
 import run_model_server
-import run_web_server
 import settings
-from image_queue import ServerQueue
+from image_queue import ServerQueue, WebQueue
 from model_server import classifier
 from run_model_server import ModelServer
+from run_web_server import create_app
 
 PICTURE = Image.fromarray(colours(1, (40, 30)))
 
@@ -155,8 +155,8 @@ def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
     server = ModelServer(model, ServerQueue(model.about, 30))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    monkeypatch.setattr(run_web_server.queue, "shape", lambda: models.SHAPE)  # not what another test's server took
-    web = run_web_server.app.test_client()
+    monkeypatch.setattr(WebQueue, "shape", lambda _: models.SHAPE)  # not what another test's server took
+    web = create_app().test_client()
     data = saved(PICTURE.resize(models.SHAPE[1::-1]), "PNG")
     try:
         wait_until(lambda: redis.exists(server.queue.heartbeat), "the model server is alive")

@@ -548,7 +548,7 @@ def test_a_photo_s_size_is_in_megabytes_and_megapixels(service: Service, browser
     sizes = "4,032 \N{MULTIPLICATION SIGN} 3,024 (12.2 megapixels)"
     wait_until(lambda: browser.texts(".file-size")[1].endswith(sizes), "both are seen")
     assert browser.texts(".file-size")[0] == f"2.4 MB, {sizes}"
-    assert browser.texts(".error") == ["A request may have 16 MB, so send a smaller image."]
+    assert browser.texts(".error") == ["A request may have at most 16 MB, so send a smaller image."]
 
 
 def test_of_a_dropped_folder_the_images_are_taken(service: Service, browser: Browser, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole service, as its clients see it: a real Apache with mod_wsgi, a real Redis, real Keras models."""
+"""The whole service from the outside: a real Apache with mod_wsgi, a real Redis, real Keras models."""
 
 import importlib.util
 import json
@@ -45,16 +45,16 @@ PNG = saved(Image.fromarray(colours(0)), "PNG")
 
 @pytest.fixture(scope="session")
 def held_out() -> list[tuple[bytes, str]]:
-    """The digits that training never saw, as the files that a client posts, in all presentations by turns."""
+    """Digits that were held out from training, as PNG files in four styles, each with its label."""
     rng = np.random.default_rng(20)
-    presentations = ("raw", "scan", "inverted", "photo")
+    styles = ("raw", "scan", "inverted", "photo")
     _, (digits, classes) = split()
-    images = [render(digit, presentations[i % 4], rng) for i, digit in enumerate(digits)]
+    images = [render(digit, styles[i % 4], rng) for i, digit in enumerate(digits)]
     return [(saved(image, "PNG"), str(label)) for image, label in zip(images, classes, strict=True)]
 
 
 def post_all(service: Service, images: list[bytes], clients: int = 64) -> list[requests.Response]:
-    """Post every image, by so many clients at once; the answers in the order of the images."""
+    """Post every image with `clients` at once; return the responses in the order of the images."""
     with ThreadPoolExecutor(clients) as pool:
         return list(pool.map(service.post, images))
 
@@ -62,14 +62,14 @@ def post_all(service: Service, images: list[bytes], clients: int = 64) -> list[r
 # The API
 
 
-def test_the_homepage_welcomes(service: Service) -> None:
+def test_homepage_welcomes_the_client(service: Service) -> None:
     response = requests.get(service.url, timeout=10)
 
     assert response.status_code == 200
     assert "Welcome to the PyImageSearch Keras REST API!" in response.text
 
 
-def test_predict_answers_the_tutorials_json(service: Service) -> None:
+def test_predict_returns_the_tutorials_json(service: Service) -> None:
     response = service.post((ROOT / "models/digits/three.png").read_bytes())
 
     assert response.status_code == 200
@@ -83,11 +83,11 @@ def test_predict_answers_the_tutorials_json(service: Service) -> None:
     assert body["predictions"][0]["label"] == "3"
 
 
-def test_the_process_says_that_it_lives(service: Service) -> None:
+def test_livez_is_200(service: Service) -> None:
     assert requests.get(f"{service.url}/livez", timeout=10).status_code == 200
 
 
-def test_the_service_says_that_it_is_ready_and_what_it_serves(service: Service) -> None:
+def test_readyz_names_the_model_that_is_served(service: Service) -> None:
     response = requests.get(f"{service.url}/readyz", timeout=10)
 
     assert response.status_code == 200
@@ -108,49 +108,49 @@ def test_the_service_says_that_it_is_ready_and_what_it_serves(service: Service) 
         ({"image": b"hello"}, "bad_image"),
         ({"image": PNG[: len(PNG) // 2]}, "bad_image"),
     ],
-    ids=["no field", "empty", "no image", "truncated"],
+    ids=["missing field", "empty", "not an image", "truncated"],
 )
-def test_a_request_without_a_good_image_is_400(service: Service, files: dict[str, bytes], code: str) -> None:
+def test_request_without_a_valid_image_is_400(service: Service, files: dict[str, bytes], code: str) -> None:
     assert_error(requests.post(f"{service.url}/predict", files=files, timeout=10), 400, code)
 
 
-def test_a_post_without_anything_is_400(service: Service) -> None:
+def test_empty_post_is_400(service: Service) -> None:
     assert_error(requests.post(f"{service.url}/predict", timeout=10), 400, "missing_image")
 
 
-def test_an_unknown_address_is_404(service: Service) -> None:
+def test_unknown_path_is_404(service: Service) -> None:
     assert_error(requests.get(f"{service.url}/predictions", timeout=10), 404, "not_found")
 
 
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/predict"), ("DELETE", "/predict"), ("POST", "/"), ("BREW", "/")]
 )
-def test_a_method_that_is_not_taken_is_405(service: Service, method: str, path: str) -> None:
+def test_wrong_method_is_405(service: Service, method: str, path: str) -> None:
     response = requests.request(method, service.url + path, timeout=10)
 
     assert_error(response, 405, "method_not_allowed")
     assert response.headers["Allow"]
 
 
-def test_too_many_pixels_are_413_whatever_their_bytes(service: Service) -> None:
-    """By its header alone: the pixels themselves are not there."""
+def test_too_many_pixels_are_413(service: Service) -> None:
+    """The header alone decides: this file has no pixel data."""
     header = saved(Image.new("1", (8100, 8100)), "PNG")[:100]
 
     assert "megapixels" in assert_error(service.post(header), 413, "too_large")
 
 
-def test_too_many_bytes_are_413_by_the_web(service: Service) -> None:
+def test_web_rejects_too_many_bytes_with_413(service: Service) -> None:
     assert "16 MB" in assert_error(service.post(b"x" * (16 * 2**20 - 50)), 413, "too_large")
 
 
-def test_far_too_many_bytes_are_413_by_apache(service: Service) -> None:
-    """By the header alone: it does not wait for them."""
+def test_apache_rejects_far_too_many_bytes_with_413(service: Service) -> None:
+    """Content-Length alone decides: the body is never sent."""
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 170000000\r\n\r\n"
 
     assert "far larger" in assert_error(raw_answer(service, head), 413, "too_large")
 
 
-def test_a_chunked_upload_is_taken_and_has_the_same_limit(service: Service) -> None:
+def test_chunked_upload_has_the_same_size_limit(service: Service) -> None:
     good, content_type = requests.models.RequestEncodingMixin._encode_files({"image": PNG}, {})  # type: ignore[attr-defined]
     headers = {"Content-Type": content_type}
 
@@ -174,11 +174,11 @@ def test_a_chunked_upload_is_taken_and_has_the_same_limit(service: Service) -> N
         (b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: odd\r\n\r\n", 400, "bad_request"),
     ],
 )
-def test_what_apache_refuses_is_json_too(service: Service, request_bytes: bytes, status: int, code: str) -> None:
+def test_apaches_own_errors_are_json(service: Service, request_bytes: bytes, status: int, code: str) -> None:
     assert_error(raw_answer(service, request_bytes), status, code)
 
 
-def test_a_request_that_stops_half_way_is_cut_with_json(service: Service) -> None:
+def test_stalled_request_gets_408(service: Service) -> None:
     started = time.monotonic()
     form = b"Content-Length: 100000\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
 
@@ -188,7 +188,7 @@ def test_a_request_that_stops_half_way_is_cut_with_json(service: Service) -> Non
     assert time.monotonic() - started < 40
 
 
-def test_a_web_process_that_can_not_start_is_a_json_500() -> None:
+def test_web_process_that_cannot_start_gives_json_500() -> None:
     with run_apache(wait=False, BATCH_SIZE="0") as url:
         [response] = wait_until(lambda: answers(url), "Apache answers")
 
@@ -196,14 +196,14 @@ def test_a_web_process_that_can_not_start_is_a_json_500() -> None:
 
 
 def answers(url: str) -> list[requests.Response]:
-    """The answer of the homepage, if one comes (an answer that is an error would count as false)."""
+    """The homepage's response in a list, empty if there is none; a bare error response would be falsy."""
     with suppress(requests.RequestException):
         return [requests.get(url, timeout=60)]
     return []
 
 
-def test_a_web_process_that_dies_with_a_request_gives_json(redis: Redis) -> None:
-    """mod_wsgi answers 500 up to version 5, and 502 since."""
+def test_web_process_that_dies_during_a_request_gives_json(redis: Redis) -> None:
+    """mod_wsgi responds 500 up to version 5, and 502 in later ones."""
     queue = f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue) as url, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(Service(url).post, PNG)
@@ -217,19 +217,19 @@ def test_a_web_process_that_dies_with_a_request_gives_json(redis: Redis) -> None
         wait_until(lambda: requests.get(f"{url}/livez", timeout=60).ok, "new web processes answer")
 
 
-# What is missing, and what is too much
+# Missing parts and overload
 
 
 @pytest.fixture(scope="module")
-def lonely(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
-    """A service without a model server, with short limits; and the name of its queue, which each test leaves empty."""
+def without_server(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
+    """A service without a model server, with short limits, and the name of its queue, which each test leaves empty."""
     queue = f"lonely-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="2", MAX_QUEUE="3") as url:
         yield Service(url), queue
 
 
-def test_without_a_model_server_ready_is_503(lonely: tuple[Service, str]) -> None:
-    response = requests.get(f"{lonely[0].url}/readyz", timeout=10)
+def test_readyz_without_model_server_is_503(without_server: tuple[Service, str]) -> None:
+    response = requests.get(f"{without_server[0].url}/readyz", timeout=10)
 
     assert_error_with_ready(response, "no_model_server")
 
@@ -240,20 +240,20 @@ def assert_error_with_ready(response: requests.Response, code: str) -> None:
     assert_error(response, 503, code)
 
 
-def test_without_a_model_server_a_request_is_504_in_time_and_says_why(lonely: tuple[Service, str]) -> None:
+def test_request_without_model_server_is_504_with_reason(without_server: tuple[Service, str]) -> None:
     started = time.monotonic()
 
-    message = assert_error(lonely[0].post(PNG), 504, "timeout")
+    message = assert_error(without_server[0].post(PNG), 504, "timeout")
 
     assert "no model server is alive" in message
     assert 2 <= time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(("alive", "code"), [(True, "queue_full"), (False, "no_model_server")])
-def test_a_full_queue_is_503_with_retry_after(
-    lonely: tuple[Service, str], redis: Redis, alive: bool, code: str
+def test_full_queue_is_503_with_retry_after(
+    without_server: tuple[Service, str], redis: Redis, alive: bool, code: str
 ) -> None:
-    service, queue = lonely
+    service, queue = without_server
     redis.rpush(queue, *[json.dumps({"id": str(i), "image": "", "deadline": 0}) for i in range(3)])
     if alive:
         redis.set(f"{queue}:server:busy", json.dumps({"model": "digits", "weights": "digits.keras"}), ex=60)
@@ -264,9 +264,9 @@ def test_a_full_queue_is_503_with_retry_after(
     assert_error(response, 503, code)
 
 
-def test_an_error_of_the_model_is_500_model_failed(lonely: tuple[Service, str], redis: Redis) -> None:
-    """The answer is the one that a model server gives when an image breaks the model."""
-    service, queue = lonely
+def test_model_error_is_500_model_failed(without_server: tuple[Service, str], redis: Redis) -> None:
+    """The test plays the model server, with the answer for an image that breaks the model."""
+    service, queue = without_server
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.post, PNG)
         job = json.loads(wait_until(lambda: redis.lindex(queue, 0), "the job is queued"))
@@ -276,10 +276,8 @@ def test_an_error_of_the_model_is_500_model_failed(lonely: tuple[Service, str], 
         assert_error(asked.result(), 500, "model_failed")
 
 
-def test_the_answer_of_a_model_server_before_its_upgrade_is_understood(
-    lonely: tuple[Service, str], redis: Redis
-) -> None:
-    service, queue = lonely
+def test_answer_of_an_older_model_server_is_understood(without_server: tuple[Service, str], redis: Redis) -> None:
+    service, queue = without_server
     predictions = [{"label": "3", "probability": 0.9}]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.post, PNG)
@@ -289,7 +287,7 @@ def test_the_answer_of_a_model_server_before_its_upgrade_is_understood(
         assert asked.result().json() == {"success": True, "predictions": predictions}
 
 
-def test_without_redis_a_request_is_503_redis_down(tmp_path: Path) -> None:
+def test_request_without_redis_is_503(tmp_path: Path) -> None:
     with run_apache(REDIS_PORT=str(free_port()), REDIS_TIMEOUT="1") as url:
         response = Service(url).post(PNG)
 
@@ -299,10 +297,10 @@ def test_without_redis_a_request_is_503_redis_down(tmp_path: Path) -> None:
         assert requests.get(f"{url}/livez", timeout=10).status_code == 200
 
 
-# Right answers
+# Correct results
 
 
-def test_digits_that_training_never_saw_are_read(service: Service, held_out: list[tuple[bytes, str]]) -> None:
+def test_held_out_digits_are_recognized(service: Service, held_out: list[tuple[bytes, str]]) -> None:
     responses = post_all(service, [image for image, _ in held_out])
 
     right = [r.json()["predictions"][0]["label"] == label for r, (_, label) in zip(responses, held_out, strict=True)]
@@ -310,7 +308,7 @@ def test_digits_that_training_never_saw_are_read(service: Service, held_out: lis
     assert sum(right) / len(right) >= 0.97
 
 
-def test_an_answer_does_not_depend_on_batch_mates(service: Service, held_out: list[tuple[bytes, str]]) -> None:
+def test_result_does_not_depend_on_the_rest_of_the_batch(service: Service, held_out: list[tuple[bytes, str]]) -> None:
     images = [image for image, _ in held_out[:60]]
 
     alone = [service.predictions(image) for image in images[:10]]
@@ -321,10 +319,10 @@ def test_an_answer_does_not_depend_on_batch_mates(service: Service, held_out: li
         assert one[0]["probability"] == pytest.approx(other[0]["probability"], abs=1e-5)
 
 
-def test_two_model_servers_answer_each_request_once_and_rightly(
+def test_two_model_servers_answer_each_request_correctly_once(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
-    """1,000 distinct images, each with the answer that one server alone gives."""
+    """1,000 distinct images."""
     rng = np.random.default_rng(1)
     _, (digits, classes) = split()
     chosen = rng.permutation(np.resize(np.arange(len(digits)), 1000))
@@ -341,7 +339,7 @@ def test_two_model_servers_answer_each_request_once_and_rightly(
     assert min(served) > 100
 
 
-def test_a_model_server_killed_in_mid_batch_loses_nothing(
+def test_model_server_killed_mid_batch_loses_no_request(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
     images, labels = zip(*held_out[:200], strict=True)
@@ -360,14 +358,14 @@ def test_a_model_server_killed_in_mid_batch_loses_nothing(
 # Load
 
 
-def test_500_requests_at_the_same_instant_are_all_answered(service: Service) -> None:
+def test_500_simultaneous_requests_are_all_answered(service: Service) -> None:
     figures = stress(service, "--interval", "0")
 
     assert figures["answered"] == 500
 
 
-def test_hundreds_wait_where_a_process_begins_with_few_open_files(redis: Redis, tmp_path: Path) -> None:
-    """As under systemd, whose limit for the sum of connections and files is 1,024 unless a process raises it."""
+def test_hundreds_of_requests_wait_despite_a_low_file_limit(redis: Redis, tmp_path: Path) -> None:
+    """systemd limits open files to 1,024 unless a process raises its limit; connections count as files."""
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     images, queue = 300, f"queue-{free_port()}"
     with ExitStack() as stack:
@@ -378,14 +376,14 @@ def test_hundreds_wait_where_a_process_begins_with_few_open_files(redis: Redis, 
             resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
         pool = stack.enter_context(ThreadPoolExecutor(images))
         asked = [pool.submit(Service(url).post, PNG) for _ in range(images)]
-        wait_until(lambda: redis.llen(queue) == images, "all of them wait", 60)
+        wait_until(lambda: redis.llen(queue) == images, "all are queued", 60)
 
         stack.enter_context(run_model_server(tmp_path / "server", IMAGE_QUEUE=queue))
 
         assert [answer.result(120).status_code for answer in asked] == [200] * images
 
 
-def test_the_tutorials_stress_test_passes(service: Service) -> None:
+def test_tutorials_stress_test_passes(service: Service) -> None:
     figures = stress(service)
 
     assert figures["answered"] == 500
@@ -399,7 +397,7 @@ def stress(service: Service, *options: str) -> dict[str, Any]:
     return figures
 
 
-def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
+def test_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     command = [sys.executable, "simple_request.py", "models/digits/three.png", "--url", f"{service.url}/predict"]
 
     printed = subprocess.check_output(command, cwd=ROOT, text=True, timeout=60)
@@ -407,8 +405,8 @@ def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     assert re.match(r"1\. 3: 0\.\d{4}\n2\. \d: 0\.\d{4}\n", printed)
 
 
-def test_a_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
-    """In web processes of its own: what other tests made of the service's is not what a load takes."""
+def test_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
+    """Uses new web processes, since other tests may have enlarged those of `service`."""
     photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
     noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
 
@@ -421,41 +419,39 @@ def test_a_web_process_stays_small_under_load(service: Service, record_property:
     record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
-def test_images_that_wait_are_not_kept_in_the_memory(
-    redis: Redis, record_property: Callable[[str, object], None]
-) -> None:
+def test_queued_images_are_not_kept_in_memory(redis: Redis, record_property: Callable[[str, object], None]) -> None:
     image, queue = saved(Image.fromarray(colours(0)), "PNG"), f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="15") as url, ThreadPoolExecutor(256) as pool:
         before = max(map(resident_bytes, web_processes(url)))
         asked = [pool.submit(Service(url).post, image) for _ in range(256)]
-        wait_until(lambda: redis.llen(queue) == 256, "all of them wait")
+        wait_until(lambda: redis.llen(queue) == 256, "all are queued")
         grown = max(map(resident_bytes, web_processes(url))) - before
         assert {each.result().status_code for each in asked} == {504}
 
-    # Each of about 128 is 0.2 MB as text: kept once they would be 26 MB more.
+    # Each process has about 128 images of 0.2 MB as text: one copy of each in memory would be 26 MB.
     assert grown < 38e6
     record_property("figures", f"grown by {grown / 1e6:.0f} MB")
 
 
-# The numbers that Keras itself gives
+# The same numbers as Keras
 
 
 @pytest.fixture(scope="session")
 def imagenet_names() -> bool:
-    """Whether Keras has ImageNet's class names, or can fetch them: without internet it may not."""
-    patience = socket.getdefaulttimeout()
+    """Whether Keras has the ImageNet class names, or can download them."""
+    default = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
         keras.applications.resnet50.decode_predictions(np.zeros((1, 1000)), top=1)
     except Exception:
         return False
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(default)
     return True
 
 
 def decoded(probabilities: Any, imagenet_names: bool) -> list[list[tuple[str, float]]]:
-    """The five best of each row, by Keras' own decode_predictions or by the labels file of the test."""
+    """The top five of each row, by Keras' decode_predictions or the test's own labels file."""
     if imagenet_names:
         rows = keras.applications.resnet50.decode_predictions(probabilities, top=5)
         return [[(label, probability) for _, label, probability in row] for row in rows]
@@ -463,7 +459,7 @@ def decoded(probabilities: Any, imagenet_names: bool) -> list[list[tuple[str, fl
 
 
 class Plain(NamedTuple):
-    """What plain Keras makes of the samples with a ResNet50: the settings that serve it, and the probabilities."""
+    """Settings that serve a ResNet50, and its probabilities for the samples computed directly in Keras."""
 
     settings: dict[str, str]
     probabilities: Any
@@ -488,13 +484,13 @@ def plain_resnet50(tmp_path_factory: pytest.TempPathFactory, imagenet_names: boo
 def test_resnet50_through_http_equals_plain_keras(
     redis_port: int, tmp_path: Path, backend: str, imagenet_names: bool, plain_resnet50: Plain
 ) -> None:
-    """20 images of all formats and modes: the same labels in the same order, probabilities to 1e-4."""
+    """20 images in all formats and modes give the same labels in the same order, probabilities within 1e-4."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
     sent = samples.samples()
     plain = plain_resnet50.probabilities
 
-    # Warm-up measures each size of batch, which takes long for 32.
+    # Warm-up times every batch size; up to 32 would take long.
     with run_service(tmp_path, 1, KERAS_BACKEND=backend, BATCH_SIZE="8", **plain_resnet50.settings) as service:
         responses = post_all(service, [sample.data for sample in sent])
 
@@ -503,4 +499,4 @@ def test_resnet50_through_http_equals_plain_keras(
         got = [(each["label"], each["probability"]) for each in response.json()["predictions"]]
         assert [label for label, _ in got] == [label for label, _ in expected], sample.name
         assert [p for _, p in got] == pytest.approx([p for _, p in expected], abs=1e-4), sample.name
-    assert np.ptp(plain[:, plain[0].argmax()]) > 0.01  # so that a mix-up would show
+    assert np.ptp(plain[:, plain[0].argmax()]) > 0.01  # the images differ enough for a mix-up to be noticed

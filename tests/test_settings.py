@@ -235,7 +235,10 @@ def test_a_name_that_is_there_twice_is_warned_about(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "start",
-    [("-c", "import run_web_server; run_web_server.start()"), ("run_model_server.py", "--model", "no/such.keras")],
+    [
+        ("-c", "import runpy; runpy.run_path('keras_rest_api_app.wsgi')"),
+        ("run_model_server.py", "--model", "no/such.keras"),
+    ],
     ids=["web", "model server"],
 )
 def test_both_programs_warn_when_they_start(start: tuple[str, ...]) -> None:

@@ -70,3 +70,18 @@ def test_each_module_imports_only_those_below_it(module: str) -> None:
 @pytest.mark.parametrize("client", ["simple_request", "stress_test"])
 def test_the_clients_stand_alone(client: str) -> None:
     assert not {name.partition(".")[0] for name in imported_by(f"import {client}")} & LAYERS.keys()
+
+
+def test_importing_the_web_leaves_environment_and_threads_alone() -> None:
+    code = """
+import os, sys, threading, types
+sys.modules["mod_wsgi"] = types.ModuleType("mod_wsgi")  # as under Apache
+before = dict(os.environ), threading.active_count()
+import run_web_server
+print((dict(os.environ), threading.active_count()) == before)
+"""
+    environment = os.environ | {"RATE_LIMIT": "5/minute", "API_KEYS": "a-key-for-this-test-only"}
+
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, timeout=60)
+
+    assert printed == "True\n"

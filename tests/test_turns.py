@@ -1,4 +1,4 @@
-"""How many images are decoded at once, by all web processes together."""
+"""The limit on images decoded at once, in all web processes together."""
 
 import subprocess
 import sys
@@ -14,9 +14,9 @@ from conftest import ROOT, Service, resident_bytes, wait_until, web_processes
 
 import settings
 from helpers import cgroup_quota
-from web.turns import NoMemoryNow, Turns
+from web.turns import MemoryTimeout, Turns
 
-# A process that has jobs of 20 ms, and writes when each began and ended.
+# A process that runs jobs of 20 ms and prints when each began and ended.
 WORKER = """if True:
     import sys, time
     from pathlib import Path
@@ -41,11 +41,11 @@ def spans(printed: str) -> list[tuple[float, float]]:
     return [(float(begun), float(ended)) for begun, ended in map(str.split, printed.splitlines())]
 
 
-def most_at_once(jobs: list[tuple[float, float]]) -> int:
+def max_at_once(jobs: list[tuple[float, float]]) -> int:
     return max(sum(begun <= at < ended for begun, ended in jobs) for at, _ in jobs)
 
 
-def test_processes_together_take_no_more_turns_than_there_are(tmp_path: Path) -> None:
+def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
     workers = [start_worker(tmp_path, 60) for _ in range(3)]
     for worker in workers:
         assert worker.stdin
@@ -55,14 +55,14 @@ def test_processes_together_take_no_more_turns_than_there_are(tmp_path: Path) ->
     done = [spans(worker.communicate(timeout=60)[0]) for worker in workers]
 
     assert [len(jobs) for jobs in done] == [60, 60, 60]
-    assert most_at_once([job for jobs in done for job in jobs]) == 2
-    # None of them waits until the others are done: at half of the time each has done a good part.
+    assert max_at_once([job for jobs in done for job in jobs]) == 2
+    # No process waits for the others to finish: at half time each has done at least 10 jobs.
     begun, ended = min(jobs[0][0] for jobs in done), max(jobs[-1][1] for jobs in done)
     for jobs in done:
         assert sum(job[1] < (begun + ended) / 2 for job in jobs) >= 10
 
 
-def test_a_process_that_is_killed_gives_its_turns_back(tmp_path: Path) -> None:
+def test_killed_process_releases_its_turns(tmp_path: Path) -> None:
     worker = start_worker(tmp_path, 10_000)
     worker.stdin.write("\n")  # type: ignore[union-attr]
     worker.stdin.flush()  # type: ignore[union-attr]
@@ -74,7 +74,7 @@ def test_a_process_that_is_killed_gives_its_turns_back(tmp_path: Path) -> None:
     assert Turns(lambda: tmp_path, 2).submit(lambda: "mine").result(5) == "mine"
 
 
-def test_jobs_run_in_their_order_and_can_be_cancelled_before(tmp_path: Path) -> None:
+def test_jobs_run_in_order_and_can_be_cancelled_before(tmp_path: Path) -> None:
     turns, held, order = Turns(lambda: tmp_path, 1), threading.Event(), list[int]()
     first = turns.submit(lambda: held.wait(30))
     others = [turns.submit(lambda number=number: order.append(number)) for number in range(5)]  # type: ignore[misc]
@@ -87,7 +87,7 @@ def test_jobs_run_in_their_order_and_can_be_cancelled_before(tmp_path: Path) -> 
     assert order == [0, 1, 3, 4]
 
 
-def test_an_error_of_a_job_is_its_own(tmp_path: Path) -> None:
+def test_error_of_a_job_affects_no_other(tmp_path: Path) -> None:
     turns = Turns(lambda: tmp_path, 1)
 
     with pytest.raises(ZeroDivisionError):
@@ -95,7 +95,7 @@ def test_an_error_of_a_job_is_its_own(tmp_path: Path) -> None:
     assert turns.submit(lambda: "next").result(10) == "next"
 
 
-def test_without_a_folder_each_process_counts_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_folder_each_process_has_its_own_turns(caplog: pytest.LogCaptureFixture) -> None:
     turns = Turns(lambda: Path("/proc/nothing"), 1)
 
     for _ in range(3):
@@ -103,10 +103,10 @@ def test_without_a_folder_each_process_counts_for_itself(caplog: pytest.LogCaptu
     with turns.memory(settings.MAX_DECODE_BYTES, 1):
         pass
 
-    assert len([line for line in caplog.messages if "as if it were alone" in line]) == 1
+    assert len([line for line in caplog.messages if "limits decoding by itself" in line]) == 1
 
 
-def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
+def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
     turns, half, got = Turns(lambda: tmp_path, 4), settings.MAX_DECODE_BYTES // 2, threading.Event()
 
     def take_half() -> None:
@@ -116,8 +116,8 @@ def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
     waiting = threading.Thread(target=take_half)
     with turns.memory(half, 1), turns.memory(half, 1):
         with turns.memory(1_000_000, 0):
-            pass  # a small one needs no share
-        with pytest.raises(NoMemoryNow), turns.memory(half, 0.05):
+            pass  # small images need no share
+        with pytest.raises(MemoryTimeout), turns.memory(half, 0.05):
             pass
         waiting.start()
         assert not got.wait(0.1)
@@ -132,11 +132,11 @@ def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
     ("own", "files", "cores"),
     [
         pytest.param("0::/a/b\n", {"a/b/cpu.max": "150000 100000"}, 1.5, id="version 2"),
-        pytest.param("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2, id="one above"),
+        pytest.param("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2, id="parent cgroup"),
         pytest.param("0::/\n", {"cpu.max": "50000 100000"}, 0.5, id="a container"),
-        pytest.param("0::/a\n", {"a/cpu.max": "max 100000"}, float("inf"), id="none"),
+        pytest.param("0::/a\n", {"a/cpu.max": "max 100000"}, float("inf"), id="no quota"),
         pytest.param("0::/a\n", {}, float("inf"), id="no file"),
-        pytest.param("0::/a\n", {"a/cpu.max": "rubbish"}, float("inf"), id="rubbish"),
+        pytest.param("0::/a\n", {"a/cpu.max": "rubbish"}, float("inf"), id="malformed"),
         pytest.param(
             "5:cpu,cpuacct:/a\n3:memory:/m\n",
             {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 3,
@@ -149,11 +149,11 @@ def test_memory_is_waited_for_and_no_longer_than_said(tmp_path: Path) -> None:
         ),
         pytest.param(
             "5:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, float("inf"),
-            id="version 1, none",
+            id="version 1 without quota",
         ),
     ],
 )  # fmt: skip
-def test_the_quota_of_the_cgroup_counts(tmp_path: Path, own: str, files: dict[str, str], cores: float) -> None:
+def test_available_cores_respect_cgroup_quotas(tmp_path: Path, own: str, files: dict[str, str], cores: float) -> None:
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -162,16 +162,16 @@ def test_the_quota_of_the_cgroup_counts(tmp_path: Path, own: str, files: dict[st
     assert cgroup_quota(tmp_path / "own", tmp_path / "root") == cores
 
 
-def test_the_affinity_counts() -> None:
+def test_available_cores_respect_the_affinity() -> None:
     command = ["taskset", "--cpu-list", "0", sys.executable, "-c", "import helpers; print(helpers.available_cores())"]
 
     assert subprocess.check_output(command, cwd=ROOT, text=True) == "1\n"
 
 
-def test_the_six_largest_images_at_once_take_less_than_a_gigabyte(
+def test_six_largest_images_at_once_take_less_than_a_gigabyte(
     service: Service, record_property: Callable[[str, object], None]
 ) -> None:
-    """Of both web processes together: RGBA, of 49 megapixels, whose transparency has to be laid onto white."""
+    """RGBA of 49 megapixels, the costliest kind: transparency is blended onto white. Both web processes together."""
     side, most = 7000, list[int]()
     rows = (b"\0" + b"\x20\x40\x60\x80" * side) * side
     image = hostile.png(hostile.header(side, side, colour=6), rows=rows)
@@ -182,11 +182,11 @@ def test_the_six_largest_images_at_once_take_less_than_a_gigabyte(
             most.append(sum(map(resident_bytes, web_processes(service.url))))
             time.sleep(0.01)
 
-    # On a machine that is busy with other things, the last ones' turn may not come in time.
+    # On a busy machine the last images may get no turn in time.
     statuses = [answer.result().status_code for answer in answers]
     assert set(statuses) <= {200, 503}
     assert statuses.count(200) >= 2
     assert len(most) > 20
     assert max(most) < 1e9
     record_property("figures", f"at most {max(most) / 1e6:.0f} MB")
-    wait_until(lambda: sum(map(resident_bytes, web_processes(service.url))) < 3e8, "the memory is given back")
+    wait_until(lambda: sum(map(resident_bytes, web_processes(service.url))) < 3e8, "the memory is freed")

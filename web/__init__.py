@@ -1,1 +1,1 @@
-"""The web program's parts: from a client's upload to the queue, and every other address. Imports no Keras."""
+"""The parts of the web program, from a client's upload to the queue. Imports no Keras."""

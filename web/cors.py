@@ -1,41 +1,42 @@
-"""Which pages of other origins may call the service from a browser: those that CORS_ORIGINS lists.
+"""CORS: which web pages of other origins may call the service from a browser. CORS_ORIGINS lists them.
 
-It is off unless set. A browser asks before it sends a key (the preflight, which needs none), and hides each answer and
-error from the page unless it names the page's origin. deploy/apache/service.conf does the same for what Apache refuses.
+Off unless set. Before it sends a key, a browser asks in a preflight request, which needs no key. It also hides every
+response from the page, errors included, unless the response names the page's origin. deploy/apache/service.conf adds
+the same headers to Apache's own errors.
 """
 
 import flask
 
 import settings
 
-REQUEST_HEADERS = "Authorization, Content-Encoding, Content-Type, X-Request-ID"  # what a page may send
-ANSWER_HEADERS = "X-Request-ID, Retry-After, Server-Timing"  # what it may read, besides what it always may
-KEPT = "7200"  # seconds that a browser need not ask again; Chromium allows no more
-FOR_NO_PAGE = "/metrics"
+REQUEST_HEADERS = "Authorization, Content-Encoding, Content-Type, X-Request-ID"  # that a page may send
+RESPONSE_HEADERS = "X-Request-ID, Retry-After, Server-Timing"  # that a page may read, besides the standard ones
+MAX_AGE = "7200"  # seconds that a browser may cache a preflight; the maximum in Chromium
+NOT_SHARED = "/metrics"
 
 origins = {origin for origin in settings.CORS_ORIGINS.split(",") if origin}
 
 
 def add_cors(app: flask.Flask) -> None:
-    """Have each answer of `app` but those of /metrics name the origin that asks, if CORS_ORIGINS does."""
+    """Add the CORS headers to every response of `app`, except for /metrics. Does nothing without CORS_ORIGINS."""
     if origins:
-        app.after_request(share)
+        app.after_request(allow_origin)
 
 
-def share(response: flask.Response) -> flask.Response:
-    """Let a page of an allowed origin read this answer, or after a preflight send its request."""
-    asked = flask.request.headers
-    allowed = "*" if "*" in origins else asked.get("Origin")
+def allow_origin(response: flask.Response) -> flask.Response:
+    """Let a page of an allowed origin read this response, or after a preflight send its request."""
+    sent = flask.request.headers
+    allowed = "*" if "*" in origins else sent.get("Origin")
     if allowed != "*":
         response.vary.add("Origin")
-    if allowed not in origins or flask.request.path == FOR_NO_PAGE:
+    if allowed not in origins or flask.request.path == NOT_SHARED:
         return response
     response.headers["Access-Control-Allow-Origin"] = allowed
-    response.headers["Access-Control-Expose-Headers"] = ANSWER_HEADERS
-    if is_preflight() and "Allow" in response.headers:  # else nothing is at this address
+    response.headers["Access-Control-Expose-Headers"] = RESPONSE_HEADERS
+    if is_preflight() and "Allow" in response.headers:  # without Allow there is no such path
         response.headers["Access-Control-Allow-Methods"] = response.headers["Allow"]
         response.headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
-        response.headers["Access-Control-Max-Age"] = KEPT
+        response.headers["Access-Control-Max-Age"] = MAX_AGE
     return response
 
 

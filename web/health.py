@@ -1,4 +1,4 @@
-"""Whether the service lives and would answer: /livez and /readyz, for load balancers and monitors."""
+"""Health checks for load balancers and monitors: /livez and /readyz."""
 
 from typing import Any
 
@@ -6,31 +6,31 @@ import flask
 from redis.exceptions import RedisError
 
 from image_queue import NoModelServer, RedisDown, UnusableRedis, WebQueue, fault_of
-from web.storage import check_room
+from web.storage import check_free_space
 
 Body = dict[str, Any]
 Servers = dict[str, dict[str, Any]]
 
 
 def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
-    """Add the routes to `app`, which asks Redis through `queue`."""
+    """Add /livez and /readyz to `app`."""
 
     @app.get("/livez")
     def livez() -> Body:
-        """Answer while the process does."""
+        """Respond as long as the process works."""
         return {"live": True}
 
     @app.get("/readyz")
     def readyz() -> Body:
-        """Say whether requests would be answered: Redis, a warmed-up model server and room for uploads are there."""
-        servers, waiting = look(queue)
-        check_room()
+        """Report ready if Redis works, a warmed-up model server is alive and there is disk space for uploads."""
+        servers, waiting = check_queue(queue)
+        check_free_space()
         warnings = {"warnings": [f"Redis {risk}." for risk in queue.risks]} if queue.risks else {}
         return {"ready": True, "model_servers": servers, "queue_length": waiting, **warnings}
 
 
-def look(queue: WebQueue) -> tuple[Servers, int]:
-    """Return the live model servers and how many images wait, from a Redis that takes writes.
+def check_queue(queue: WebQueue) -> tuple[Servers, int]:
+    """Check that Redis accepts writes; return the live model servers and the number of images in the queue.
 
     Raises RedisDown, NoModelServer.
     """

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 
 import settings
 from helpers import Pixels, ServiceError, megapixels
+from web.errors import WebError
 from web.image_checks import END_OF_JPEG, MAX_EXIF_BYTES, MAX_SHRUNK, MAX_SIDE, TooManyPixels
 from web.image_formats import IN_FULL, UNFINISHED, NotTaken, open_frugally
 
@@ -50,19 +51,19 @@ Image.MAX_IMAGE_PIXELS = settings.MAX_IMAGE_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-class MissingImage(ServiceError):
+class MissingImage(WebError):
     """The form has no file named `image`."""
 
     status, code = 400, "missing_image"
 
 
-class BadImage(ServiceError):
+class BadImage(WebError):
     """The file is not an image that can be decoded."""
 
     status, code = 400, "bad_image"
 
 
-class TooLarge(ServiceError):
+class TooLarge(WebError):
     """Too many bytes or pixels."""
 
     status, code = 413, "too_large"

@@ -1,10 +1,9 @@
-"""The pages for people: what a browser gets at /, the interactive description at /docs, and the files of both.
+"""Static files: the page at /, the interactive API documentation at /docs, their scripts and styles, openapi.json.
 
-Each address is that of one file, named here: none leads to a folder. The files are sent from the disk, and none is kept
-in the memory of the process. Their links are relative, since a proxy may put the service under a prefix.
+Every file is listed here, so no URL leads to a folder. Files are sent from disk and not kept in memory. Links in the
+pages are relative, because a proxy may serve the service under a prefix.
 """
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +12,15 @@ import flask
 
 STATIC = Path(__file__).parent / "static"
 IMAGES = Path(__file__).parents[1] / "images"
-# Swagger UI, as its package has it; found without importing that, of which nothing but the files is wanted.
-SWAGGER = "flask_swagger_ui"
+SWAGGER = "flask_swagger_ui"  # only its static files are used
 
-NOTHING_ELSE = "connect-src 'self'; script-src 'self'; base-uri 'none'; frame-ancestors 'none'"
-WELCOME_POLICY = f"default-src 'none'; {NOTHING_ELSE}; style-src 'self'; img-src 'self' blob:; form-action 'self'"
-DOCS_POLICY = f"default-src 'none'; {NOTHING_ELSE}; style-src 'self'; img-src 'self' blob: data:; form-action 'none'"
+COMMON_POLICY = "connect-src 'self'; script-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+WELCOME_POLICY = f"default-src 'none'; {COMMON_POLICY}; style-src 'self'; img-src 'self' blob:; form-action 'self'"
+DOCS_POLICY = f"default-src 'none'; {COMMON_POLICY}; style-src 'self'; img-src 'self' blob: data:; form-action 'none'"
 
 
 class Page(NamedTuple):
-    """A file, its media type, and for a page the Content-Security-Policy: what it may load, and from where."""
+    """A file, its media type, and for a page its Content-Security-Policy."""
 
     path: Path
     media_type: str
@@ -30,10 +28,10 @@ class Page(NamedTuple):
 
 
 def swagger() -> Path:
-    """Return the folder of Swagger UI's files. Raises ModuleNotFoundError where it is not installed."""
+    """Return the folder of Swagger UI's files without importing the package. Raises ModuleNotFoundError."""
     package = find_spec(SWAGGER)
     if package is None or package.origin is None:
-        raise ModuleNotFoundError(f"{SWAGGER} is not installed, so install what requirements/service.txt names.")
+        raise ModuleNotFoundError(f"{SWAGGER} is not installed, so install requirements/service.txt.")
     return Path(package.origin).parent / "dist"
 
 
@@ -41,7 +39,7 @@ SCRIPTS = (
     "page.js", "basics.js", "card.js", "export.js", "figures.js", "folders.js", "key.js", "model.js", "request.js",
     "results.js", "service.js",
 )  # fmt: skip
-# Photos that the page offers to try, where the model knows ImageNet's classes.
+# Photos that the page offers to try if the model knows the ImageNet classes.
 SAMPLES = ("cat.jpg", "coffee.jpg", "officer.jpg")
 WELCOME = Page(STATIC / "index.html", "text/html", WELCOME_POLICY)
 FILES = {
@@ -49,6 +47,7 @@ FILES = {
     **{f"/{name}": Page(STATIC / name, "text/javascript") for name in SCRIPTS},
     "/favicon.svg": Page(STATIC / "favicon.svg", "image/svg+xml"),
     **{f"/samples/{name}": Page(IMAGES / name, "image/jpeg") for name in SAMPLES},
+    "/openapi.json": Page(STATIC / "openapi.json", "application/json"),
     "/docs": Page(STATIC / "docs.html", "text/html", DOCS_POLICY),
     "/docs/docs.css": Page(STATIC / "docs.css", "text/css"),
     "/docs/docs.js": Page(STATIC / "docs.js", "text/javascript"),
@@ -58,22 +57,13 @@ FILES = {
 
 
 def add_pages(app: flask.Flask) -> None:
-    """Add the address of each file to `app`."""
-    for address, page in FILES.items():
-        app.add_url_rule(address, endpoint=address, view_func=view(page))
-
-
-def view(page: Page) -> Callable[[], flask.Response]:
-    """Return the function that answers with a file; no partial(), which Flask-Limiter takes for no function."""
-
-    def answer() -> flask.Response:
-        return send(page)
-
-    return answer
+    """Add a route for each file to `app`."""
+    for path in FILES:
+        app.add_url_rule(path, endpoint=path, view_func=lambda: send(FILES[flask.request.path]))
 
 
 def send(page: Page) -> flask.Response:
-    """Return a file, which browsers keep and ask for again by its ETag: the page and its script are of one version."""
+    """Return a file. Browsers revalidate it by its ETag, so a page and its scripts are of the same version."""
     response = flask.send_file(page.path, mimetype=page.media_type)
     if page.policy:
         response.headers["Content-Security-Policy"] = page.policy
@@ -81,5 +71,5 @@ def send(page: Page) -> flask.Response:
 
 
 def wants_page() -> bool:
-    """Tell whether the client would rather have HTML than text: browsers say so, and curl takes anything."""
+    """Whether the client prefers HTML to text, as browsers do; curl accepts anything."""
     return flask.request.accept_mimetypes.best_match(["text/plain", "text/html"]) == "text/html"

@@ -1,6 +1,6 @@
-"""The temporary files that uploads wait in, and what the service says when there is no room for them.
+"""Temporary files for uploads, and the error when they can't be written.
 
-They have no names, lie in the folder that TMPDIR names (else /tmp), and are gone when they are closed.
+The files have no names. They are in the folder TMPDIR (default /tmp) and disappear when they are closed.
 """
 
 import logging
@@ -14,7 +14,8 @@ from threading import Lock
 from typing import IO
 
 import settings
-from helpers import ServiceError, megabytes
+from helpers import megabytes
+from web.errors import WebError
 
 log = logging.getLogger(__name__)
 
@@ -22,54 +23,54 @@ LOG_EVERY = 10.0  # seconds
 PROBE = b"\0" * 2**16
 
 _lock = Lock()
-_next_line: dict[int | None, float] = {}  # by errno, time.monotonic() from which the log gets another line of it
+_next_log: dict[int | None, float] = {}  # errno: time.monotonic() before which it is not logged again
 
 
-class StorageFull(ServiceError):
+class StorageFull(WebError):
     """The temporary folder is full, read-only or missing."""
 
     status, code = 503, "storage_full"
 
 
 def new_file() -> IO[bytes]:
-    """Return an empty file that waits on the disk, not in memory. Raises OSError."""
+    """Return an empty temporary file. Raises OSError."""
     return tempfile.TemporaryFile()
 
 
-def choose_folder() -> None:
-    """Choose the folder, once for the process, and say so in the log where it is not the one that TMPDIR names.
+def choose_temporary_folder() -> None:
+    """Choose the temporary folder now, and log a warning if it is not TMPDIR.
 
-    Python takes the first of several that it can write to. Left to the first upload, that would be another folder in
-    each web process when one begins on a full disk.
+    Python takes the first of several folders that is writable. If the first upload made that choice, web processes
+    that start while the disk is full could end up with different folders.
     """
     wanted = os.environ.get("TMPDIR", "")
     try:
         folder = tempfile.gettempdir()
     except OSError as error:
-        log_full(error)
+        log_storage_error(error)
         return
     if wanted and Path(wanted).absolute() != Path(folder):
-        log.warning("TMPDIR=%s can't be written to, so uploads wait in %s", wanted, folder)
+        log.warning("TMPDIR=%s is not writable, so uploads are stored in %s", wanted, folder)
 
 
 @contextmanager
-def out_of_room_is_503(**more: object) -> Iterator[None]:
-    """Turn an OSError of a temporary file into StorageFull; the answer has `more` besides."""
+def storage_errors(**more: object) -> Iterator[None]:
+    """Turn an OSError from a temporary file into StorageFull, with `more` fields in the response."""
     try:
         yield
     except OSError as error:
-        log_full(error)
+        log_storage_error(error)
         raise StorageFull(
             "The service has no room to store an upload now, so try again in a few seconds.", **more
         ) from None
 
 
-def check_room() -> None:
-    """Raise StorageFull unless the temporary folder takes a file, and has room for the largest upload.
+def check_free_space() -> None:
+    """Raise StorageFull unless the temporary folder is writable and has room for the largest upload.
 
-    Writing tells what free space does not: a quota, a file system that has become read-only.
+    A test write also finds a quota that is used up or a file system that became read-only.
     """
-    with out_of_room_is_503(ready=False):
+    with storage_errors(ready=False):
         with new_file() as file:
             file.write(PROBE)
             file.flush()
@@ -79,11 +80,11 @@ def check_room() -> None:
             raise OSError(f"{megabytes(free)} are free, and an upload may have {megabytes(settings.MAX_UPLOAD_BYTES)}")
 
 
-def log_full(error: OSError) -> None:
-    """Log what is wrong with the temporary folder: one line every LOG_EVERY seconds, however many uploads fail."""
+def log_storage_error(error: OSError) -> None:
+    """Log why an upload can't be stored, each errno at most once every LOG_EVERY seconds."""
     with _lock:
-        if time.monotonic() < _next_line.get(error.errno, 0.0):
+        if time.monotonic() < _next_log.get(error.errno, 0.0):
             return
-        _next_line[error.errno] = time.monotonic() + LOG_EVERY
+        _next_log[error.errno] = time.monotonic() + LOG_EVERY
     folder = tempfile.tempdir or "any temporary folder"
-    log.error("Uploads can't be stored in %s (%s): make room there, or set TMPDIR to another folder", folder, error)
+    log.error("Uploads can't be stored in %s (%s): free some space, or set TMPDIR to another folder", folder, error)

@@ -1,7 +1,7 @@
-"""How many images are decoded at once: as many as the machine has cores for, and as fit in MAX_DECODE_BYTES.
+"""Limit how many images are decoded at once: one for each core, and together within MAX_DECODE_BYTES.
 
-That counts for all web processes of a service together. They meet in a folder of files, which they lock: the kernel
-wakes the next one without a delay, and it takes back the locks of a process that dies.
+The limit covers all web processes of a service. They share a folder of files that serve as locks: the kernel wakes the
+next waiter without delay, and releases the locks of a process that dies.
 """
 
 import fcntl
@@ -22,24 +22,24 @@ from helpers import available_cores
 
 log = logging.getLogger(__name__)
 
-SHARES = 32  # in which the memory is given out: an image holds as many as it needs
+SHARES = 32  # the memory is divided into so many locks; an image holds as many as it needs
 T = TypeVar("T")
-LOOK_EVERY = 0.01  # seconds, while an image waits for memory
+POLL_EVERY = 0.01  # seconds, while an image waits for memory
 
 
-class NoMemoryNow(Exception):
-    """The images that are being decoded left no memory for one more until its time was over."""
+class MemoryTimeout(Exception):
+    """The images being decoded left no memory for one more within its time limit."""
 
 
 class Turns:
-    """The turns of all web processes of a service: one for each core.
+    """Runs jobs, as many at once in all web processes of a service as there are turns: one for each core.
 
-    A process has a thread for each. Thread number n waits for the lock of turn n and only then takes the job that has
-    waited longest, so that no job waits for one turn while another is free.
+    Each process has a thread for each turn. Thread n waits for the lock of turn n, and only then takes the oldest job,
+    so no job waits for one turn while another is free.
     """
 
     def __init__(self, folder: Callable[[], Path], cores: int | None = None) -> None:
-        """Have `cores` turns (those of the machine), which are locked in the `folder` that the processes share."""
+        """Share `cores` turns (default: the available cores) through locks in `folder`. Start no thread yet."""
         self.folder = folder
         self.cores = cores or available_cores()
         self.jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -48,17 +48,17 @@ class Turns:
         self.warned = False
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Return the future result of `work`, which runs when its turn has come. Until then it can be cancelled."""
+        """Return a future for the result of `work`, which can be cancelled until its turn comes."""
         future: Future[T] = Future()
         with self.arrived:
             self.jobs.append((future, work))
             if not self.threads:
-                self.start()
+                self.start_threads()
             self.arrived.notify_all()
         return future
 
-    def start(self) -> None:
-        """Start the threads."""
+    def start_threads(self) -> None:
+        """Start a thread for each turn."""
         for turn in range(self.cores):
             self.threads.append(
                 threading.Thread(target=self.take_turns, args=[turn], name=f"prepare-{turn}", daemon=True)
@@ -66,17 +66,17 @@ class Turns:
             self.threads[-1].start()
 
     def take_turns(self, turn: int) -> None:
-        """Run jobs, one after the other, each while this process has `turn`."""
+        """Run jobs one after the other, each while holding the lock of `turn`."""
         while True:
             with self.arrived:
                 self.arrived.wait_for(lambda: self.jobs)
             with ExitStack() as held:
                 self.lock(f"turn-{turn}", held)
                 self.run_next()
-            os.sched_yield()  # another process that waits for the turn was woken just now
+            os.sched_yield()  # to another process that waits for the lock
 
     def run_next(self) -> None:
-        """Run the job that has waited longest; nothing where another thread has taken it."""
+        """Run the oldest job, unless other threads have taken them all."""
         with self.arrived:
             if not self.jobs:
                 return
@@ -85,29 +85,29 @@ class Turns:
             return
         try:
             future.set_result(work())
-        except BaseException as error:  # whoever waits for the result gets it
+        except BaseException as error:  # result() raises it
             future.set_exception(error)
         finally:
-            del future, work  # an error keeps this frame
+            del future, work  # the error's traceback keeps this frame alive
 
     @contextmanager
     def memory(self, size: int, seconds: float) -> Iterator[None]:
-        """Hold `size` bytes of MAX_DECODE_BYTES. Raises NoMemoryNow where they are not free within `seconds`.
+        """Hold `size` bytes of MAX_DECODE_BYTES. Raises MemoryTimeout if they are not free within `seconds`.
 
-        An image of less than half a share holds none: there are only as many of them as cores.
+        An image smaller than half a share holds none: there are at most as many of those as cores.
         """
         wanted = min(SHARES, math.ceil(size * SHARES / settings.MAX_DECODE_BYTES - 0.5))
         limit = time.monotonic() + seconds
         with ExitStack() as held:
-            with ExitStack() as turnstile:  # one after the other, or two could wait for each other's half
+            with ExitStack() as collecting:  # one image at a time, or two could deadlock with half of their shares each
                 if wanted > 0:
-                    wait(limit, lambda: self.lock("memory", turnstile, fcntl.LOCK_NB))
+                    wait(limit, lambda: self.lock("memory", collecting, fcntl.LOCK_NB))
                     shares = {f"share-{number}" for number in range(SHARES)}
-                    wait(limit, lambda: self.lock_some(shares, wanted, held))
+                    wait(limit, lambda: self.lock_shares(shares, wanted, held))
             yield
 
-    def lock_some(self, shares: set[str], wanted: int, held: ExitStack) -> bool:
-        """Lock such of `shares` as are free, and take them out of it; whether `wanted` are locked in all."""
+    def lock_shares(self, shares: set[str], wanted: int, held: ExitStack) -> bool:
+        """Lock the free ones of `shares` and remove them from the set; return whether `wanted` are now locked."""
         for share in list(shares):
             if SHARES - len(shares) == wanted:
                 break
@@ -116,10 +116,10 @@ class Turns:
         return SHARES - len(shares) == wanted
 
     def lock(self, name: str, held: ExitStack, how: int = 0) -> bool:
-        """Lock the file of this name until `held` ends; whether that could be done at once, with `how` LOCK_NB.
+        """Lock the file `name` until `held` ends. With LOCK_NB in `how`, return False if another holds the lock.
 
-        Each time it is opened anew, since a lock belongs to what was opened. Where there is no file, nothing is locked:
-        then each process counts for itself.
+        The file is opened each time, since the lock belongs to the open file. If it can't be opened, nothing is locked
+        and each process has its own turns.
         """
         try:
             folder = self.folder() / "turns"
@@ -127,7 +127,7 @@ class Turns:
             file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if not self.warned:
-                log.warning("each web process decodes as if it were alone, since turns can't be locked (%s)", error)
+                log.warning("Each web process limits decoding by itself, since locks can't be shared (%s)", error)
             self.warned = True
             return True
         try:
@@ -140,8 +140,8 @@ class Turns:
 
 
 def wait(limit: float, condition: Callable[[], bool]) -> None:
-    """Return when `condition` is true. Raises NoMemoryNow when it is not at the time `limit`."""
+    """Return when `condition` is true. Raises MemoryTimeout at the monotonic time `limit`."""
     while not condition():
         if time.monotonic() > limit:
-            raise NoMemoryNow
-        time.sleep(LOOK_EVERY)
+            raise MemoryTimeout
+        time.sleep(POLL_EVERY)

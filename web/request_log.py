@@ -1,0 +1,41 @@
+"""Each request gets an id, is counted in the metrics, and if it is for /predict is logged."""
+
+import logging
+import re
+import time
+import uuid
+
+import flask
+
+from web.metrics import PREDICT, Metrics
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def add_request_log(app: flask.Flask, metrics: Metrics) -> None:
+    """Log and count every request to `app`."""
+
+    @app.before_request
+    def begin() -> None:
+        """Note the start time and the request's id: the client's own if it is valid, otherwise Apache's."""
+        given = flask.request.headers.get("X-Request-ID", "")
+        from_apache = flask.request.environ.get("UNIQUE_ID")
+        flask.g.request_id = given if REQUEST_ID.fullmatch(given) else from_apache or uuid.uuid4().hex
+        flask.g.begun = time.monotonic()
+
+    @app.after_request
+    def end(response: flask.Response) -> flask.Response:
+        response.headers["X-Request-ID"] = flask.g.request_id
+        seconds = time.monotonic() - flask.g.begun
+        # A browser's preflight (OPTIONS) must not count as a request for predictions.
+        rule = flask.request.url_rule if flask.request.method != "OPTIONS" else None
+        endpoint = rule.rule if rule else "none"
+        more = flask.g.get("log_fields", {})  # of an error its code, otherwise the times and number of images
+        metrics.count_request(endpoint, response.status_code, seconds, more.get("images", 0))
+        if endpoint == PREDICT:
+            fields = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
+            log.info("/predict: %d %s in %.1f ms, request %s", response.status_code, more.get("code", "OK"),
+                     fields["ms"], flask.g.request_id, extra=fields | more)  # fmt: skip
+        return response
