@@ -1,4 +1,4 @@
-"""Keeps off standard error what TensorFlow prints at each import, and nothing else."""
+"""Filters what TensorFlow prints to standard error at each import, and nothing else."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Printed before TensorFlow reads TF_CPP_MIN_LOG_LEVEL, so no setting silences it: everything below an error, that a
-# library is registered twice, and on a machine without a GPU that there is none.
+# Printed before TensorFlow reads TF_CPP_MIN_LOG_LEVEL, so no setting silences it: messages below the level of an error,
+# that a library is registered twice, and on a machine without a GPU that there is none.
 NOISE = [
     "^[IW][0-9]{4} ",
     "^WARNING: All log messages before absl::InitializeLog",
@@ -17,18 +17,18 @@ NOISE = [
 if not Path("/dev/nvidiactl").exists():
     NOISE.append("failed call to cuInit")
 FILTER = ["grep", "--text", "--line-buffered", "--invert-match", "--extended-regexp", "|".join(NOISE)]
-FILTER_LIMIT = 5  # seconds for its end: a program that was started meanwhile may hold the pipe open
+FILTER_LIMIT = 5  # seconds to wait for its end: a program started meanwhile may hold the pipe open
 
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Keep lines of NOISE off standard error, also those that C code writes.
+    """Keep lines that match NOISE off standard error, also those written by C code.
 
-    A process of its own filters them, so that the last words of a library that aborts are still seen.
+    A separate process filters them, so that the last words of a library that aborts still get through.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
-    # In a session of its own, since Ctrl-C is not for it.
+    # In a session of its own, so that Ctrl-C does not reach it.
     grep = subprocess.Popen(FILTER, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)  # noqa: S603
     assert grep.stdin
     os.dup2(grep.stdin.fileno(), 2)

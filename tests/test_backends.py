@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from conftest import ROOT, missing
 
-from helpers import BATCHES_AT_ONCE
+from model_server.batching import BATCHES_AT_ONCE
 
 # Serves a small model that has weights of all kinds, and prints what two threads with 100 batches each saw.
 CHILD = """
 import importlib.util, json, logging, os, pathlib, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 import settings
-from model_server import classifier  # before Keras, as the model server does
-import keras, numpy as np
+from model_server import classifier, keras_import, model_errors
+import numpy as np
+
+keras = keras_import.import_keras()
 
 keras.utils.set_random_seed(0)
 layers = keras.layers
@@ -53,7 +55,7 @@ if keras.backend.backend() == "torch":
     network._predict = lambda *given: threads.add(threading.get_ident()) or predict(*given)
     network.predict_on_batch(images[:3])  # a size that is new
     network._predict = predict
-served._seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # whatever this machine is busy with: all sizes are in use
+served.sizes.seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # whatever this machine is busy with: all sizes are in use
 keras_calls, logged = [], []
 compute = layers.Dense.call
 layers.Dense.call = lambda *args, **named: keras_calls.append(1) or compute(*args, **named)
@@ -75,7 +77,7 @@ with ThreadPoolExecutor(2) as pool:
 try:
     np.asarray(keras.ops.zeros((1 << 46,)))
 except Exception as error:
-    out_of_memory = classifier.out_of_memory(error)
+    out_of_memory = model_errors.out_of_memory(error)
 print(json.dumps({"differences": differences, "logged": logged, "keras_calls": len(keras_calls),
                   "spread": float(np.ptp(plain, axis=0).max()), "out_of_memory": out_of_memory,
                   "unused": unused, "hidden": hidden, "fuser": fuser, "threads": len(threads),

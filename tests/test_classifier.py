@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from conftest import AS_INSTALLED, ROOT
 
-import run_model_server
 import settings
 from helpers import StartupError
-from model_server import classifier
-from model_server.classifier import Classifier, Facts, Prediction
+from model_server import applications, check, classifier
+from model_server.classifier import Classifier, Prediction
+from model_server.facts import Facts
 
 LABELS = ["zero", "one", "two"]
 FACTS = Facts((4, 6, 3), LABELS, "LABELS")
@@ -101,12 +101,12 @@ def test_a_batch_is_cut_into_the_pieces_that_take_least_time() -> None:
     network = Network()
     model = warmed_up(network)
 
-    model._seconds = {1: 1.0, 4: 2.0, 8: 7.0}
+    model.sizes.seconds = {1: 1.0, 4: 2.0, 8: 7.0}
     predicted(model, batch(*range(9)))
     assert sorted(network.sizes) == [1, 4, 4]
 
     network.sizes.clear()
-    model._seconds = {1: 3.0, 8: 4.0}
+    model.sizes.seconds = {1: 3.0, 8: 4.0}
     predicted(model, batch(1, 2, 3))
     assert network.sizes == [8]  # padded: three single ones would take longer
 
@@ -329,14 +329,14 @@ def damaged(path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (break_labels, "gives (3,) values an image, but there are 2 labels"),
+        (break_labels, "gives (3,) values per image, but there are 2 labels"),
         (empty_line, "has an empty line"),
         (no_text, "can't be read"),
         (no_end, "it has more than 10 MB"),
-        (terminal_codes, "is not one of plain text"),
+        (terminal_codes, "is not plain text"),
         (folder, "can't be read"),
         (no_labels, "can't be read"),
-        (no_model, "is not there"),
+        (no_model, "does not exist"),
         (damaged, "is cut off or damaged: copy it here again, whole."),
     ],
 )
@@ -369,7 +369,7 @@ def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
 def test_every_classifier_of_keras_is_known_by_name() -> None:
     builders = {name for name, _ in inspect.getmembers(keras.applications, inspect.isfunction)}
 
-    known = classifier.applications()
+    known = applications.applications()
 
     assert set(known) == builders
     assert all(hasattr(module, "preprocess_input") for module in known.values())
@@ -397,7 +397,7 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
     model = load(monkeypatch, MODEL=name, MODEL_WEIGHTS=tmp_path / "own.weights.h5", LABELS=tmp_path / "labels")
     results = predicted(model, images)
 
-    module = classifier.applications()[name]
+    module = applications.applications()[name]
     plain = network.predict(module.preprocess_input(images.astype(np.float32)), verbose=0)
     for result, probabilities in zip(results, plain, strict=True):
         best = probabilities.argsort()[::-1][:5]
@@ -405,7 +405,7 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
         assert [probability for _, probability in good(result)] == pytest.approx(probabilities[best], abs=1e-5)
 
 
-@pytest.mark.parametrize(("weights", "said"), [("imagenet", classifier.IMAGENET), ("random", None)])
+@pytest.mark.parametrize(("weights", "said"), [("imagenet", applications.IMAGENET), ("random", None)])
 def test_a_keras_classifier_says_that_it_recognises_imagenet_where_it_was_trained_on_it(
     monkeypatch: pytest.MonkeyPatch, weights: str, said: str | None
 ) -> None:
@@ -416,13 +416,13 @@ def test_a_keras_classifier_says_that_it_recognises_imagenet_where_it_was_traine
     monkeypatch.setattr(
         keras.applications, "MobileNet", functools.wraps(builder)(lambda weights: builder(weights=None))
     )
-    monkeypatch.setattr(classifier, "_imagenet_labels", lambda module: [f"class {i}" for i in range(1000)])
+    monkeypatch.setattr(applications, "_imagenet_labels", lambda module: [f"class {i}" for i in range(1000)])
     monkeypatch.setattr(settings, "BATCH_SIZE", 1)
     model = load(monkeypatch, MODEL="MobileNet", MODEL_WEIGHTS=weights)
     model.warm_up()
 
     assert model.about.get("description") == said  # in /readyz
-    assert run_model_server.described(model).endswith(f", {said}" if said else "1000 labels")  # by --check
+    assert check.summary(model).endswith(f", {said}" if said else "1000 labels")  # by --check
 
 
 def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

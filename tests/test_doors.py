@@ -49,7 +49,7 @@ from redis.exceptions import NoPermissionError
 
 import run_web_server
 from helpers import StartupError
-from run_model_server import give_up_root
+from model_server.privileges import give_up_root
 from web import access
 
 PNG = (ROOT / "models/digits/three.png").read_bytes()

@@ -181,7 +181,7 @@ def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_por
         wait_until(lambda: not process.alive, "it ends", 60)
 
     assert process.popen.returncode == 2
-    assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
+    assert f"Port {taken} of 127.0.0.1 can't be used" in process.log
 
 
 def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port
 
-import helpers
 import settings
 from helpers import StartupError
-from model_server import classifier, model_checks, model_file
+from model_server import applications, classifier, downloads, model_checks, model_file
 
 CODE = """
 import sys, run_model_server
@@ -37,12 +36,18 @@ def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     ("values", "line"),
     [
         ({"MODEL": "resnet50"}, "MODEL=resnet50 is invalid: did you mean ResNet50? It must be the path of"),
-        ({"MODEL": "no/such.h5"}, "MODEL=no/such.h5 is not there: it must be the path of a .keras or .h5 file."),
+        ({"MODEL": "no/such.h5"}, "MODEL=no/such.h5 does not exist: it must be the path of a .keras or .h5 file."),
         ({"MODEL": "models/"}, "MODEL=models is a folder: set it to the path of a file in it."),
-        ({"MODEL": "README.md"}, "MODEL=README.md is no file that Keras writes, or damaged: the service needs a Keras"),
+        (
+            {"MODEL": "README.md"},
+            "MODEL=README.md is not a file that Keras writes, or damaged: the service needs a Keras",
+        ),
         ({"LABELS": "nowhere"}, "The labels file nowhere can't be read"),
         ({"MODEL": "ResNet50", "LABELS": "nowhere"}, "The labels file nowhere can't be read"),
-        ({"MODEL": "ResNet50", "MODEL_WEIGHTS": "own.h5"}, "MODEL_WEIGHTS=own.h5 is not there: it must be imagenet, "),
+        (
+            {"MODEL": "ResNet50", "MODEL_WEIGHTS": "own.h5"},
+            "MODEL_WEIGHTS=own.h5 does not exist: it must be imagenet, ",
+        ),
     ],
 )
 def test_what_is_wrong_by_name_is_said_at_once(values: dict[str, str], line: str) -> None:
@@ -91,7 +96,7 @@ def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
 
 
 def test_the_names_are_those_that_keras_has() -> None:
-    assert model_checks.application_names() == sorted(classifier.applications())
+    assert model_checks.application_names() == sorted(applications.applications())
 
 
 @pytest.mark.parametrize(
@@ -142,8 +147,8 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy it here again, whole."),
     ("a.keras", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), " with `git lfs pull`."),
     ("a.keras", of_bytes(b"\n<!DOCTYPE html><html>"), " is a web page, as a failed download leaves: download the file"),
-    ("a.weights.h5", weights_alone, " holds no model, but at most weights: save the whole model with"),
-    ("a.h5", weights_alone, " holds no model, but at most weights"),
+    ("a.weights.h5", weights_alone, " holds no model, at most weights: save the whole model with"),
+    ("a.h5", weights_alone, " holds no model, at most weights"),
     ("folder", saved_model, "folder is a TensorFlow SavedModel folder, which Keras 3 does not load: save the Keras"),
     ("saved_model.pb", of_bytes(b"\x08\x01"), " is a part of a TensorFlow SavedModel, which is a folder: save"),
     ("a.tflite", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model: save the Keras model that it was made"),
@@ -155,7 +160,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.keras", of_members("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
     ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a packed file: unpack it"),
     ("model.json", of_bytes(b'{"class_name": "Sequential"}'), " is a JSON file, at most a model's architecture: save"),
-    ("a.keras", of_bytes(b"\0" * 500), f" is no file that Keras writes, or damaged: {KERAS_NEEDED}"),
+    ("a.keras", of_bytes(b"\0" * 500), f" is not a file that Keras writes, or damaged: {KERAS_NEEDED}"),
 ]  # fmt: skip
 
 
@@ -194,7 +199,7 @@ def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
         model_checks.check()
 
     assert str(refusal.value) == (
-        f"The labels file {tmp_path}/labels.txt can't be read ({line}): it needs one class a line, in UTF-8."
+        f"The labels file {tmp_path}/labels.txt can't be read ({line}): it needs one class per line, in UTF-8."
     )
 
 
@@ -218,7 +223,7 @@ def test_without_a_home_keras_downloads_are_where_keras_puts_them(
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container that runs as a number
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))
-    assert helpers.keras_downloads() == tmp_path / "cache/models"
+    assert downloads.keras_downloads() == tmp_path / "cache/models"
 
     monkeypatch.delenv("KERAS_HOME")
-    assert helpers.keras_downloads() == Path("/tmp/.keras/models")
+    assert downloads.keras_downloads() == Path("/tmp/.keras/models")

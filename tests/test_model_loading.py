@@ -23,8 +23,8 @@ import run_model_server
 import run_web_server
 import settings
 from image_queue import ServerQueue
-from model_server import classifier
-from run_model_server import ModelServer
+from model_server import check, classifier, pipeline
+from model_server.loop import ModelServer
 
 PICTURE = Image.fromarray(colours(1, (40, 30)))
 
@@ -53,11 +53,11 @@ def refused(
 ) -> Callable[[Path | str], str]:
     """A function that checks a model as --check does, which must end with exit code 2; the one line that it says."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
-    monkeypatch.setattr(run_model_server, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(check, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(settings, "MODEL", settings.MODEL)  # which --model sets
     PICTURE.save(tmp_path / "picture.png")
 
-    def check(model: Path | str) -> str:
+    def check_model(model: Path | str) -> str:
         command = ["run_model_server.py", "--model", str(model), "--check", str(tmp_path / "picture.png")]
         monkeypatch.setattr(sys, "argv", command)
         assert run_model_server.main() == 2
@@ -69,7 +69,7 @@ def refused(
         assert line.endswith(".")
         return line
 
-    return check
+    return check_model
 
 
 # What goes in and what comes out
@@ -78,12 +78,15 @@ def refused(
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("two_outputs", "gives 2 outputs (kind, sex), but one with a probability a class is needed: save one of them"),
+        (
+            "two_outputs",
+            "gives 2 outputs (kind, sex), but one with a probability per class is needed: save one of them",
+        ),
         ("two_outputs_in_a_dict", "gives 2 outputs (kind, sex), but one"),
         ("two_inputs", "takes 2 inputs (image, weather), but one image is needed"),
-        ("segmentation", "gives (16, 20, 3) values an image, but one a class is needed: let it end in Global"),
-        ("boxes", "gives (3, 4) values an image, but one a class is needed"),
-        ("a_number_for_each_image", "gives () values an image, but one a class is needed"),
+        ("segmentation", "gives (16, 20, 3) values per image, but one per class is needed: let it end in Global"),
+        ("boxes", "gives (3, 4) values per image, but one per class is needed"),
+        ("a_number_for_each_image", "gives () values per image, but one per class is needed"),
         (
             "never_built",
             "does not say what goes in and comes out: begin it with keras.Input((height, width, channels))",
@@ -178,7 +181,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
     assert first == both[:1]
     assert both[0]["probability"] > both[1]["probability"]
     assert output["shape"] == [-1, 2]
-    assert run_model_server.described(model) == (
+    assert check.summary(model) == (
         "input 20x16 RGB, preprocessing none, 2 labels, its one output taken as the probability of dog"
     )
 
@@ -278,7 +281,7 @@ def test_what_may_pass_by_itself_is_not_the_model_s_fault(
     if where == "load":
         monkeypatch.setattr(keras.saving, "load_model", fail)
     else:
-        monkeypatch.setattr(classifier, "_compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
+        monkeypatch.setattr(pipeline, "compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
 
     with pytest.raises(type(error)) as raised:
         loaded(monkeypatch, path)
@@ -292,7 +295,7 @@ def test_a_model_that_fails_at_every_image_is_refused(
     def fail(*_: object) -> None:
         raise ValueError("\x1b[1mNegative dimension size\x1b[0m\n\nArguments received by Conv2D.call():")
 
-    monkeypatch.setattr(classifier, "_compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
+    monkeypatch.setattr(pipeline, "compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
 
     line = refused(models.build("plain", folder))
 

@@ -29,11 +29,13 @@ from redis import Redis
 
 import run_model_server
 import settings
-from helpers import BATCHES_AT_ONCE, StartupError, base64_encode_image
+from helpers import StartupError, base64_encode_image
 from image_queue import ServerQueue, WebQueue
 from image_queue import connection as redis_connection
+from model_server import startup
+from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier
-from run_model_server import ModelServer
+from model_server.loop import ModelServer
 
 POISON = 13
 
@@ -64,8 +66,8 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     model_server = ModelServer(cast(Classifier, MeanClassifier()), queue)
     queue.join()
     yield model_server
-    model_server._computers.shutdown()
-    model_server._answerer.shutdown()
+    model_server._computing.shutdown()
+    model_server._answering.shutdown()
     queue._held.close()
 
 
@@ -402,7 +404,7 @@ def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
     ("name", "value", "line"),
     [
         ("MODEL", "ResNet51", "MODEL=ResNet51 is invalid"),
-        ("MODEL", "no/such.keras", "MODEL=no/such.keras is not there"),
+        ("MODEL", "no/such.keras", "MODEL=no/such.keras does not exist"),
         ("IMAGE_WIDTH", "100", "set IMAGE_WIDTH=224."),
     ],
 )
@@ -442,7 +444,7 @@ def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> N
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["nowhere.keras"], "nowhere.keras is not there"),
+    [(["nowhere.keras"], "nowhere.keras does not exist"),
      (["models/digits.keras", "README.md"], "README.md can't be read as an image")],
 )  # fmt: skip
 def test_a_check_that_can_not_be_made_says_why(arguments: list[str], reason: str) -> None:
@@ -471,7 +473,7 @@ def test_garbage_is_collected_once_the_model_is_loaded(
     monkeypatch.setitem(sys.modules, "model_server.classifier", cast(types.ModuleType, Mock(load=load)))
 
     with pytest.raises(StartupError) if error else nullcontext():
-        run_model_server.loaded_model()
+        startup.load_model()
 
     assert collecting == [False]
     assert gc.isenabled()

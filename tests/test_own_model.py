@@ -45,7 +45,7 @@ import settings
 from helpers import Shape, StartupError, base64_encode_image
 from image_queue import Job, ServerQueue, WebQueue
 from model_server import classifier
-from run_model_server import ModelServer, fitted
+from model_server.loop import ModelServer, resized
 
 LABELS = ["dark", "medium", "bright"]
 SMALL: Shape = (64, 96, 1)  # height, width, channels
@@ -148,14 +148,14 @@ WRONG = [
     ({"preprocessing": "std"}, "preprocessing=std is invalid: it must be one of none, scale, tf, torch, caffe."),
     ({"preprocessing": ["tf"]}, 'preprocessing=["tf"] is invalid: it must be one of none'),
     ({"preprocessing": "caffe"}, "preprocessing=caffe is invalid: it must be none, scale or tf for a grey image."),
-    ({"labels": []}, "labels=[] is invalid: it must be a list of texts, or the name of a file beside it"),
-    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] is invalid: it must be a list of texts'),
-    ({"labels": ["a", " ", "c"]}, "makes no sense: it must be a list of texts"),
-    ({"labels": ["a", "\x1b[31mb", "c"]}, "makes no sense: it must be a list of texts"),
-    ({"labels": "nowhere.txt"}, "labels=nowhere.txt is invalid: it must be a list of texts, or the name of a file"),
-    ({"labels": ["a", "b"]}, "gives (3,) values an image, but there are 2 labels: `labels` in "),
+    ({"labels": []}, "labels=[] is invalid: it must be a list of strings, or the name of a file beside it"),
+    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] is invalid: it must be a list of strings'),
+    ({"labels": ["a", " ", "c"]}, "is invalid: it must be a list of strings"),
+    ({"labels": ["a", "\x1b[31mb", "c"]}, "is invalid: it must be a list of strings"),
+    ({"labels": "nowhere.txt"}, "labels=nowhere.txt is invalid: it must be a list of strings, or the name of a file"),
+    ({"labels": ["a", "b"]}, "gives (3,) values per image, but there are 2 labels: `labels` in "),
     ({"top": 0}, "top=0 is invalid: it must be a whole number from 1 to 1000."),
-    ({"description": "a\nb"}, "description=a?b is invalid: it must be one line of at most 500 letters."),
+    ({"description": "a\nb"}, "description=a?b is invalid: it must be one line of at most 500 characters."),
     ("[]", "holds [], but it needs an object such as"),
     ("{", "can't be read as JSON"),
     ("[" * 100_000, "can't be read as JSON"),
@@ -288,8 +288,8 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     model_server = ModelServer(cast(classifier.Classifier, Shaped()), queue)
     queue.join()
     yield model_server
-    model_server._computers.shutdown()
-    model_server._answerer.shutdown()
+    model_server._computing.shutdown()
+    model_server._answering.shutdown()
     queue._held.close()
 
 
@@ -361,9 +361,9 @@ def test_resizing_is_bicubic_and_mixes_up_neither_sides_nor_colours() -> None:
     pixels = colours(0, (90, 60))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
 
-    assert (fitted(pixels, (20, 30, 3)) == expected).all()
+    assert (resized(pixels, (20, 30, 3)) == expected).all()
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((30, 20), Image.Resampling.BICUBIC))
-    assert (fitted(pixels, (20, 30, 1))[:, :, 0] == grey).all()
+    assert (resized(pixels, (20, 30, 1))[:, :, 0] == grey).all()
 
 
 # What the web knows
