@@ -13,9 +13,8 @@ import settings
 from helpers import StartupError
 from model_server import model_loading
 from model_server.downloads import download
-from model_server.facts import Facts
 from model_server.model_errors import gist, is_transient
-from model_server.model_file import ModelFile, read_labels
+from model_server.model_file import Facts, ModelFile, read_labels
 from model_server.pipeline import Preprocess, input_shape
 
 SEED = 0  # of MODEL_WEIGHTS=random, so that all model servers give the same answers

@@ -13,15 +13,15 @@ import numpy.typing as npt
 import settings
 from helpers import Pixels, Shape
 from model_server import model_checks, output_checks
-from model_server.backends import Network, Output
+from model_server.backends import Network
 from model_server.batching import BatchSizes
-from model_server.facts import Facts
 from model_server.keras_import import import_keras
 from model_server.model_errors import blame_model, out_of_memory
+from model_server.model_file import Facts
 
 log = logging.getLogger(__name__)
 
-Probabilities = npt.NDArray[np.floating[Any]]  # of one image, one per class
+Probabilities = npt.NDArray[np.floating[Any]]  # one per class, of one image or, as rows, of several
 Prediction = tuple[str, float]
 
 HALF = 2  # bytes of float16 and bfloat16; NumPy can't sort the latter
@@ -104,7 +104,7 @@ class Classifier:
         best = best[np.argsort(probabilities[best])[::-1]]
         return [(self._labels[i], float(probabilities[i])) for i in best]
 
-    def _probabilities(self, images: Pixels) -> Output:
+    def _probabilities(self, images: Pixels) -> Probabilities:
         pieces, start = [], 0
         for size in self.sizes.cover(len(images)):
             piece = images[start : start + size]
@@ -115,7 +115,7 @@ class Classifier:
             raise ArithmeticError("the model's output is not finite")
         return probabilities
 
-    def _compute_piece(self, images: Pixels) -> Output:
+    def _compute_piece(self, images: Pixels) -> Probabilities:
         try:
             return self._compute(images)
         except Exception as error:
@@ -123,7 +123,7 @@ class Classifier:
                 self.sizes.limit(len(images))
             raise
 
-    def _compute(self, images: Pixels) -> Output:
+    def _compute(self, images: Pixels) -> Probabilities:
         """Return the probabilities (n, classes) of `images` (n, *shape)."""
         values = np.asarray(self._network.predict_on_batch(images))
         if values.dtype.itemsize == HALF:

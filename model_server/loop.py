@@ -1,6 +1,8 @@
 """The model server's loop: takes batches from the queue, computes them, and hands out the answers."""
 
 import logging
+import os
+import socket
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +20,6 @@ from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, faile
 from model_server import metrics
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier, Probabilities
-from model_server.systemd import notify_systemd
 
 log = logging.getLogger(__name__)
 
@@ -213,3 +214,14 @@ def resized(pixels: Pixels, shape: Shape) -> Pixels:
     image = image.convert("RGB" if channels == 3 else "L")
     small = image.resize((width, height), Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
     return np.asarray(small, dtype=settings.IMAGE_DTYPE).reshape(shape)
+
+
+def notify_systemd(state: str) -> None:
+    """Send a state to systemd, such as READY=1 (sd_notify(3)); does nothing without NOTIFY_SOCKET."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+        messenger.settimeout(1)  # never hang on a systemd that does not listen
+        messenger.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+        messenger.send(state.encode())

@@ -14,10 +14,11 @@ from typing import Any
 from marshmallow import Schema, ValidationError, fields
 from marshmallow.validate import Length, OneOf, Range
 
-from helpers import MOST_SIDE, StartupError
+from helpers import MOST_SIDE, Shape, StartupError
 
 MAX_BYTES = 10_000_000  # a path like /dev/zero has no end
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # characters that could, for example, color a terminal
+DEFAULT_TOP = 5  # predictions in an answer
 SHOWN = 100  # characters of an invalid value
 # What is done to pixels 0..255 before the model: nothing, scaling to 0..1, or a mode of Keras' preprocess_input.
 PREPROCESSING = ("none", "scale", "tf", "torch", "caffe")
@@ -82,6 +83,24 @@ class ModelFile:
     def invalid(self, key: str, value: object, allowed: str) -> StartupError:
         """Return the error for a key with an invalid value."""
         return StartupError(f"{self.path}: {key}={shown(value)} is invalid: it must be {allowed}.")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the service needs to know of a model besides its network.
+
+    `shape` is (height, width, channels) of an image, `labels` the names of the classes, `labels_from` where they come
+    from (for messages), `preprocessing` what is done to pixels before the model, `top` the number of predictions in an
+    answer, `activation` the one that makes the model's output, such as "softmax"; empty if unknown.
+    """
+
+    shape: Shape
+    labels: Sequence[str]
+    labels_from: str
+    preprocessing: str = "none"
+    top: int = DEFAULT_TOP
+    description: str = ""
+    activation: str = ""
 
 
 def read(path: Path) -> ModelFile:

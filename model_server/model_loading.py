@@ -1,8 +1,10 @@
-"""Loads a model from a file: one image goes in, one row of values comes out. Imports Keras."""
+"""Loads a model from a file, and says why a file can't be loaded. Imports Keras."""
 
+import importlib.util
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,19 @@ import keras
 import settings
 from helpers import StartupError
 from model_server import model_checks, model_file
-from model_server.facts import DEFAULT_TOP, Facts
 from model_server.keras2_files import rewrite
-from model_server.load_failures import SAVE, why_not
-from model_server.model_errors import is_transient
-from model_server.model_file import shown
+from model_server.model_errors import gist, is_transient
+from model_server.model_file import DEFAULT_TOP, Facts, shown
 from model_server.output_checks import PROBABILITIES
 from model_server.pipeline import Preprocess, input_shape, preprocessing
 
 log = logging.getLogger(__name__)
 
+SAVE = "save it again with model.save('name.keras')"
+MOST_NAMED = 3  # layers that can't be loaded, in one line
+KERAS_PACKAGES = ("keras", "keras_hub", "keras_cv", "keras_nlp")  # Keras itself loads classes from these
+# Where Keras looks up classes of an HDF5 file of Keras 2, which names no module.
+NAMESPACES = ("layers", "models", "initializers", "regularizers", "constraints", "dtype_policies")
 # Layers and operations that turn probabilities into probabilities, and logits into logits.
 TRANSPARENT = {
     *("Activation", "Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout2D", "ActivityRegularization"),
@@ -54,7 +59,7 @@ def load_file(path: Path, setting: str) -> Any:
         if isinstance(error, StartupError) or is_transient(error):
             raise
         log.debug("load_model", exc_info=True)
-        raise StartupError(f"{setting}={shown(path)} {why_not(path, error)}.") from error
+        raise StartupError(f"{setting}={shown(path)} {_why_not(path, error)}.") from error
 
 
 def _load_file(path: Path) -> Any:
@@ -71,6 +76,86 @@ def _load_file(path: Path) -> Any:
 
 def _load(path: Path) -> Any:
     return keras.saving.load_model(path, compile=False, safe_mode=True)
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """Return why the model in a file can't be loaded, and what to do, for the end of a line. Raises StartupError."""
+    form = model_checks.whole_model(path)
+    foreign = list(dict.fromkeys(_foreign(model_checks.configuration(path, form))))
+    if foreign:
+        named = " and ".join(foreign[:MOST_NAMED]) + (" and more" if foreign[MOST_NAMED:] else "")
+        return f"has {named}, whose code is not Keras' own and is not run here: {_remedy(named, path)}, and {SAVE}"
+    version = model_checks.saved_by(path, form)
+    text = ".".join(map(str, version))
+    if version[:1] == (2,):
+        return (
+            f"was saved by Keras {text} in a way that Keras 3 can't read ({gist(error)}): build the same "
+            f"model in Keras 3, fill it with model.load_weights('{shown(path.name)}'), and {SAVE}"
+        )
+    if version[:2] > model_checks.version_of(keras.__version__)[:2]:
+        newer = f"was saved by Keras {text}, newer than {keras.__version__} here ({gist(error)})"
+        return f"{newer}: .venv/bin/pip install keras=={text}"
+    return f"can't be loaded as a Keras model ({gist(error)}): load it where it was made, and {SAVE}"
+
+
+def _remedy(named: str, path: Path) -> str:
+    for package in KERAS_PACKAGES[1:]:
+        if f"from {package}" in named:
+            return (
+                f"install it with .venv/bin/pip install {package.replace('_', '-')}, or use Keras' own layers instead"
+            )
+    own = "use Keras' own layers (such as Rescaling) and keras.ops instead"
+    return f"{own}, or `preprocessing` in {shown(path.with_suffix('.json'))}" if "a Lambda layer" in named else own
+
+
+def _foreign(config: Any, layer: str = "") -> Iterator[str]:
+    """Yield, in words, each part of a model's `config` that Keras can't make: Lambda layers, and unknown classes."""
+    if isinstance(config, list):
+        for each in config:
+            yield from _foreign(each, layer)
+    if not isinstance(config, dict):
+        return
+    name, inner = config.get("class_name"), config.get("config")
+    if isinstance(name, str) and isinstance(inner, dict):
+        layer = str(inner.get("name", layer))
+    if isinstance(name, str) and (name.endswith("Lambda") or not _is_known(name, config)):
+        yield _in_words(name, config, layer)
+        return
+    for key, value in config.items():
+        if key not in ("compile_config", "build_config", "inbound_nodes", "registered_name"):
+            yield from _foreign(value, layer)
+
+
+def _in_words(name: str, config: dict[str, Any], layer: str) -> str:
+    where = f" `{shown(layer)}`" if layer else ""
+    if name == "Lambda":
+        return f"a Lambda layer{where}"
+    if name == "function":
+        return f"the function {shown(config.get('config'))} in the layer{where}" if layer else "a function of its own"
+    if name.endswith("Lambda"):
+        return f"a TensorFlow operation{where} ({shown(name)})"
+    package = _package(config)
+    of = f"the layer{where} of " if layer else ""
+    return f"{of}the class {shown(name)}" + (f" from {package}" if package in KERAS_PACKAGES else "")
+
+
+def _is_known(name: str, config: dict[str, Any]) -> bool:
+    """Whether Keras has the class or function that `config` names."""
+    package = _package(config)
+    if name.startswith("__") or (package == "builtins" and name != "function"):
+        return True  # a tensor or a slice, not a class
+    if name == "function":
+        return hasattr(keras.activations, str(config.get("config")))
+    if package in KERAS_PACKAGES[1:]:
+        return importlib.util.find_spec(package) is not None
+    if "module" in config:
+        return package in ("keras", "tf_keras", "tensorflow")  # the last two are of Keras 2
+    known = ("Functional", "Policy", "TensorShape", "ListWrapper")
+    return name in known or any(hasattr(getattr(keras, each), name) for each in NAMESPACES)
+
+
+def _package(config: dict[str, Any]) -> str:
+    return str(config.get("module") or "").split(".", 1)[0]
 
 
 def one_to_one(model: Any, setting: str) -> Any:

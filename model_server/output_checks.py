@@ -9,11 +9,12 @@ import numpy.typing as npt
 
 import settings
 from helpers import Pixels, StartupError
-from model_server.backends import Output
-from model_server.facts import Facts
 from model_server.model_errors import is_transient
+from model_server.model_file import Facts
 
 log = logging.getLogger(__name__)
+
+Compute = Callable[[Pixels], npt.NDArray[Any]]  # from images (n, height, width, channels) to values (n, classes)
 
 # Activations that give probabilities: of one class out of several, or of each class by itself.
 PROBABILITIES = ("softmax", "sigmoid", "hard_sigmoid", "sparsemax", "sparse_sigmoid")
@@ -41,7 +42,7 @@ def is_binary(shape: tuple[int, ...], facts: Facts) -> bool:
     return binary
 
 
-def check_probabilities(compute: Callable[[Pixels], Output], noise: Pixels, facts: Facts, *, one_value: bool) -> None:
+def check_probabilities(compute: Compute, noise: Pixels, facts: Facts, *, one_value: bool) -> None:
     """Raise StartupError where `compute` gives no probabilities for `noise` (1, *shape) and for flat images.
 
     `one_value` says that the network has a single output. Other values may look like probabilities by chance, so the
@@ -62,7 +63,7 @@ def check_probabilities(compute: Callable[[Pixels], Output], noise: Pixels, fact
         raise StartupError(f"MODEL={settings.MODEL} ends in a softmax of one value, which is always 1: use a sigmoid.")
 
 
-def _outputs_of_flat_images(compute: Callable[[Pixels], Output], like: Pixels) -> Iterator[npt.NDArray[Any]]:
+def _outputs_of_flat_images(compute: Compute, like: Pixels) -> Iterator[npt.NDArray[Any]]:
     """Yield the model's finite outputs for flat images and one with a slope, each computed alone; skip failures.
 
     A model that standardizes each image gives NaN for a flat one, and one that uses pixels as indices may fail; both

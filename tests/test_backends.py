@@ -153,7 +153,7 @@ def test_a_backend_that_can_not_be_had_ends_with_2_and_a_line(backend: str) -> N
 
 NOISY = """
 import os, sys
-from model_server.import_noise import without_noise
+from model_server.keras_import import without_noise
 with without_noise():
     os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\\n")
     os.write(2, b"I0000 00:00:1.2 3 cudart_stub.cc:31] Could not find cuda drivers on your machine\\n")

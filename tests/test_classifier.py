@@ -20,7 +20,7 @@ import settings
 from helpers import StartupError
 from model_server import applications, check, classifier
 from model_server.classifier import Classifier, Prediction
-from model_server.facts import Facts
+from model_server.model_file import Facts
 
 LABELS = ["zero", "one", "two"]
 FACTS = Facts((4, 6, 3), LABELS, "LABELS")

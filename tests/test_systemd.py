@@ -18,8 +18,7 @@ from test_model_server import MeanClassifier, push
 
 from image_queue import ServerQueue
 from model_server.classifier import Classifier
-from model_server.loop import ModelServer
-from model_server.systemd import notify_systemd
+from model_server.loop import ModelServer, notify_systemd
 
 LONG = 2.0  # seconds without a word that count as silence: idle there are four in each
 

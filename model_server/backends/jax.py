@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from helpers import Pixels
-from model_server.backends.network import Output
 
 
 class Jax:
@@ -22,6 +22,6 @@ class Jax:
 
         self._predict = jax.jit(predict)
 
-    def predict_on_batch(self, images: Pixels) -> Output:
+    def predict_on_batch(self, images: Pixels) -> npt.NDArray[np.float32]:
         """Return the probabilities (n, classes) of `images` (n, height, width, channels)."""
         return np.asarray(self._predict(self._weights, images), np.float32)

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import settings
 from helpers import Pixels
-from model_server.backends.network import Output
 
 MAX_CONSTANT_BYTES = 1_900_000_000  # a TensorFlow graph can't hold 2 GiB
 
@@ -37,7 +37,7 @@ class TensorFlow:
         self._predict = predict.get_concrete_function()
         self._constant = tf.constant
 
-    def predict_on_batch(self, images: Pixels) -> Output:
+    def predict_on_batch(self, images: Pixels) -> npt.NDArray[np.float32]:
         """Return the probabilities (n, classes) of `images` (n, height, width, channels)."""
         return np.asarray(self._predict(self._constant(images)), np.float32)
 

@@ -9,10 +9,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import settings
 from helpers import Pixels
-from model_server.backends.network import Output
 from model_server.batching import BATCHES_AT_ONCE
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Torch:
         for thread in self._threads:
             self._free.put(thread)
 
-    def predict_on_batch(self, images: Pixels) -> Output:
+    def predict_on_batch(self, images: Pixels) -> npt.NDArray[np.float32]:
         """Return the probabilities (n, classes) of `images` (n, height, width, channels)."""
         if images.shape not in self._functions:
             with self._compiling:
@@ -66,7 +66,7 @@ class Torch:
             thread.submit(self._predict, function, images).result()
         self._functions[images.shape] = function
 
-    def _predict(self, function: Function, images: Pixels) -> Output:
+    def _predict(self, function: Function, images: Pixels) -> npt.NDArray[np.float32]:
         with self._torch.inference_mode():
             return np.asarray(function(self._on_device(images)).float().cpu())
 
