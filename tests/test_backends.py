@@ -105,7 +105,7 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     return seen_with(request.param)
 
 
-def test_two_threads_at_once_get_the_answers_of_plain_keras(seen: dict[str, Any]) -> None:
+def test_two_threads_get_the_answers_of_plain_keras(seen: dict[str, Any]) -> None:
     assert seen["logged"] == []  # a batch that fails is computed again in halves, with a line in the log
     assert max(seen["differences"]) < 1e-4
     assert seen["spread"] > 0.1  # so that a mix-up would show
@@ -116,30 +116,30 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("seen", ["torch"], indirect=True)
-def test_torchscript_s_fuser_which_compiles_at_later_calls_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
+def test_the_fuser_of_torchscript_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
     assert seen["fuser"] is False  # what it costs needs a network of dozens of layers to be seen
 
 
 @pytest.mark.parametrize("seen", ["torch"], indirect=True)
-def test_each_thread_of_torch_has_computed_a_size_before_it_counts_as_compiled(seen: dict[str, Any]) -> None:
+def test_each_torch_thread_is_warmed_up_for_a_new_size(seen: dict[str, Any]) -> None:
     assert seen["threads"] == BATCHES_AT_ONCE
 
 
-def test_the_backend_s_own_error_is_known_as_out_of_memory(seen: dict[str, Any]) -> None:
+def test_the_backends_out_of_memory_error_is_recognized(seen: dict[str, Any]) -> None:
     assert seen["out_of_memory"] is True
 
 
-def test_jax_leaves_the_rest_of_a_gpu_to_others(seen: dict[str, Any]) -> None:
+def test_jax_does_not_preallocate_a_gpu(seen: dict[str, Any]) -> None:
     assert seen["preallocate"] == "false"
 
 
-def test_keras_does_not_import_what_only_training_and_plots_use(seen: dict[str, Any]) -> None:
+def test_keras_imports_no_packages_for_training_and_plots(seen: dict[str, Any]) -> None:
     assert seen["unused"] == []
     assert seen["hidden"] == []  # they can still be imported later
 
 
 @pytest.mark.parametrize("backend", ["openvino", "nonsense"])
-def test_a_backend_that_can_not_be_had_ends_with_2_and_a_line(backend: str) -> None:
+def test_an_unavailable_backend_ends_with_code_2(backend: str) -> None:
     ended = subprocess.run(
         [sys.executable, "run_model_server.py", "--check"],
         cwd=ROOT, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, timeout=100,
@@ -166,7 +166,7 @@ os.write(2, b"I0000 after the import\\n")
 
 @pytest.mark.parametrize(("end", "code", "after"), [("pass", 0, ["I0000 after the import"]),
                                                     ("os.abort()", -signal.SIGABRT, [])])  # fmt: skip
-def test_only_the_noise_of_an_import_is_kept_off_also_when_it_aborts(end: str, code: int, after: list[str]) -> None:
+def test_only_noise_is_filtered_even_if_the_import_aborts(end: str, code: int, after: list[str]) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", NOISY.format(end=end)],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

@@ -34,7 +34,7 @@ def imagenet(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_photo_is_named_with_the_known_probability(imagenet: Service, name: str) -> None:
+def test_a_sample_photo_gets_its_known_probability(imagenet: Service, name: str) -> None:
     predictions = imagenet.predictions((ROOT / "images" / name).read_bytes())
 
     probabilities = {each["label"]: each["probability"] for each in predictions}
@@ -43,7 +43,7 @@ def test_a_photo_is_named_with_the_known_probability(imagenet: Service, name: st
         assert probabilities[label] == pytest.approx(probability, abs=2e-3)
 
 
-def test_every_sample_photo_is_in_the_table_of_its_licence_with_what_it_shows() -> None:
+def test_every_sample_photo_is_listed_with_label_and_license() -> None:
     text = (ROOT / "images/README.md").read_text()
     table = re.findall(r"^\| `(.+?)` \| (\w+), (0\.\d{3}) \| .+ \| (CC0|public domain) \|", text, re.M)
 
@@ -55,7 +55,7 @@ def test_every_sample_photo_is_in_the_table_of_its_licence_with_what_it_shows() 
     assert all((ROOT / "images" / name).stat().st_size < 150_000 for name in photos)
 
 
-def test_it_says_what_it_recognises(imagenet: Service) -> None:
+def test_it_says_what_it_recognizes(imagenet: Service) -> None:
     [server] = ready(imagenet.url)["model_servers"].values()
 
     assert server["model"] == "efficientnet_lite0"
@@ -131,7 +131,7 @@ def test_a_second_implementation_gives_the_same_probabilities(compared: dict[str
     assert max(compared["best"]) > 0.9  # so that a mix-up would show
 
 
-def test_the_file_is_what_the_conversion_makes_byte_for_byte(compared: dict[str, Any]) -> None:
+def test_converting_again_gives_the_same_bytes(compared: dict[str, Any]) -> None:
     assert compared["same_file"]
     assert compared["parameters"] == 4_694_024
     assert MODEL.stat().st_size < 10_000_000
@@ -144,12 +144,12 @@ class Evil:
         return os.system, ("exit 1",)
 
 
-def test_a_checkpoint_that_asks_for_more_than_tensors_is_refused() -> None:
+def test_a_checkpoint_with_more_than_tensors_is_refused() -> None:
     with pytest.raises(convert.CheckpointError, match=r"asks for posix\.system"):
         convert.read_checkpoint(pickle.dumps(Evil()))
 
 
-def test_another_file_than_the_checkpoint_is_refused() -> None:
+def test_a_file_that_is_not_the_checkpoint_is_refused() -> None:
     with pytest.raises(convert.CheckpointError, match="no PyTorch checkpoint"):
         convert.read_checkpoint(pickle.dumps(1) * 3)
 

@@ -105,7 +105,7 @@ def check(monkeypatch: pytest.MonkeyPatch, digits: classifier.Classifier) -> Cal
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_check_says_what_the_service_says(
+def test_check_predicts_what_the_service_predicts(
     service: Service, check: Callable[[Path], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = tmp_path / name
@@ -121,7 +121,7 @@ def test_a_check_says_what_the_service_says(
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_check_refuses_what_the_service_refuses(
+def test_check_refuses_what_the_service_refuses(
     service: Service, check: Callable[[Path], int], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     path = tmp_path / name
@@ -135,7 +135,7 @@ def test_a_check_refuses_what_the_service_refuses(
 
 
 @pytest.mark.parametrize(("name", "what"), [("MAX_UPLOAD_BYTES", "file"), ("MAX_IMAGE_PIXELS", "image")])
-def test_a_check_has_the_limits_of_the_service(
+def test_check_has_the_limits_of_the_service(
     monkeypatch: pytest.MonkeyPatch,
     check: Callable[[Path], int],
     caplog: pytest.LogCaptureFixture,
@@ -149,7 +149,7 @@ def test_a_check_has_the_limits_of_the_service(
     assert f"seven.jpg can't be read as an image: The {what} has more than" in caplog.text
 
 
-def test_a_check_resizes_as_the_service_is_set_to(
+def test_check_resizes_like_the_service(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier, tmp_path: Path
 ) -> None:
     """And so is an image resized that was queued for another model."""
@@ -173,7 +173,7 @@ def test_a_check_resizes_as_the_service_is_set_to(
 
 
 @pytest.mark.parametrize("path", ["nowhere.png", "images"])
-def test_an_image_that_is_not_there_is_told_before_the_model_is_loaded(
+def test_a_missing_image_is_reported_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     monkeypatch.setattr(check_module, "load_model", lambda: pytest.fail("it was loaded"))
@@ -183,7 +183,7 @@ def test_an_image_that_is_not_there_is_told_before_the_model_is_loaded(
     assert f"{path} can't be read as an image (" in caplog.text
 
 
-def test_a_terminal_that_lacks_letters_gets_escapes(
+def test_a_terminal_that_lacks_characters_gets_escapes(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier
 ) -> None:
     printed = io.BytesIO()

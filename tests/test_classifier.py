@@ -74,7 +74,7 @@ def first_probabilities(results: Any) -> list[float | None]:
     return [None if isinstance(each, Exception) else round(dict(each)["zero"] * 255) for each in results]
 
 
-def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_sorted_and_limited_to_top(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "TOP", 2)
 
     [prediction] = predicted(warmed_up(Network()), batch(102))
@@ -84,7 +84,7 @@ def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 31, 32])
-def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
+def test_only_warmed_up_batch_sizes_are_computed(count: int) -> None:
     network = Network()
     model = Classifier(network, FACTS)
     model.warm_up()
@@ -97,7 +97,7 @@ def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
     assert set(network.sizes) <= warm
 
 
-def test_a_batch_is_cut_into_the_pieces_that_take_least_time() -> None:
+def test_a_batch_is_cut_into_the_fastest_pieces() -> None:
     network = Network()
     model = warmed_up(network)
 
@@ -117,7 +117,7 @@ def slow(*, sweet: int) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize("sweet", [4, 32])
-def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
+def test_the_batch_size_is_the_fastest_per_image(sweet: int) -> None:
     network = Network(slow(sweet=sweet))
     model = Classifier(network, FACTS)
 
@@ -127,7 +127,7 @@ def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
     assert model.slowest == pytest.approx(sweet * 0.005, rel=0.3)
 
 
-def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
+def test_of_equally_fast_sizes_the_smallest_long_one_is_chosen() -> None:
     """Larger ones would answer their first image later, and no sooner their last."""
     model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), FACTS)
 
@@ -136,7 +136,7 @@ def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
     assert model.batch_size == 8  # 0.12 s
 
 
-def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
+def test_warm_up_stops_where_larger_batches_gain_nothing() -> None:
     network = Network(slow(sweet=2))
 
     Classifier(network, FACTS).warm_up()
@@ -152,7 +152,7 @@ def test_warm_up_measures_a_long_batch_once() -> None:
     assert network.sizes.count(8) == 2  # compiled, and measured once
 
 
-def test_what_a_batch_costs_besides_its_computing_counts() -> None:
+def test_the_overhead_of_a_batch_counts() -> None:
     """Where computing takes next to no time, small batches are not chosen for a chance difference."""
     assert warmed_up(Network()).batch_size == 32
 
@@ -182,7 +182,7 @@ OUT_OF_MEMORY = [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory 
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
-def test_a_batch_too_big_for_memory_is_split_and_the_limit_remembered(error: Exception) -> None:
+def test_a_batch_too_big_for_memory_is_split_and_remembered(error: Exception) -> None:
     largest = 32
 
     def fault(images: Any) -> None:
@@ -201,7 +201,7 @@ def test_a_batch_too_big_for_memory_is_split_and_the_limit_remembered(error: Exc
     assert model.batch_size == 4
 
 
-def test_warm_up_stops_at_the_batch_that_does_not_fit() -> None:
+def test_warm_up_stops_where_a_batch_does_not_fit_in_memory() -> None:
     def fault(images: Any) -> None:
         if len(images) > 8:
             raise MemoryError
@@ -229,7 +229,7 @@ def load(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Classifier:
     return model
 
 
-def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_file_with_a_labels_file_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = saved_model(tmp_path / "own.keras")
     model = load(monkeypatch, MODEL=path)
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
@@ -244,7 +244,7 @@ def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("name", "value", "tolerance"), [("XLA", True, 1e-6), ("DTYPE_POLICY", "mixed_bfloat16", 0.02)]
 )
-def test_a_faster_way_to_compute_gives_the_same_within_its_precision(
+def test_faster_computing_gives_the_same_within_its_precision(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any, tolerance: float
 ) -> None:
     monkeypatch.setattr(settings, "BATCH_SIZE", 2)
@@ -265,13 +265,13 @@ def test_a_faster_way_to_compute_gives_the_same_within_its_precision(
     assert name == "XLA" or difference > 1e-6  # it does compute in another precision
 
 
-def test_a_model_of_any_size_takes_the_settings_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_for_any_size_takes_the_size_of_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "any.keras", (None, None, 3)))
 
     assert len(predicted(model, batch(1, 2))) == 2
 
 
-def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_labels_setting_overrides_the_labels_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
 
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "own.keras"), LABELS=tmp_path / "names")
@@ -279,7 +279,7 @@ def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, 
     assert {label for label, _ in good(predicted(model, batch(1))[0])} == {"a", "b", "c"}
 
 
-def test_labels_may_be_of_any_language_and_from_any_editor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_labels_may_be_in_any_language_and_from_any_editor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = saved_model(tmp_path / "own.keras")
     path.with_suffix(".labels.txt").write_bytes("\ufeffchien\u00a0loup\r\n\u72ac\u3000\r\n\tn02\tfox\r\n".encode())
 
@@ -340,7 +340,7 @@ def damaged(path: Path) -> None:
         (damaged, "is cut off or damaged: copy it here again, whole."),
     ],
 )
-def test_what_can_not_be_served_is_refused_with_a_line(
+def test_invalid_files_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Callable[[Path], None], line: str
 ) -> None:
     path = saved_model(tmp_path / "own.keras")
@@ -353,7 +353,7 @@ def test_what_can_not_be_served_is_refused_with_a_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_model_of_another_size_says_which_values_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_of_another_size_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="set IMAGE_WIDTH=32 and IMAGE_HEIGHT=16 and IMAGE_CHANS=1"):
         load(monkeypatch, MODEL=saved_model(tmp_path / "other.keras", (16, 32, 1)))
 
@@ -366,7 +366,7 @@ def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
         load(monkeypatch, MODEL=path)
 
 
-def test_every_classifier_of_keras_is_known_by_name() -> None:
+def test_every_classifier_of_keras_is_known() -> None:
     builders = {name for name, _ in inspect.getmembers(keras.applications, inspect.isfunction)}
 
     known = applications.applications()
@@ -376,13 +376,13 @@ def test_every_classifier_of_keras_is_known_by_name() -> None:
     assert {"ResNet50", "VGG16", "MobileNetV3Large", "EfficientNetV2B0", "ConvNeXtTiny", "NASNetMobile"} <= builders
 
 
-def test_an_unknown_model_is_refused_with_the_names_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_refused_with_the_known_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"MODEL=ResNet51 is invalid: did you mean ResNet50\?.* VGG16,"):
         load(monkeypatch, MODEL="ResNet51")
 
 
 @pytest.mark.parametrize("name", ["ResNet50V2", "DenseNet121"])
-def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
+def test_a_keras_classifier_gets_its_preprocessing_and_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
@@ -406,7 +406,7 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
 
 
 @pytest.mark.parametrize(("weights", "said"), [("imagenet", applications.IMAGENET), ("random", None)])
-def test_a_keras_classifier_says_that_it_recognises_imagenet_where_it_was_trained_on_it(
+def test_only_a_trained_classifier_says_that_it_recognizes_imagenet(
     monkeypatch: pytest.MonkeyPatch, weights: str, said: str | None
 ) -> None:
     """Untrained weights stand for those that Keras would fetch."""
@@ -425,7 +425,7 @@ def test_a_keras_classifier_says_that_it_recognises_imagenet_where_it_was_traine
     assert check.summary(model).endswith(f", {said}" if said else "1000 labels")  # by --check
 
 
-def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
         monkeypatch.setattr(settings, side, 224)
     other = saved_model(tmp_path / "other.keras")
@@ -440,7 +440,7 @@ WITHOUT_A_HOME = (
 )
 
 
-def test_without_internet_the_line_says_which_file_to_put_where(tmp_path: Path) -> None:
+def test_without_internet_the_error_says_which_file_to_put_where(tmp_path: Path) -> None:
     """The proxy that nobody runs stands for an internet that is not there. The user has no home, as in a container."""
     environment = {**os.environ, **AS_INSTALLED, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50",
                    "https_proxy": "http://127.0.0.1:1"}  # fmt: skip

@@ -50,7 +50,7 @@ def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         ),
     ],
 )
-def test_what_is_wrong_by_name_is_said_at_once(values: dict[str, str], line: str) -> None:
+def test_an_invalid_name_is_refused_before_keras_is_imported(values: dict[str, str], line: str) -> None:
     ended = started(**values)
 
     assert ended.returncode == 2
@@ -59,7 +59,7 @@ def test_what_is_wrong_by_name_is_said_at_once(values: dict[str, str], line: str
     assert f"ERROR {line}" in said
 
 
-def test_the_option_model_is_looked_at_in_the_same_way() -> None:
+def test_the_model_option_is_checked_like_the_setting() -> None:
     ended = started("--model", "efficientnet-v2-b0", "--check")
 
     assert ended.returncode == 2
@@ -67,7 +67,7 @@ def test_the_option_model_is_looked_at_in_the_same_way() -> None:
     assert ended.stdout == "imported []\n"
 
 
-def test_a_model_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreadable_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "own.keras"
     path.touch()
     monkeypatch.setattr(Path, "open", _denied)  # root, who may run the tests, may read everything
@@ -81,7 +81,7 @@ def _denied(*_: object) -> None:
     raise PermissionError(13, "Permission denied")
 
 
-def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
+def test_bin_serve_refuses_an_invalid_name_before_it_starts_anything(tmp_path: Path) -> None:
     variables = {"MODEL": "resnet50", "PORT": str(free_port()), "REDIS_PORT": str(free_port())}
 
     ended = subprocess.run(
@@ -95,7 +95,7 @@ def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
     assert line.startswith("bin/serve: MODEL=resnet50 is invalid: did you mean ResNet50?")
 
 
-def test_the_names_are_those_that_keras_has() -> None:
+def test_the_names_are_those_of_keras() -> None:
     assert model_checks.application_names() == sorted(applications.applications())
 
 
@@ -104,7 +104,7 @@ def test_the_names_are_those_that_keras_has() -> None:
     [("resnet50", "ResNet50"), ("RESNET50V2", "ResNet50V2"), ("ResNet_50", "ResNet50"), ("vgg-16", "VGG16"),
      ("efficientnetb0", "EfficientNetB0"), ("mobilnet", "MobileNet"), ("Inception_v3", "InceptionV3")],
 )  # fmt: skip
-def test_a_name_that_is_nearly_right_is_recognized(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+def test_a_misspelled_name_gets_a_suggestion(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setattr(settings, "MODEL", name)
 
     with pytest.raises(StartupError, match=rf"MODEL={name} is invalid: did you mean {meant}\? It must be .* ResNet50,"):
@@ -165,7 +165,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("name", "make", "line"), FILES, ids=[f"{name}{line[:30]}" for name, _, line in FILES])
-def test_a_file_that_is_no_keras_model_is_named_for_what_it_is(
+def test_the_error_says_what_kind_of_file_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, make: Callable[[Path], object], line: str
 ) -> None:
     make(tmp_path / name)
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_keras_model_is_named_for_what_it_is(
      (b"a\n" * 6_000_000, "it has more than 10 MB")],
     ids=["latin-1", "gbk", "utf-16", "long"],
 )  # fmt: skip
-def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
+def test_labels_in_another_encoding_are_refused_with_their_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes, line: str
 ) -> None:
     (tmp_path / "labels.txt").write_bytes(data)
@@ -203,7 +203,7 @@ def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
     )
 
 
-def test_a_model_s_own_file_of_another_encoding_names_the_line(tmp_path: Path) -> None:
+def test_a_json_file_in_another_encoding_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "own.json").write_bytes('{"top": 1,\n"description": "Vögel"}'.encode("latin-1"))
 
     with pytest.raises(StartupError, match=r"own\.json can't be read as JSON \(line 2 is not UTF-8\)"):
@@ -217,9 +217,7 @@ def nobody(_: int) -> None:
     raise KeyError
 
 
-def test_without_a_home_keras_downloads_are_where_keras_puts_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_keras_downloads_are_found_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container that runs as a number
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))

@@ -94,7 +94,7 @@ def refused(
         ("too_deep_for_its_images", "can't take images of 224x224 ("),
     ],
 )
-def test_a_model_of_another_kind_ends_with_2_and_one_line(
+def test_a_model_of_another_kind_ends_with_code_2(
     folder: Path, refused: Callable[[Path], str], name: str, line: str
 ) -> None:
     assert line in refused(models.build(name, folder))
@@ -107,7 +107,7 @@ def test_a_model_of_another_kind_ends_with_2_and_one_line(
      "softmax_after_a_model_of_logits", "mean_of_two_softmaxes", "softmax_summed_up_by_groups", "several_may_be_true",
      "float16", "bfloat16", "nan_for_a_flat_image", "one_sigmoid_for_one_label"],
 )  # fmt: skip
-def test_probabilities_are_served_however_the_model_makes_them(
+def test_probabilities_are_served_however_a_model_makes_them(
     monkeypatch: pytest.MonkeyPatch, folder: Path, name: str
 ) -> None:
     path = models.build(name, folder)
@@ -135,7 +135,7 @@ def test_probabilities_are_served_however_the_model_makes_them(
      ("tanh_at_the_end", "tanh"), ("log_softmax_at_the_end", "log_softmax"), ("per_cent", "linear"),
      ("one_logit_for_two_labels", "linear"), ("number_of_the_class", "")],
 )  # fmt: skip
-def test_what_only_looks_like_probabilities_is_refused(
+def test_values_that_only_look_like_probabilities_are_refused(
     folder: Path, refused: Callable[[Path], str], name: str, because: str
 ) -> None:
     line = refused(models.build(name, folder))
@@ -150,7 +150,7 @@ def test_a_softmax_of_one_value_is_refused(folder: Path, refused: Callable[[Path
     assert "ends in a softmax of one value, which is always 1: use a sigmoid." in line
 
 
-def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
+def test_one_sigmoid_is_the_probability_of_the_second_label(
     monkeypatch: pytest.MonkeyPatch, folder: Path, redis: Redis
 ) -> None:
     path = models.build("one_sigmoid_for_two_labels", folder)
@@ -203,7 +203,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
         ),
     ],
 )
-def test_code_in_a_model_is_named_and_not_run(
+def test_code_in_a_keras_file_is_named_and_not_run(
     folder: Path, refused: Callable[[Path], str], name: str, lines: list[str]
 ) -> None:
     line = refused(models.build(name, folder))
@@ -233,7 +233,7 @@ def test_a_file_of_keras_2_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert np.stack(found) == pytest.approx(plain.predict(images.astype(np.float32), verbose=0), abs=1e-5)  # type: ignore
 
 
-def test_a_file_of_keras_3_is_served_whatever_its_name_ends_in(
+def test_a_file_of_keras_3_is_served_whatever_its_suffix(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "own.h5"
@@ -251,7 +251,7 @@ def test_a_file_of_keras_3_is_served_whatever_its_name_ends_in(
      ("2.15.0", "was saved by Keras 2.15.0 in a way that Keras 3 can't read (Unrecognized keyword arguments"),
      (keras.__version__, "can't be loaded as a Keras model (Unrecognized keyword arguments")],
 )  # fmt: skip
-def test_a_file_of_another_keras_says_so(
+def test_a_file_of_another_keras_version_says_so(
     folder: Path, tmp_path: Path, refused: Callable[[Path], str], version: str, line: str
 ) -> None:
     path = tmp_path / "own.h5"
@@ -269,7 +269,7 @@ def test_a_file_of_another_keras_says_so(
               RuntimeError("CUDA error: device busy")], ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("where", ["load", "compute"])
-def test_what_may_pass_by_itself_is_not_the_model_s_fault(
+def test_transient_errors_are_not_blamed_on_the_model(
     monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception, where: str
 ) -> None:
     """So a supervisor tries again, which it does not do after exit code 2."""
@@ -289,7 +289,7 @@ def test_what_may_pass_by_itself_is_not_the_model_s_fault(
     assert raised.value is error
 
 
-def test_a_model_that_fails_at_every_image_is_refused(
+def test_a_model_that_fails_for_every_image_is_refused(
     monkeypatch: pytest.MonkeyPatch, folder: Path, refused: Callable[[Path], str]
 ) -> None:
     def fail(*_: object) -> None:

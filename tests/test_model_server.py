@@ -102,7 +102,7 @@ def test_each_image_gets_its_own_answer(redis: Redis, server: ModelServer) -> No
     assert [label(redis, level) for level in range(5)] == ["0", "1", "2", "3", "4"]
 
 
-def test_an_image_that_breaks_the_model_is_answered_like_its_batch_mates(redis: Redis, server: ModelServer) -> None:
+def test_an_image_that_breaks_the_model_does_not_affect_its_batch(redis: Redis, server: ModelServer) -> None:
     push(redis, 1, POISON, 2)
 
     server.step()
@@ -112,9 +112,7 @@ def test_an_image_that_breaks_the_model_is_answered_like_its_batch_mates(redis: 
 
 
 @pytest.mark.parametrize("image", ["AAAA", "not base64!", "é"])
-def test_an_image_that_can_not_be_decoded_is_answered_like_its_batch_mates(
-    redis: Redis, server: ModelServer, image: str
-) -> None:
+def test_an_undecodable_image_does_not_affect_its_batch(redis: Redis, server: ModelServer, image: str) -> None:
     push(redis, 1)
     push(redis, 2, image=image)
     push(redis, 3)
@@ -143,7 +141,7 @@ def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[Non
     thread.join(20)
 
 
-def test_two_batches_are_computed_at_once_and_a_third_is_taken_meanwhile(redis: Redis, server: ModelServer) -> None:
+def test_two_batches_are_computed_while_a_third_is_taken(redis: Redis, server: ModelServer) -> None:
     push(redis, *range(20, 120))
 
     with held_up(server):
@@ -151,7 +149,7 @@ def test_two_batches_are_computed_at_once_and_a_third_is_taken_meanwhile(redis: 
         assert redis.llen(settings.IMAGE_QUEUE) == 4
 
 
-def test_a_batch_that_waits_is_filled_up_with_what_comes_meanwhile(
+def test_a_waiting_batch_is_filled_up_with_new_jobs(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
     push(redis, *range(20, 92))
@@ -165,7 +163,7 @@ def test_a_batch_that_waits_is_filled_up_with_what_comes_meanwhile(
     assert [label(redis, level) for level in levels] == [str(level) for level in levels]
 
 
-def test_answers_go_out_in_the_order_of_the_taken_list_whichever_batch_ends_first(
+def test_answers_go_out_in_the_order_of_the_taken_list(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
     """Else a crash would find the unanswered batch taken off the list, and the answered one on it."""
@@ -191,7 +189,7 @@ def test_answers_go_out_in_the_order_of_the_taken_list_whichever_batch_ends_firs
     assert [label(redis, level) for level in range(20, 84)] == [str(level) for level in range(20, 84)]
 
 
-def test_a_job_that_expires_while_it_waits_for_earlier_batches_is_not_computed(
+def test_a_job_that_expires_while_it_waits_is_not_computed(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
     push(redis, *range(20, 84))
@@ -241,7 +239,7 @@ def test_a_suspect_waits_until_nothing_else_is_in_flight(
     assert [label(redis, 1), label(redis, 2)] == ["1", "2"]
 
 
-def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelServer) -> None:
+def test_answered_jobs_leave_the_taken_list(redis: Redis, server: ModelServer) -> None:
     push(redis, *range(70))
 
     for _ in range(3):
@@ -251,7 +249,7 @@ def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelS
     assert redis.llen(server.queue.taken) == 0
 
 
-def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(redis: Redis, server: ModelServer) -> None:
+def test_stopping_answers_what_is_computed_and_requeues_the_rest(redis: Redis, server: ModelServer) -> None:
     push(redis, *range(20, 120))
 
     with held_up(server):
@@ -265,7 +263,9 @@ def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(redis: Redis, s
     assert server.queue.live_servers() == {}
 
 
-def test_a_server_declared_dead_joins_again(redis: Redis, server: ModelServer, classifier: MeanClassifier) -> None:
+def test_a_server_whose_heartbeat_expired_joins_again(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
     """As after a long freeze: its heartbeat has lapsed while it computed."""
     push(redis, 1)
     classifier.before = lambda images: redis.delete(server.queue.heartbeat)
@@ -308,7 +308,7 @@ def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize(("visible", "number", "chosen"), [("4,7", 0, "4"), ("4,7", 1, "7"), ("4,7", 2, "4"),
                                                            ("GPU-1a", 3, "GPU-1a"), ("", 1, "")])  # fmt: skip
-def test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round(
+def test_each_model_server_gets_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, visible: str, number: int, chosen: str
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -318,7 +318,7 @@ def test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
 
 
-def test_without_a_gpu_its_number_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_number_is_ignored_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("there is a GPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -328,7 +328,7 @@ def test_without_a_gpu_its_number_changes_nothing(monkeypatch: pytest.MonkeyPatc
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redis, tmp_path: Path) -> None:
+def test_sigterm_ends_with_code_0_and_removes_the_heartbeat(redis: Redis, tmp_path: Path) -> None:
     with conftest.run_model_server(tmp_path / "log") as process:
         heartbeats = wait_until(lambda: redis.keys(f"{settings.IMAGE_QUEUE}:server:*"), "the heartbeat is there")
 
@@ -341,7 +341,7 @@ def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redi
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
+def test_torch_and_jax_answer_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
     if importlib.util.find_spec(backend) is None:
         conftest.missing(f"{backend} is not installed")
     web = WebQueue()
@@ -360,7 +360,7 @@ def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path:
     assert "ERROR" not in process.log
 
 
-def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> None:
+def test_the_model_server_logs_a_missing_redis_and_recovers(tmp_path: Path) -> None:
     port = free_port()
     with running([sys.executable, "run_model_server.py"], tmp_path / "log", REDIS_PORT=str(port)) as process:
         process.wait_for_log("* Model loaded")
@@ -373,7 +373,7 @@ def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> 
             assert process.stop() == 0
 
 
-def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
+def test_the_web_logs_a_missing_redis_and_recovers(tmp_path: Path) -> None:
     redis_port, port = free_port(), free_port()
     command = [sys.executable, "run_web_server.py", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
@@ -388,7 +388,7 @@ def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
             assert requests.get(f"{url}/readyz", timeout=10).json()["error"]["code"] == "no_model_server"
 
 
-def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
+def test_a_redis_that_is_too_old_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(redis_connection, "OLDEST_REDIS", 999)
@@ -408,7 +408,7 @@ def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
         ("IMAGE_WIDTH", "100", "set IMAGE_WIDTH=224."),
     ],
 )
-def test_a_model_that_can_not_be_served_ends_with_2(tmp_path: Path, name: str, value: str, line: str) -> None:
+def test_an_invalid_model_ends_with_code_2(tmp_path: Path, name: str, value: str, line: str) -> None:
     process = Process([sys.executable, "run_model_server.py"], tmp_path / "log", **{name: value})
 
     assert process.popen.wait(120) == 2
@@ -426,7 +426,7 @@ def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> None:
+def test_check_prints_the_predictions_and_the_speed() -> None:
     done = checked("models/efficientnet_lite0.keras")
 
     assert done.returncode == 0, done.stderr
@@ -447,7 +447,7 @@ def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> N
     [(["nowhere.keras"], "nowhere.keras does not exist"),
      (["models/digits.keras", "README.md"], "README.md can't be read as an image")],
 )  # fmt: skip
-def test_a_check_that_can_not_be_made_says_why(arguments: list[str], reason: str) -> None:
+def test_a_failed_check_says_why(arguments: list[str], reason: str) -> None:
     done = checked(*arguments)
 
     assert done.returncode == 2

@@ -89,7 +89,7 @@ def pixels_of(shape: Shape, count: int = 2) -> Any:
 # What the file says
 
 
-def test_the_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_json_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = {"labels": LABELS, "top": 2, "description": "how bright it is", "width": 96, "height": 64, "channels": 1}
     model = load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
 
@@ -102,7 +102,7 @@ def test_the_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPat
     assert model.about["description"] == "how bright it is"
 
 
-def test_labels_may_be_in_a_file_that_it_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_json_file_may_name_a_labels_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
     (tmp_path / "own.labels.txt").write_text("not\nthese\nthree\n")
 
@@ -111,9 +111,7 @@ def test_labels_may_be_in_a_file_that_it_names(monkeypatch: pytest.MonkeyPatch, 
     assert list(model.facts.labels) == ["a", "b", "c"]
 
 
-def test_a_setting_wins_over_the_file_and_the_file_over_the_default(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_setting_overrides_the_file_and_the_file_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
     said = {"labels": LABELS, "top": 2, "width": 50, "height": 40}
     path = save_model(tmp_path / "any.keras", (None, None, 3), said)
@@ -126,9 +124,7 @@ def test_a_setting_wins_over_the_file_and_the_file_over_the_default(
     assert len(model.decode(np.array([0.1, 0.2, 0.7]))) == 1
 
 
-def test_without_a_file_or_a_setting_a_model_that_takes_any_size_gets_the_usual(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_model_for_any_size_gets_the_default_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = save_model(tmp_path / "any.keras", (None, None, 3))
     path.with_suffix(".labels.txt").write_text("\n".join(LABELS))
 
@@ -164,7 +160,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("said", "line"), WRONG, ids=[line[:40] for _, line in WRONG])
-def test_a_wrong_file_is_refused_with_a_line(
+def test_an_invalid_json_file_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Any, line: str
 ) -> None:
     said = {"labels": LABELS} | said if isinstance(said, dict) else said
@@ -178,7 +174,7 @@ def test_a_wrong_file_is_refused_with_a_line(
     assert len(str(refusal.value)) < 600
 
 
-def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
+def test_the_model_server_ends_with_code_2_and_that_line(tmp_path: Path) -> None:
     path = save_model(tmp_path / "own.keras", said={"labels": LABELS, "tpo": 3})
 
     ended = subprocess.run(
@@ -196,7 +192,7 @@ def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_a_model_of_channels_that_no_image_has_is_refused(
+def test_a_model_with_2_or_4_channels_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int
 ) -> None:
     path = save_model(tmp_path / "own.keras", (64, 96, channels), {"labels": LABELS})
@@ -205,12 +201,12 @@ def test_a_model_of_channels_that_no_image_has_is_refused(
         load(monkeypatch, path)
 
 
-def test_a_setting_of_another_size_than_the_model_s_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_setting_that_contradicts_the_model_size_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="another size: set IMAGE_WIDTH=96 and IMAGE_CHANS=1"):
         load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
 
 
-def test_a_classifier_of_keras_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_keras_classifier_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODEL": "EfficientNetV2B1", "MODEL_WEIGHTS": "random"}.items():
         monkeypatch.setattr(settings, name, value)
 
@@ -246,7 +242,7 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "float32"), ("jax", "uint8")])
-def test_every_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str) -> None:
+def test_every_preprocessing_equals_that_of_keras(tmp_path: Path, backend: str, dtype: str) -> None:
     """The pixels stay as they are, too: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
@@ -308,7 +304,7 @@ def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[],
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_job_of_another_shape_is_resized_with_its_batch_mates(
+def test_jobs_of_other_shapes_are_resized_in_one_batch(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer, dtype: str
 ) -> None:
     monkeypatch.setattr(settings, "IMAGE_DTYPE", dtype)
@@ -320,7 +316,7 @@ def test_a_job_of_another_shape_is_resized_with_its_batch_mates(
     assert [answer()["predictions"][0]["label"] for answer in asked] == ["10", "20", "30", "40", "50"]
 
 
-def test_a_job_without_a_shape_is_taken_as_the_model_s(redis: Redis, server: ModelServer) -> None:
+def test_a_job_without_a_shape_has_the_shape_of_the_model(redis: Redis, server: ModelServer) -> None:
     """As those of a web that is yet to be upgraded are."""
     right, wrong = queued(redis, 10, (4, 6, 3), shape=None), queued(redis, 20, (224, 224, 3), shape=None)
 
@@ -331,9 +327,7 @@ def test_a_job_without_a_shape_is_taken_as_the_model_s(redis: Redis, server: Mod
 
 
 @pytest.mark.parametrize("shape", [[4, 6], [4, 6, 2], [0, 6, 3], [4.0, 6, 3], "4x6", [10**9, 6, 3], [6, 6, 3], {}])
-def test_a_job_whose_shape_is_rubbish_is_answered_like_its_batch_mates(
-    redis: Redis, server: ModelServer, shape: Any
-) -> None:
+def test_a_job_with_an_invalid_shape_does_not_affect_its_batch(redis: Redis, server: ModelServer, shape: Any) -> None:
     wrong, right = queued(redis, 20, (4, 6, 3), shape=shape), queued(redis, 10, (4, 6, 3))
 
     server.step()
@@ -342,7 +336,7 @@ def test_a_job_whose_shape_is_rubbish_is_answered_like_its_batch_mates(
     assert right()["predictions"][0]["label"] == "10"
 
 
-def test_a_job_is_as_long_as_the_largest_image_and_no_longer(redis: Redis, server: ModelServer) -> None:
+def test_a_job_longer_than_the_largest_image_is_refused(redis: Redis, server: ModelServer) -> None:
     largest, longer = queued(redis, 10, image_queue.LARGEST_SHAPE), queued(redis, 20, (700, 700, 3))
 
     server.step()
@@ -357,7 +351,7 @@ def test_a_job_keeps_its_shape_when_its_server_dies() -> None:
     assert Job.parse(job.dump()) == job
 
 
-def test_resizing_is_bicubic_and_mixes_up_neither_sides_nor_colours() -> None:
+def test_resizing_is_bicubic_and_keeps_sides_and_colors_apart() -> None:
     pixels = colours(0, (90, 60))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
 
@@ -382,7 +376,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-def test_the_web_takes_the_size_from_who_lives_or_who_lived_last(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_web_takes_the_size_from_the_last_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     web = WebQueue()
     assert web.shape() == (224, 224, 3)
 
@@ -396,9 +390,7 @@ def test_the_web_takes_the_size_from_who_lives_or_who_lived_last(redis: Redis, m
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_model_server_before_its_upgrade_counts_more_than_one_that_is_gone(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_live_server_of_an_older_version_overrides_a_dead_one(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes a heartbeat alone."""
     web = WebQueue()
     beating(monkeypatch, SMALL).leave()
@@ -409,7 +401,7 @@ def test_a_model_server_before_its_upgrade_counts_more_than_one_that_is_gone(
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"shape": [1, 2]}', b'{"shape": SMALL, "server": 7}'])
-def test_rubbish_about_the_size_is_passed_over(redis: Redis, rubbish: bytes) -> None:
+def test_invalid_sizes_in_redis_are_ignored(redis: Redis, rubbish: bytes) -> None:
     web = WebQueue()
     redis.set(web.shape_key, rubbish, ex=60)
     redis.set(web.server_key("odd"), rubbish, ex=60)
@@ -418,7 +410,7 @@ def test_rubbish_about_the_size_is_passed_over(redis: Redis, rubbish: bytes) -> 
 
 
 @pytest.mark.usefixtures("hasty")
-def test_settings_win_over_the_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_override_the_size_of_the_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     beating(monkeypatch, SMALL)
     web = WebQueue()
 
@@ -426,7 +418,7 @@ def test_settings_win_over_the_model_server(redis: Redis, monkeypatch: pytest.Mo
     assert web.shape() == (64, 50, 1)
 
 
-def test_with_all_of_it_set_the_web_asks_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_all_sizes_set_the_web_does_not_ask_redis(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IMAGE_WIDTH", "IMAGE_HEIGHT", "IMAGE_CHANS"):
         monkeypatch.setattr(settings, name, 3)
     web = WebQueue()
@@ -449,7 +441,7 @@ class SlowLook:
         return self.count, self.count, 1
 
 
-def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
+def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
     redis_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web = WebQueue()
@@ -465,9 +457,7 @@ def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
     assert slow.count == 1
 
 
-def test_after_a_quiet_time_all_wait_for_the_look_but_not_for_long(
-    redis_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_idle_time_all_wait_for_the_refresh(redis_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a crowd that comes to a web process that has just begun, or idled, would get what was right an hour ago."""
     web = WebQueue()
     slow = SlowLook(web, monkeypatch)
@@ -482,7 +472,7 @@ def test_after_a_quiet_time_all_wait_for_the_look_but_not_for_long(
     assert slow.count == 1
 
 
-def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_refresh_keeps_the_cached_size(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_queue, "LOOK_EVERY", 0.0)
     server, web = beating(monkeypatch, SMALL), WebQueue()
     assert web.shape() == SMALL
@@ -511,7 +501,7 @@ def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]
     return keras.saving.load_model(path).predict(prepare(pixels), verbose=0)
 
 
-def test_a_grey_model_of_another_size_needs_model_alone(redis_port: int, tmp_path: Path) -> None:
+def test_a_grey_model_of_another_size_needs_only_its_path(redis_port: int, tmp_path: Path) -> None:
     said = {"labels": LABELS, "preprocessing": "scale", "top": 3}
     path = save_model(tmp_path / "grey.keras", said=said, gain=5)
     images = photos(12)
@@ -544,7 +534,7 @@ def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[i
     return shapes
 
 
-def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Path) -> None:
+def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path) -> None:
     """Those that run, within seconds, and those that begin while no model server is alive, at once."""
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
     queue = f"queue-{free_port()}"
@@ -562,7 +552,7 @@ def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Pa
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_another_model_takes_the_place_of_one_under_load_and_no_request_fails(
+def test_replacing_the_model_under_load_loses_no_request(
     redis: Redis, tmp_path: Path, end: signal.Signals, record_property: Record
 ) -> None:
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
@@ -613,7 +603,7 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
     return commands(redis) - before, time.monotonic() - begun
 
 
-def test_a_request_asks_no_more_of_redis_than_with_the_size_set(tmp_path: Path, record_property: Record) -> None:
+def test_learning_the_size_costs_no_command_per_request(tmp_path: Path, record_property: Record) -> None:
     """But for what each web process looks up once a second."""
     port, images = free_port(), photos(20) * 20
     where: Any = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
