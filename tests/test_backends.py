@@ -1,4 +1,4 @@
-"""The model on each backend of Keras, a process each, since a process has one: right, thread-safe, compiled once."""
+"""The model on each backend of Keras, each in its own process: correct, thread-safe, compiled once."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from conftest import ROOT, missing
 
 from model_server.batching import BATCHES_AT_ONCE
 
-# Serves a small model that has weights of all kinds, and prints what two threads with 100 batches each saw.
+# Serves a small model with all kinds of weights, and prints what two threads with 100 batches each saw.
 CHILD = """
 import importlib.util, json, logging, os, pathlib, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -53,9 +53,9 @@ if keras.backend.backend() == "torch":
     network = served._network
     predict = network._predict
     network._predict = lambda *given: threads.add(threading.get_ident()) or predict(*given)
-    network.predict_on_batch(images[:3])  # a size that is new
+    network.predict_on_batch(images[:3])  # a new size
     network._predict = predict
-served.sizes.seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # whatever this machine is busy with: all sizes are in use
+served.sizes.seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # so that all sizes are used, however busy this machine is
 keras_calls, logged = [], []
 compute = layers.Dense.call
 layers.Dense.call = lambda *args, **named: keras_calls.append(1) or compute(*args, **named)
@@ -87,7 +87,7 @@ print(json.dumps({"differences": differences, "logged": logged, "keras_calls": l
 
 @cache
 def seen_with(backend: str) -> dict[str, Any]:
-    """What the child prints with this backend."""
+    """What CHILD prints with this backend."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
     ended = subprocess.run(
         [sys.executable, "-c", CHILD],
@@ -106,9 +106,9 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_two_threads_get_the_answers_of_plain_keras(seen: dict[str, Any]) -> None:
-    assert seen["logged"] == []  # a batch that fails is computed again in halves, with a line in the log
+    assert seen["logged"] == []  # a failed batch is computed again in halves, and logged
     assert max(seen["differences"]) < 1e-4
-    assert seen["spread"] > 0.1  # so that a mix-up would show
+    assert seen["spread"] > 0.1  # so that mixed-up images would be noticed
 
 
 def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("seen", ["torch"], indirect=True)
 def test_the_fuser_of_torchscript_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
-    assert seen["fuser"] is False  # what it costs needs a network of dozens of layers to be seen
+    assert seen["fuser"] is False  # its cost shows only with dozens of layers
 
 
 @pytest.mark.parametrize("seen", ["torch"], indirect=True)

@@ -1,4 +1,4 @@
-"""The model that comes along: EfficientNet-Lite0 names what photos show, as the network that it was converted from."""
+"""The bundled model, EfficientNet-Lite0: it recognizes photos, like the PyTorch network that it was converted from."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from conftest import ROOT, Service, missing, ready, run_service
 
 MODEL = ROOT / "models/efficientnet_lite0.keras"
 ABOUT = json.loads(MODEL.with_suffix(".json").read_text())
-# What float32 weights give for the original pictures, resized in one step.
+# Probabilities with float32 weights for the original pictures, resized in one step.
 SHOWN = {
     "cat.jpg": {"Egyptian_cat": 0.771, "tiger_cat": 0.101, "tabby": 0.077},
     "coffee.jpg": {"espresso": 0.900, "cup": 0.035},
@@ -28,7 +28,7 @@ SHOWN = {
 
 @pytest.fixture(scope="module")
 def imagenet(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The service with the model that comes along."""
+    """The service with the bundled model."""
     with run_service(tmp_path_factory.mktemp("imagenet"), MODEL=str(MODEL)) as service:
         yield service
 
@@ -64,8 +64,8 @@ def test_it_says_what_it_recognizes(imagenet: Service) -> None:
     assert (len(ABOUT["labels"]), len(set(ABOUT["labels"]))) == (1000, 998)  # Keras has two cranes and two maillots
 
 
-# Prints how far the model's probabilities are from those of PyTorch, with the same weights for the same pixels, and
-# whether the conversion makes the file that is shipped.
+# Prints how far the model's probabilities are from those of PyTorch with the same weights and pixels, and whether
+# converting again gives the bundled file.
 COMPARE = """
 import json, sys
 import settings
@@ -84,7 +84,7 @@ other = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=checkpoi
 with torch.no_grad():
     for weights in other.parameters():
         if weights.ndim > 1:
-            weights.copy_(weights.half().float())  # as the file keeps them
+            weights.copy_(weights.half().float())  # as in the file
 
 rng = np.random.default_rng(0)
 coarse = [rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8) for side in (4, 7, 14, 28, 224)]
@@ -94,7 +94,7 @@ pixels = np.concatenate([pixels, np.stack(photos)])
 with torch.no_grad():
     values = torch.from_numpy((pixels.astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
     expected = other(values).softmax(1).numpy()
-served.sizes.seconds = {len(pixels): 1.0}  # in place of warm-up: one batch
+served.sizes.seconds = {len(pixels): 1.0}  # instead of a warm-up: one batch for all
 found = np.stack(served.classify(pixels))
 
 model = convert.build()
@@ -128,7 +128,7 @@ def compared() -> dict[str, Any]:
 
 def test_a_second_implementation_gives_the_same_probabilities(compared: dict[str, Any]) -> None:
     assert compared["difference"] < 1e-4
-    assert max(compared["best"]) > 0.9  # so that a mix-up would show
+    assert max(compared["best"]) > 0.9  # so that mixed-up images would be noticed
 
 
 def test_converting_again_gives_the_same_bytes(compared: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def test_converting_again_gives_the_same_bytes(compared: dict[str, Any]) -> None
 
 
 class Evil:
-    """What a checkpoint must not be able to do."""
+    """Would run a command when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("exit 1",)

@@ -1,4 +1,4 @@
-"""run_model_server.py --check says of a file what POST /predict says of it, an error too."""
+"""run_model_server.py --check gives the same predictions and errors for a file as POST /predict."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ OTHER = Image.open(ROOT / "models/digits/three.png").convert("L").resize((300, 4
 
 
 def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
-    """The seven as a camera stores it, that turns upright by this EXIF orientation."""
+    """The seven as a camera stores it: turned, with the EXIF orientation that turns it upright."""
     turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
              5: Image.Transpose.TRANSPOSE}  # fmt: skip
     exif = Image.Exif()
@@ -36,7 +36,7 @@ def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
 
 
 def ink_alone(mode: str) -> bytes:
-    """The seven in black ink on nothing, which is black where nobody looks at the alpha."""
+    """The seven in black ink on a transparent background, which is all black if alpha is ignored."""
     black = Image.new(mode.rstrip("A") or "L", SEVEN.size, 0)
     black.putalpha(WHITE_ON_BLACK)
     return saved(black, "PNG")
@@ -68,7 +68,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "animated.webp": lambda: saved(SEVEN, "WEBP", save_all=True, append_images=[OTHER]),
     "1bit.png": lambda: saved(SEVEN.convert("1"), "PNG"),
     "large.jpg": lambda: saved(SEVEN.resize((3000, 4000)), "JPEG"),
-    "no-image-by-its-name.txt": lambda: saved(SEVEN, "BMP"),
+    "an-image-with-another-suffix.txt": lambda: saved(SEVEN, "BMP"),
 }  # fmt: skip
 WRONG: dict[str, Callable[[], bytes]] = {
     "text.png": lambda: b"no image",
@@ -92,8 +92,8 @@ def digits() -> classifier.Classifier:
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, digits: classifier.Classifier) -> Callable[[Path], int]:
-    """A function that runs run_model_server.py --check, with the model loaded already; its exit code."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+    """A function that runs run_model_server.py --check with a loaded model, and returns its exit code."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
     monkeypatch.setattr(check_module, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(check_module, "load_model", lambda: digits)
 
@@ -152,7 +152,7 @@ def test_check_has_the_limits_of_the_service(
 def test_check_resizes_like_the_service(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier, tmp_path: Path
 ) -> None:
-    """And so is an image resized that was queued for another model."""
+    """So does the model server with an image that was queued for another model."""
     monkeypatch.setattr(settings, "IMAGE_RESAMPLE", "nearest")
     path = tmp_path / "seven.png"
     SEVEN.save(path)
@@ -176,7 +176,7 @@ def test_check_resizes_like_the_service(
 def test_a_missing_image_is_reported_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
-    monkeypatch.setattr(check_module, "load_model", lambda: pytest.fail("it was loaded"))
+    monkeypatch.setattr(check_module, "load_model", lambda: pytest.fail("the model was loaded"))
 
     assert check(Path(path)) == 2
 

@@ -1,4 +1,4 @@
-"""The Keras model: what it refuses to serve, how it computes a batch, and what one bad image may not do to the rest."""
+"""The classifier: which models it refuses, how it computes a batch, and that a bad image does not affect the others."""
 
 import functools
 import inspect
@@ -28,7 +28,7 @@ POISON = 13
 
 
 class Network:
-    """A network whose first probability is the mean pixel, with a fault. It notes the batch sizes that it is given."""
+    """A network whose first probability is the mean pixel. It records batch sizes and calls `fault` with each batch."""
 
     def __init__(self, fault: Callable[[Any], None] = lambda images: None) -> None:
         self.fault = fault
@@ -60,7 +60,7 @@ def batch(*levels: int) -> Any:
 
 
 def predicted(model: Classifier, images: Any) -> list[list[Prediction] | Exception]:
-    """What classify() makes of each image, decoded where it is not an error."""
+    """The decoded results of classify(), and its errors."""
     return [each if isinstance(each, Exception) else model.decode(each) for each in model.classify(images)]
 
 
@@ -70,7 +70,7 @@ def good(result: list[Prediction] | Exception) -> list[Prediction]:
 
 
 def first_probabilities(results: Any) -> list[float | None]:
-    """The probability of "zero" for each image, or None where it failed."""
+    """The probability of "zero" for each image, times 255; None where it failed."""
     return [None if isinstance(each, Exception) else round(dict(each)["zero"] * 255) for each in results]
 
 
@@ -108,11 +108,11 @@ def test_a_batch_is_cut_into_the_fastest_pieces() -> None:
     network.sizes.clear()
     model.sizes.seconds = {1: 3.0, 8: 4.0}
     predicted(model, batch(1, 2, 3))
-    assert network.sizes == [8]  # padded: three single ones would take longer
+    assert network.sizes == [8]  # padded, since three single images would take longer
 
 
 def slow(*, sweet: int) -> Callable[[Any], None]:
-    """A fault that is none: images take 5 ms each, and a fifth more for each halving or doubling of `sweet` at once."""
+    """A `fault` that takes time: 5 ms an image in batches of `sweet`, a fifth more for each halving or doubling."""
     return lambda images: time.sleep(len(images) * 0.005 * (1 + 0.2 * abs(math.log2(len(images) / sweet))))
 
 
@@ -128,7 +128,7 @@ def test_the_batch_size_is_the_fastest_per_image(sweet: int) -> None:
 
 
 def test_of_equally_fast_sizes_the_smallest_long_one_is_chosen() -> None:
-    """Larger ones would answer their first image later, and no sooner their last."""
+    """Larger batches would answer their first image later, but their last one no sooner."""
     model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), FACTS)
 
     model.warm_up()
@@ -153,7 +153,7 @@ def test_warm_up_measures_a_long_batch_once() -> None:
 
 
 def test_the_overhead_of_a_batch_counts() -> None:
-    """Where computing takes next to no time, small batches are not chosen for a chance difference."""
+    """Where computing takes almost no time, small batches are not chosen because of noise."""
     assert warmed_up(Network()).batch_size == 32
 
 
@@ -262,7 +262,7 @@ def test_faster_computing_gives_the_same_within_its_precision(
 
     difference = np.abs(np.array(faster, float) - np.array(plain, float)).max()
     assert difference < tolerance
-    assert name == "XLA" or difference > 1e-6  # it does compute in another precision
+    assert name == "XLA" or difference > 1e-6  # it does compute in lower precision
 
 
 def test_a_model_for_any_size_takes_the_size_of_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_labels_may_be_in_any_language_and_from_any_editor(monkeypatch: pytest.M
     assert {label for label, _ in good(predicted(model, batch(1))[0])} == {"chien\u00a0loup", "\u72ac", "n02\tfox"}
 
 
-def break_labels(path: Path) -> None:
+def missing_label(path: Path) -> None:
     path.with_suffix(".labels.txt").write_text("zero\none\n")
 
 
@@ -296,11 +296,11 @@ def empty_line(path: Path) -> None:
     path.with_suffix(".labels.txt").write_text("zero\n\ntwo\n")
 
 
-def no_text(path: Path) -> None:
+def binary(path: Path) -> None:
     path.with_suffix(".labels.txt").write_bytes(b"\xff\xfe\x00")
 
 
-def no_end(path: Path) -> None:
+def endless(path: Path) -> None:
     path.with_suffix(".labels.txt").unlink()
     path.with_suffix(".labels.txt").symlink_to("/dev/zero")
 
@@ -329,10 +329,10 @@ def damaged(path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (break_labels, "gives (3,) values per image, but there are 2 labels"),
+        (missing_label, "gives (3,) values per image, but there are 2 labels"),
         (empty_line, "has an empty line"),
-        (no_text, "can't be read"),
-        (no_end, "it has more than 10 MB"),
+        (binary, "can't be read"),
+        (endless, "it has more than 10 MB"),
         (terminal_codes, "is not plain text"),
         (folder, "can't be read"),
         (no_labels, "can't be read"),
@@ -409,7 +409,7 @@ def test_a_keras_classifier_gets_its_preprocessing_and_weights(
 def test_only_a_trained_classifier_says_that_it_recognizes_imagenet(
     monkeypatch: pytest.MonkeyPatch, weights: str, said: str | None
 ) -> None:
-    """Untrained weights stand for those that Keras would fetch."""
+    """Untrained weights stand in for those that Keras would download."""
     for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
         monkeypatch.setattr(settings, side, 224)
     builder = keras.applications.MobileNet
@@ -421,8 +421,8 @@ def test_only_a_trained_classifier_says_that_it_recognizes_imagenet(
     model = load(monkeypatch, MODEL="MobileNet", MODEL_WEIGHTS=weights)
     model.warm_up()
 
-    assert model.about.get("description") == said  # in /readyz
-    assert check.summary(model).endswith(f", {said}" if said else "1000 labels")  # by --check
+    assert model.about.get("description") == said  # what /readyz says
+    assert check.summary(model).endswith(f", {said}" if said else "1000 labels")  # what --check says
 
 
 def test_weights_of_another_model_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ WITHOUT_A_HOME = (
 
 
 def test_without_internet_the_error_says_which_file_to_put_where(tmp_path: Path) -> None:
-    """The proxy that nobody runs stands for an internet that is not there. The user has no home, as in a container."""
+    """A proxy that does not exist stands in for missing internet. The user has no home, as in a container."""
     environment = {**os.environ, **AS_INSTALLED, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50",
                    "https_proxy": "http://127.0.0.1:1"}  # fmt: skip
     environment.pop("HOME", None)

@@ -1,4 +1,4 @@
-"""What is wrong with MODEL, MODEL_WEIGHTS or LABELS by name or file is said at once, before Keras is imported."""
+"""An invalid MODEL, MODEL_WEIGHTS or LABELS is refused at once, before Keras is imported."""
 
 import os
 import pwd
@@ -26,7 +26,7 @@ ZIP = b"PK\x03\x04"
 
 
 def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A model server, started where no Redis is; what it imported is the last line of its output."""
+    """A model server without Redis; the last line of its output says whether it imported Keras."""
     command = [sys.executable, "-c", CODE, *arguments]
     variables = {**os.environ, "REDIS_PORT": str(free_port()), **environment}
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
@@ -70,7 +70,7 @@ def test_the_model_option_is_checked_like_the_setting() -> None:
 def test_an_unreadable_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "own.keras"
     path.touch()
-    monkeypatch.setattr(Path, "open", _denied)  # root, who may run the tests, may read everything
+    monkeypatch.setattr(Path, "open", _denied)  # root, which may run the tests, can read everything
     monkeypatch.setattr(settings, "MODEL", str(path))
 
     with pytest.raises(StartupError, match=r"own\.keras can't be read \(Permission denied\): let this user read it\."):
@@ -219,7 +219,7 @@ def nobody(_: int) -> None:
 
 def test_keras_downloads_are_found_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container that runs as a number
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container whose user has only a number
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))
     assert downloads.keras_downloads() == tmp_path / "cache/models"
 

@@ -1,4 +1,4 @@
-"""Which models are served and which are refused, with what line: what goes in, what comes out, what is in the file."""
+"""Which models are served, and the one line with which others are refused."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ PICTURE = Image.fromarray(colours(1, (40, 30)))
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each model is built once."""
+    """The folder in which each model is built once."""
     return tmp_path_factory.mktemp("models")
 
 
@@ -51,10 +51,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch, path: Path) -> classifier.Classifier
 def refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> Callable[[Path | str], str]:
-    """A function that checks a model as --check does, which must end with exit code 2; the one line that it says."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+    """A function that runs --check on a model, expects exit code 2, and returns the one line that it logs."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
     monkeypatch.setattr(check, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(settings, "MODEL", settings.MODEL)  # which --model sets
+    monkeypatch.setattr(settings, "MODEL", settings.MODEL)  # restored afterwards: --model sets it
     PICTURE.save(tmp_path / "picture.png")
 
     def check_model(model: Path | str) -> str:
@@ -72,7 +72,7 @@ def refused(
     return check_model
 
 
-# What goes in and what comes out
+# Inputs and outputs
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_label(
     server = ModelServer(model, ServerQueue(model.about, 30))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    monkeypatch.setattr(run_web_server.queue, "shape", lambda: models.SHAPE)  # not what another test's server took
+    monkeypatch.setattr(run_web_server.queue, "shape", lambda: models.SHAPE)  # not that of another test's server
     web = run_web_server.app.test_client()
     data = saved(PICTURE.resize(models.SHAPE[1::-1]), "PNG")
     try:
@@ -186,7 +186,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_label(
     )
 
 
-# What is in the file
+# Contents of the file
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_code_in_an_hdf5_file_is_named_and_not_run(
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".hdf5.keras"])
 def test_a_file_of_keras_2_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str) -> None:
-    """Also an HDF5 file that has the other ending."""
+    """Also an HDF5 file with the suffix of the other format."""
     path, plain = models.of_keras2(tmp_path, suffix)
     images = np.random.default_rng(0).integers(0, 256, (2, *models.SHAPE), dtype=np.uint8)
 
@@ -272,7 +272,7 @@ def test_a_file_of_another_keras_version_says_so(
 def test_transient_errors_are_not_blamed_on_the_model(
     monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception, where: str
 ) -> None:
-    """So a supervisor tries again, which it does not do after exit code 2."""
+    """They end the process with another exit code than 2, so that a supervisor tries again."""
 
     def fail(*_: object, **__: object) -> None:
         raise error

@@ -1,4 +1,4 @@
-"""The model server: step by step with a classifier made for the purpose, and as a process with the digits model."""
+"""The model server: step by step with a stand-in for the classifier, and as a process with the digits model."""
 
 import gc
 import importlib.util
@@ -41,7 +41,7 @@ POISON = 13
 
 
 class MeanClassifier:
-    """Labels an image with its first pixel; breaks on POISON; `before` is called with each batch."""
+    """Labels an image with its first pixel, fails for POISON, and calls `before` with each batch."""
 
     shape = (2, 2, 3)
     batch_size = 32
@@ -125,7 +125,7 @@ def test_an_undecodable_image_does_not_affect_its_batch(redis: Redis, server: Mo
 
 @contextmanager
 def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[None]:
-    """Every batch that is computed waits until the block ends, which begins when so many do, and the server runs on."""
+    """Run the server with computing held up within the block, which begins when so many batches are computed."""
     classifier = cast(MeanClassifier, server.classifier)
     go_on = threading.Event()
     classifier.before = lambda images: go_on.wait(30)
@@ -136,7 +136,7 @@ def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[Non
         yield
     finally:
         go_on.set()
-    wait_until(lambda: server.queue.redis.llen(server.queue.taken) == 0, "all is answered")
+    wait_until(lambda: server.queue.redis.llen(server.queue.taken) == 0, "all images are answered")
     server.stop(signal.SIGTERM, None)
     thread.join(20)
 
@@ -155,7 +155,7 @@ def test_a_waiting_batch_is_filled_up_with_new_jobs(
     push(redis, *range(20, 92))
 
     with held_up(server):
-        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "eight are taken")
+        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "the last eight are taken")
         push(redis, *range(100, 140))
 
     assert classifier.sizes == [32, 32, 32, 16]
@@ -166,7 +166,7 @@ def test_a_waiting_batch_is_filled_up_with_new_jobs(
 def test_answers_go_out_in_the_order_of_the_taken_list(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    """Else a crash would find the unanswered batch taken off the list, and the answered one on it."""
+    """Otherwise a crash would lose an unanswered batch, and requeue an answered one."""
     push(redis, *range(20, 84))
     first = threading.Event()
     second = threading.Event()
@@ -235,7 +235,7 @@ def test_a_suspect_waits_until_nothing_else_is_in_flight(
         server.step()
 
     assert classifier.sizes == [1, 1]
-    assert in_flight[1] == 1  # the first may see the suspect for the moment in which it is looked at
+    assert in_flight[1] == 1  # the first may still see the suspect, which take() puts back
     assert [label(redis, 1), label(redis, 2)] == ["1", "2"]
 
 
@@ -266,7 +266,7 @@ def test_stopping_answers_what_is_computed_and_requeues_the_rest(redis: Redis, s
 def test_a_server_whose_heartbeat_expired_joins_again(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    """As after a long freeze: its heartbeat has lapsed while it computed."""
+    """Its heartbeat lapses while it computes, as in a long freeze."""
     push(redis, 1)
     classifier.before = lambda images: redis.delete(server.queue.heartbeat)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -283,7 +283,7 @@ def test_a_server_whose_heartbeat_expired_joins_again(
 
 
 def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Redis is killed while a batch is computed, and comes back empty: what was computed is handed out all the same."""
+    """Redis is killed while a batch is computed and comes back empty: the answers are still handed out."""
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
     web, classifier = WebQueue(), MeanClassifier()
@@ -393,7 +393,7 @@ def test_a_redis_that_is_too_old_ends_with_code_2(
 ) -> None:
     monkeypatch.setattr(redis_connection, "OLDEST_REDIS", 999)
     monkeypatch.setattr(sys, "argv", ["run_model_server.py"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
 
     assert run_model_server.main() == 2
 
@@ -418,7 +418,7 @@ def test_an_invalid_model_ends_with_code_2(tmp_path: Path, name: str, value: str
 
 
 def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
-    """What --check prints, with no Redis, and with another MODEL in the environment."""
+    """The result of --check without Redis, with another MODEL in the environment."""
     environment = {**os.environ, **conftest.AS_INSTALLED, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
     command = [sys.executable, "run_model_server.py", "--model", model, "--check", *image]
     return subprocess.run(
@@ -430,9 +430,9 @@ def test_check_prints_the_predictions_and_the_speed() -> None:
     done = checked("models/efficientnet_lite0.keras")
 
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing of TensorFlow's
-    found_out, image, speed = done.stdout.splitlines()
-    assert found_out == (
+    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing by TensorFlow
+    summary, image, speed = done.stdout.splitlines()
+    assert summary == (
         "models/efficientnet_lite0.keras: input 224x224 RGB, preprocessing none, 1000 labels, "
         "1,000 ImageNet classes: animals, plants, food, vehicles, things"
     )
@@ -454,6 +454,18 @@ def test_a_failed_check_says_why(arguments: list[str], reason: str) -> None:
     assert reason in done.stderr.splitlines()[-1]
 
 
+def test_importing_the_model_server_changes_nothing() -> None:
+    code = (
+        "import os, sys, threading\n"
+        "before = dict(os.environ), threading.active_count()\n"
+        "import run_model_server\n"
+        "assert (dict(os.environ), threading.active_count()) == before\n"
+        "assert 'keras' not in sys.modules"
+    )
+
+    subprocess.run([sys.executable, "-c", code], cwd=conftest.ROOT, check=True, timeout=60)
+
+
 @pytest.mark.parametrize("error", [None, StartupError("no such model")])
 def test_garbage_is_collected_once_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, error: StartupError | None
@@ -463,7 +475,7 @@ def test_garbage_is_collected_once_the_model_is_loaded(
 
     def load() -> Mock:
         weights = Mock()
-        weights.itself = weights  # a cycle, which only the collector frees
+        weights.itself = weights  # a cycle, which only the garbage collector frees
         left.append(weakref.ref(weights))
         collecting.append(gc.isenabled())
         if error:

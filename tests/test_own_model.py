@@ -1,4 +1,4 @@
-"""A model of one's own, with what stands beside it: MODEL alone serves it, and another can take its place."""
+"""A user's own model, with its JSON and labels files: setting MODEL is enough, and it can be replaced under load."""
 
 import importlib.util
 import io
@@ -50,7 +50,7 @@ from model_server.loop import ModelServer, resized
 LABELS = ["dark", "medium", "bright"]
 SMALL: Shape = (64, 96, 1)  # height, width, channels
 WEB_PROCESSES = 2  # that run_apache() runs
-LEARNT = 2  # seconds within which every web process knows what a new model takes
+LEARNED = 2  # seconds within which every web process knows the size of a new model
 
 Record = Callable[[str, object], None]
 
@@ -58,7 +58,7 @@ Record = Callable[[str, object], None]
 def save_model(
     path: Path, shape: tuple[int | None, int | None, int] = SMALL, said: Any = None, gain: float = 0.1
 ) -> Path:
-    """Save a small network, and `said` beside it. With this gain pixels of 0 to 255 saturate nothing."""
+    """Save a small network, and `said` as its JSON file. With the default gain, pixels 0..255 do not saturate it."""
     layers = [keras.Input(shape), keras.layers.Conv2D(4, 5, strides=3, activation="relu", kernel_initializer=drawn(1)),
               keras.layers.GlobalAveragePooling2D(),
               keras.layers.Dense(3, activation="softmax", kernel_initializer=drawn(2))]  # fmt: skip
@@ -86,7 +86,7 @@ def pixels_of(shape: Shape, count: int = 2) -> Any:
     return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-# What the file says
+# The JSON file
 
 
 def test_the_json_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 
 
 def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
-    """What each model makes of the images, computed twice, in a process with this backend of Keras."""
+    """The probabilities that each model gives for the images, computed twice, in a process with this backend."""
     np.save(paths[0].with_suffix(".npy"), images)
     code = (
         "import sys, json, numpy as np, settings\nfrom model_server import classifier\n"
@@ -243,7 +243,7 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
 
 @pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "float32"), ("jax", "uint8")])
 def test_every_preprocessing_equals_that_of_keras(tmp_path: Path, backend: str, dtype: str) -> None:
-    """The pixels stay as they are, too: a batch that fails is computed again in halves."""
+    """The pixels are not modified either: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
     paths = [
@@ -259,14 +259,14 @@ def test_every_preprocessing_equals_that_of_keras(tmp_path: Path, backend: str, 
         assert twice[0] == pytest.approx(expected, abs=1e-4), mode
         assert twice[1] == pytest.approx(expected, abs=1e-4), mode
     for one, other in itertools.combinations(plain, 2):
-        assert np.abs(one - other).max() > 1e-3  # so that a mix-up would show
+        assert np.abs(one - other).max() > 1e-3  # so that a mix-up would be noticed
 
 
 # Jobs of another shape
 
 
 class Shaped:
-    """A classifier of 4x6 RGB images that labels each with its mean, to the nearest ten."""
+    """A classifier of 4x6 RGB images that labels each with its mean, rounded to tens."""
 
     shape = (4, 6, 3)
     batch_size = 32
@@ -290,7 +290,7 @@ def server(redis: Redis) -> Iterator[ModelServer]:
 
 
 def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[], Any]:
-    """Queue a flat image of this shape, and what is said of it; return what waits for its answer."""
+    """Queue a flat image of this shape, with other fields of the job; return a function that waits for the answer."""
     image = base64_encode_image(np.full(pixels, level, settings.IMAGE_DTYPE))
     job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": pixels} | said
     redis.rpush(settings.IMAGE_QUEUE, json.dumps({name: value for name, value in job.items() if value is not None}))
@@ -317,7 +317,7 @@ def test_jobs_of_other_shapes_are_resized_in_one_batch(
 
 
 def test_a_job_without_a_shape_has_the_shape_of_the_model(redis: Redis, server: ModelServer) -> None:
-    """As those of a web that is yet to be upgraded are."""
+    """As jobs from a web server of an older version."""
     right, wrong = queued(redis, 10, (4, 6, 3), shape=None), queued(redis, 20, (224, 224, 3), shape=None)
 
     server.step()
@@ -360,11 +360,11 @@ def test_resizing_is_bicubic_and_keeps_sides_and_colors_apart() -> None:
     assert (resized(pixels, (20, 30, 1))[:, :, 0] == grey).all()
 
 
-# What the web knows
+# How the web learns the size
 
 
 def beating(monkeypatch: pytest.MonkeyPatch, shape: Any) -> ServerQueue:
-    """A model server of such images that is alive."""
+    """A live model server for images of this shape."""
     server = ServerQueue({"model": "own", "weights": "own.keras", "shape": shape}, 5)
     server.join()
     return server
@@ -383,7 +383,7 @@ def test_the_web_takes_the_size_from_the_last_model_server(redis: Redis, monkeyp
     server = beating(monkeypatch, SMALL)
     assert web.shape() == SMALL
     server.leave()
-    assert web.shape() == WebQueue().shape() == SMALL  # another process, too
+    assert web.shape() == WebQueue().shape() == SMALL  # so does another process
     redis.delete(web.shape_key)
     assert web.shape() == SMALL
     assert WebQueue().shape() == (224, 224, 3)
@@ -391,7 +391,7 @@ def test_the_web_takes_the_size_from_the_last_model_server(redis: Redis, monkeyp
 
 @pytest.mark.usefixtures("hasty")
 def test_a_live_server_of_an_older_version_overrides_a_dead_one(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It writes a heartbeat alone."""
+    """An older version writes only a heartbeat."""
     web = WebQueue()
     beating(monkeypatch, SMALL).leave()
     redis.set(web.server_key("older.1"), json.dumps({"model": "a", "weights": "b", "shape": [20, 30, 3]}), ex=60)
@@ -428,7 +428,7 @@ def test_with_all_sizes_set_the_web_does_not_ask_redis(redis: Redis, monkeypatch
 
 
 class SlowLook:
-    """Looks that last until they are let go on, the n-th of which finds a shape of n x n."""
+    """Refreshes that block until `go_on`; the n-th finds the shape n x n."""
 
     def __init__(self, web: WebQueue, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -449,7 +449,7 @@ def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
     slow = SlowLook(web, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(web.shape)
-        wait_until(lambda: slow.count, "it looks")
+        wait_until(lambda: slow.count, "the refresh has begun")
         assert {web.shape() for _ in range(8)} == {(224, 224, 3)}
         slow.go_on.set()
 
@@ -458,13 +458,13 @@ def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
 
 
 def test_after_an_idle_time_all_wait_for_the_refresh(redis_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a crowd that comes to a web process that has just begun, or idled, would get what was right an hour ago."""
+    """Otherwise the first requests to a web process that was idle would get a size that is an hour old."""
     web = WebQueue()
     slow = SlowLook(web, monkeypatch)
     with ThreadPoolExecutor(8) as pool:
         looking = pool.submit(web.shape)
-        wait_until(lambda: slow.count, "it looks")
-        assert web.shape() == (224, 224, 3)  # Redis may be gone, and nobody waits for that here
+        wait_until(lambda: slow.count, "the refresh has begun")
+        assert web.shape() == (224, 224, 3)  # the wait is limited, since Redis may be down
         crowd = [pool.submit(web.shape) for _ in range(7)]
         slow.go_on.set()
 
@@ -489,13 +489,13 @@ def test_a_failed_refresh_keeps_the_cached_size(redis: Redis, monkeypatch: pytes
 
 
 def photos(count: int) -> list[bytes]:
-    """Pictures of several sizes, the later ones darker, that the model tells apart."""
+    """Pictures of several sizes, each darker than the one before, that the model can tell apart."""
     pixels = [colours(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
     return [saved(Image.fromarray(each.astype(np.uint8)), "PNG") for each in pixels]
 
 
 def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]) -> Any:
-    """What plain Keras says of these files."""
+    """The probabilities that plain Keras gives for these files."""
     opened = [Image.open(io.BytesIO(data)).convert("L").resize((96, 64), Image.Resampling.BICUBIC) for data in images]
     pixels = np.stack([np.asarray(each, np.float32)[:, :, np.newaxis] for each in opened])
     return keras.saving.load_model(path).predict(prepare(pixels), verbose=0)
@@ -516,26 +516,26 @@ def test_a_grey_model_of_another_size_needs_only_its_path(redis_port: int, tmp_p
         assert {each["label"]: each["probability"] for each in got} == pytest.approx(
             dict(zip(LABELS, map(float, expected), strict=True)), abs=1e-4
         )
-    assert np.ptp(plain, axis=0).max() > 1e-2  # so that a mix-up would show
+    assert np.ptp(plain, axis=0).max() > 1e-2  # so that a mix-up would be noticed
     assert metadata["inputs"][0]["shape"] == [-1, *SMALL]
     assert server["shape"] == list(SMALL)
 
 
 def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[int, ...]]:
-    """The shapes in which the web processes at `url` queue so many images, while no model server takes them."""
+    """The shapes in which the web processes at `url` queue `count` images, while no model server takes them."""
     image = photos(1)[0]
     before = redis.llen(queue)
     with ThreadPoolExecutor(count) as pool:
         for _ in range(count):
             pool.submit(Service(url).post, image, timeout=20)
-        wait_until(lambda: redis.llen(queue) == before + count, "they are queued")
+        wait_until(lambda: redis.llen(queue) == before + count, "the images are queued")
         shapes = {tuple(json.loads(job)["shape"]) for job in redis.lrange(queue, before, -1)}
         redis.delete(queue)
     return shapes
 
 
 def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path) -> None:
-    """Those that run, within seconds, and those that begin while no model server is alive, at once."""
+    """Running processes learn it within seconds; those started while no model server is alive know it at once."""
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
     queue = f"queue-{free_port()}"
     limits: Any = {"IMAGE_QUEUE": queue, "REQUEST_TIMEOUT": "3"}
@@ -544,7 +544,7 @@ def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path)
         with running([sys.executable, "run_model_server.py"], tmp_path / "log", MODEL=str(path), IMAGE_QUEUE=queue):
             wait_until(lambda: redis.exists(f"{queue}:shape"), "the model server has joined", 120)
             joined = time.monotonic()
-        wait_until(lambda: time.monotonic() > joined + LEARNT, "the web may know")
+        wait_until(lambda: time.monotonic() > joined + LEARNED, "the web has had time to learn it")
         assert redis.keys(f"{queue}:server:*") == []
         assert queued_shapes(url, redis, queue, 16) == {SMALL}
     with run_apache(**limits) as url:
@@ -569,7 +569,7 @@ def test_replacing_the_model_under_load_loses_no_request(
             service.servers[0].stop(end)
             gone = time.monotonic()
             with run_model_server(tmp_path / "grey", MODEL=str(path), IMAGE_QUEUE=service.queue) as server:
-                wait_until(lambda: sum(begun > gone + LEARNT for begun, _ in answers) > 300, "so does the second", 60)
+                wait_until(lambda: sum(begun > gone + LEARNED for begun, _ in answers) > 300, "so does the second", 60)
                 over.set()
                 for client in clients:
                     client.result(60)
@@ -587,15 +587,15 @@ def test_replacing_the_model_under_load_loses_no_request(
 
 
 def commands(redis: Redis) -> Counter[str]:
-    """How often the web has given each command to Redis."""
+    """How often the web has sent each command to Redis."""
     stats = cast(dict[str, dict[str, int]], redis.info("commandstats"))
     calls = Counter({name.removeprefix("cmdstat_"): about["calls"] for name, about in stats.items()})
-    calls["exists"] -= calls["ltrim"]  # a model server's, which asks for its heartbeat with each answered batch
+    calls["exists"] -= calls["ltrim"]  # the model server checks its heartbeat with each answered batch
     return Counter({name: calls[name] for name in ("rpush", "multi", "exec", "blpop", "get", "exists", "mget")})
 
 
 def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter[str], float]:
-    """The commands that these requests make, and the seconds that they take."""
+    """The commands that these requests cause, and the seconds that they take."""
     service = Service(url)
     before, begun = commands(redis), time.monotonic()
     with ThreadPoolExecutor(8) as pool:
@@ -604,7 +604,7 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
 
 
 def test_learning_the_size_costs_no_command_per_request(tmp_path: Path, record_property: Record) -> None:
-    """But for what each web process looks up once a second."""
+    """Each web process only looks it up once a second."""
     port, images = free_port(), photos(20) * 20
     where: Any = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
     size: Any = {"IMAGE_WIDTH": "224", "IMAGE_HEIGHT": "224", "IMAGE_CHANS": "3"}
@@ -621,5 +621,5 @@ def test_learning_the_size_costs_no_command_per_request(tmp_path: Path, record_p
     assert with_size["rpush"] >= len(images)
     assert 2 <= extra["get"] <= WEB_PROCESSES * (seconds + 2)
     assert extra.total() <= 2 * WEB_PROCESSES * (seconds + 2)
-    assert len(images) > 4 * WEB_PROCESSES * (seconds + 2)  # so that one command a request would show
-    record_property("figures", f"{extra.total()} commands more for {len(images)} requests in {seconds:.1f} s")
+    assert len(images) > 4 * WEB_PROCESSES * (seconds + 2)  # so that one command per request would be noticed
+    record_property("figures", f"{extra.total()} more commands for {len(images)} requests in {seconds:.1f} s")
