@@ -150,7 +150,7 @@ def test_a_checkpoint_with_more_than_tensors_is_refused() -> None:
 
 
 def test_a_file_that_is_not_the_checkpoint_is_refused() -> None:
-    with pytest.raises(convert.CheckpointError, match="no PyTorch checkpoint"):
+    with pytest.raises(convert.CheckpointError, match="not a PyTorch checkpoint"):
         convert.read_checkpoint(pickle.dumps(1) * 3)
 
 
