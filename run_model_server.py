@@ -90,11 +90,11 @@ def open_file(path: Path) -> Image.Image:
 def options() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
-    model = "a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
-    parser.add_argument("--model", help=model)
+    known = "a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
+    parser.add_argument("--model", help=known)
     parser.add_argument("--gpu", type=int, metavar="N", help="compute on this GPU alone, the first being 0")
-    check = "load the model, classify this image (default: a photo of a cat), say how fast it is, and leave"
-    parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=check)
+    steps = "load the model, classify this image (default: a photo of a cat), say how fast it is, and exit"
+    parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=steps)
     return parser.parse_args()
 
 

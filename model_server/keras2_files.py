@@ -75,9 +75,8 @@ def _layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         config = config | {"axis": axis[0]}
     shape = config.get("batch_input_shape")
     if shape and kind != "InputLayer":  # the first layer of a Sequential
-        config = {key: value for key, value in config.items() if key != "batch_input_shape"} | {
-            "input_shape": shape[1:]
-        }
+        config = config | {"input_shape": shape[1:]}
+        del config["batch_input_shape"]
     for ports in ("input_layers", "output_layers"):  # a tensor, not a list of one
         if isinstance(config.get(ports), list) and len(config[ports]) == 1:
             config = config | {ports: config[ports][0]}

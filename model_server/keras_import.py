@@ -1,5 +1,6 @@
 """Imports Keras: quietly, and without taking a whole GPU. Whatever needs Keras calls import_keras() first."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -38,7 +39,9 @@ def import_keras() -> ModuleType:
     if "keras" in sys.modules:
         return sys.modules["keras"]
     with without_noise() if quiet else nullcontext(), _hidden(*UNUSED):
-        return _import()
+        keras = _import()
+    gc.freeze()  # what was imported stays: searching it again would take the garbage collector half a second
+    return keras
 
 
 @contextmanager

@@ -83,16 +83,11 @@ def application_names() -> list[str]:
 
 
 def _unknown(name: str) -> StartupError:
-    near = _nearest(name, application_names())
+    names = {re.sub(r"[_-]", "", each).lower(): each for each in application_names()}
+    near = difflib.get_close_matches(re.sub(r"[_-]", "", name).lower(), names, n=1)
+    it = f"did you mean {names[near[0]]}? It" if near else "it"
     allowed = f"the path of a .keras or .h5 file or one of {', '.join(application_names())}"
-    asked = f"did you mean {near}? It" if near else "it"
-    return StartupError(f"MODEL={shown(name)} is invalid: {asked} must be {allowed}.")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    plain = {re.sub(r"[_-]", "", each).lower(): each for each in names}
-    found = difflib.get_close_matches(re.sub(r"[_-]", "", name).lower(), plain, n=1)
-    return plain[found[0]] if found else ""
+    return StartupError(f"MODEL={shown(name)} is invalid: {it} must be {allowed}.")
 
 
 def whole_model(path: Path) -> str:
@@ -130,9 +125,8 @@ def _head(setting: str, path: Path) -> bytes:
         allowed = "the path of a .keras or .h5 file" if setting == "MODEL" else "imagenet, random, or a weights file"
         raise StartupError(f"{setting}={shown(path)} does not exist: it must be {allowed}.") from None
     except OSError as error:
-        raise StartupError(
-            f"{setting}={shown(path)} can't be read ({error.strerror}): let this user read it."
-        ) from error
+        reason = f"can't be read ({error.strerror}): let this user read it"
+        raise StartupError(f"{setting}={shown(path)} {reason}.") from error
     if not data:
         raise StartupError(f"{setting}={shown(path)} is empty: {COPY_AGAIN}.")
     return data
@@ -168,12 +162,10 @@ def _foreign(path: Path, data: bytes) -> tuple[str, str]:
 
 def saved_by(path: Path, form: str) -> tuple[int, ...]:
     """Return the version of Keras that saved the model at `path`, such as (2, 15, 0); empty if unknown."""
-    version = ""
-    with suppress(KeyError, OSError, ValueError, AttributeError):
-        version = (
-            _attributes(path)["keras_version"] if form == "h5" else _member(path, "metadata.json")["keras_version"]
-        )
-    return version_of(version)
+    with suppress(KeyError, OSError, ValueError, TypeError):
+        about = _attributes(path) if form == "h5" else _member(path, "metadata.json")
+        return version_of(about["keras_version"])
+    return ()
 
 
 def version_of(text: str) -> tuple[int, ...]:

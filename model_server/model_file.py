@@ -25,46 +25,29 @@ PREPROCESSING = ("none", "scale", "tf", "torch", "caffe")
 COLOR_ONLY = ("torch", "caffe")  # these subtract a mean for each of three colors
 
 
-def are_labels(value: object) -> bool:
-    """Whether `value` is a list of one or more labels, each a line of plain text."""
-    return isinstance(value, list) and bool(value) and all(map(_is_line, value))
+def _check_lines(value: object) -> None:
+    """Raise ValidationError unless `value` is a line of plain text, or a list of one or more."""
+    lines = value if isinstance(value, list) else [value]
+    if not lines or not all(map(_is_line, lines)):
+        raise ValidationError("")
 
 
 def _is_line(value: object) -> bool:
     return isinstance(value, str) and len(value.strip().splitlines()) == 1 and not CONTROL.search(value)
 
 
-def _check_labels(value: object) -> None:
-    if not (are_labels(value) or _is_line(value)):
-        raise ValidationError("")
-
-
-def _check_line(value: object) -> None:
-    if not _is_line(value):
-        raise ValidationError("")
-
-
-SIDE = f"a whole number of pixels from 1 to {MOST_SIDE}"
-ALLOWED = {
+SIDE = fields.Integer(strict=True, validate=Range(1, MOST_SIDE)), f"a whole number of pixels from 1 to {MOST_SIDE}"
+LABELS = "a list of strings, or the name of a file beside it with one class per line"
+KEYS: dict[str, tuple[fields.Field[Any], str]] = {  # each with its allowed values, in words
     "width": SIDE,
     "height": SIDE,
-    "channels": "3 (RGB) or 1 (grey)",
-    "preprocessing": "one of " + ", ".join(PREPROCESSING),
-    "labels": "a list of strings, or the name of a file beside it with one class per line",
-    "top": "a whole number from 1 to 1000",
-    "description": "one line of at most 500 characters",
+    "channels": (fields.Integer(strict=True, validate=OneOf([1, 3])), "3 (RGB) or 1 (grey)"),
+    "preprocessing": (fields.String(validate=OneOf(PREPROCESSING)), f"one of {', '.join(PREPROCESSING)}"),
+    "labels": (fields.Raw(validate=_check_lines), LABELS),
+    "top": (fields.Integer(strict=True, validate=Range(1, 1000)), "a whole number from 1 to 1000"),
+    "description": (fields.String(validate=[Length(1, 500), _check_lines]), "one line of at most 500 characters"),
 }
-SCHEMA = Schema.from_dict(
-    {
-        "width": fields.Integer(strict=True, validate=Range(1, MOST_SIDE)),
-        "height": fields.Integer(strict=True, validate=Range(1, MOST_SIDE)),
-        "channels": fields.Integer(strict=True, validate=OneOf([1, 3])),
-        "preprocessing": fields.String(validate=OneOf(PREPROCESSING)),
-        "labels": fields.Raw(validate=_check_labels),
-        "top": fields.Integer(strict=True, validate=Range(1, 1000)),
-        "description": fields.String(validate=[Length(1, 500), _check_line]),
-    }
-)
+SCHEMA = Schema.from_dict({key: field for key, (field, _) in KEYS.items()})
 
 
 @dataclass(frozen=True)
@@ -89,9 +72,9 @@ class ModelFile:
 class Facts:
     """What the service needs to know of a model besides its network.
 
-    `shape` is (height, width, channels) of an image, `labels` the names of the classes, `labels_from` where they come
-    from (for messages), `preprocessing` what is done to pixels before the model, `top` the number of predictions in an
-    answer, `activation` the one that makes the model's output, such as "softmax"; empty if unknown.
+    `shape` is (height, width, channels) of an image, `labels_from` says where the labels come from, `preprocessing`
+    what is done to pixels, `top` is the number of predictions in an answer, and `activation` the last one, such as
+    "softmax"; empty if unknown.
     """
 
     shape: Shape
@@ -119,13 +102,13 @@ def read(path: Path) -> ModelFile:
         return ModelFile(path, **SCHEMA().load(content))
     except ValidationError as error:
         key = next(iter(error.messages_dict))
-    if key in ALLOWED:
-        raise ModelFile(path).invalid(key, content[key], ALLOWED[key])
-    raise StartupError(f"{path}: {shown(key)}={shown(content[key])} is invalid: the keys are {', '.join(ALLOWED)}.")
+    if key in KEYS:
+        raise ModelFile(path).invalid(key, content[key], KEYS[key][1])
+    raise StartupError(f"{path}: {shown(key)}={shown(content[key])} is invalid: the keys are {', '.join(KEYS)}.")
 
 
 def read_labels(path: Path) -> list[str]:
-    """Return the labels in the file at `path`, one a line. Raises StartupError."""
+    """Return the labels in the file at `path`, one per line. Raises StartupError."""
     try:
         text = _text(path)
     except (OSError, ValueError) as error:
@@ -155,7 +138,7 @@ def labels_of(file: ModelFile, chosen: str) -> tuple[Sequence[str], str]:
     try:
         return read_labels(file.path.parent / file.labels), f"labels={file.labels} in {file.path}"
     except StartupError as error:
-        raise file.invalid("labels", file.labels, f"{ALLOWED['labels']} ({str(error).rstrip('.')})") from None
+        raise file.invalid("labels", file.labels, f"{LABELS} ({str(error).rstrip('.')})") from None
 
 
 def first_line(error: BaseException) -> str:
