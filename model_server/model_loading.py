@@ -101,9 +101,8 @@ def _why_not(path: Path, error: Exception) -> str:
 def _remedy(named: str, path: Path) -> str:
     for package in KERAS_PACKAGES[1:]:
         if f"from {package}" in named:
-            return (
-                f"install it with .venv/bin/pip install {package.replace('_', '-')}, or use Keras' own layers instead"
-            )
+            pip = f".venv/bin/pip install {package.replace('_', '-')}"
+            return f"install it with {pip}, or use Keras' own layers instead"
     own = "use Keras' own layers (such as Rescaling) and keras.ops instead"
     return f"{own}, or `preprocessing` in {shown(path.with_suffix('.json'))}" if "a Lambda layer" in named else own
 
@@ -167,10 +166,8 @@ def one_to_one(model: Any, setting: str) -> Any:
             f"and {SAVE}."
         )
     if len(inputs) > 1:
-        raise StartupError(
-            f"{setting} takes {len(inputs)} inputs ({_names(inputs)}), but one image is needed: save a model of one "
-            "input."
-        )
+        needed = "but one image is needed: save a model of one input"
+        raise StartupError(f"{setting} takes {len(inputs)} inputs ({_names(inputs)}), {needed}.")
     if len(outputs) > 1:
         raise StartupError(
             f"{setting} gives {len(outputs)} outputs ({_names(outputs)}), but one with a probability per class is "

@@ -37,9 +37,8 @@ def give_up_root() -> None:
         os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
         os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
     except OSError as error:
-        raise StartupError(
-            f"Root can't become {UNPRIVILEGED[0]} ({error}): start the model server as another user."
-        ) from None
+        message = f"Root can't become {UNPRIVILEGED[0]} ({error}): start the model server as another user."
+        raise StartupError(message) from None
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no program that it starts can become root either

@@ -103,12 +103,8 @@ def photo(digit: Array, rng: np.random.Generator) -> Image.Image:
     return as_jpeg(Image.fromarray(np.uint8(pixels.clip(0, 255))), quality=int(rng.integers(40, 95)))
 
 
-PRESENTATIONS: dict[str, Callable[[Array, np.random.Generator], Image.Image]] = {
-    "raw": raw,
-    "scan": scan,
-    "inverted": inverted,
-    "photo": photo,
-}
+Presentation = Callable[[Array, np.random.Generator], Image.Image]
+PRESENTATIONS: dict[str, Presentation] = {"raw": raw, "scan": scan, "inverted": inverted, "photo": photo}
 
 
 def place(digit: Array, height: float, share: float, rng: np.random.Generator, tilt: float = 0) -> Image.Image:
@@ -127,9 +123,8 @@ def place(digit: Array, height: float, share: float, rng: np.random.Generator, t
 
 def draw(digit: Array, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """Return the digit enlarged to ``size`` (width, height), blurred as thumbnails are or crisp as ink is."""
-    upscaler = rng.choice(
-        [Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
-    )
+    kinds = Image.Resampling
+    upscaler = rng.choice([kinds.NEAREST, kinds.BILINEAR, kinds.BICUBIC, kinds.LANCZOS])
     gain = log_uniform(rng, 1, 4)
     # With a blank border, a stroke that touches the edge ends round, not cut off flat.
     return as_image(np.pad(digit, 1)).resize(size, upscaler).point(lambda level: (level - 115) * gain + 115)
@@ -252,12 +247,8 @@ def main() -> None:
     """Train, save, and print the accuracy for every presentation."""
     parser = argparse.ArgumentParser(description="Train the digits classifier that is bundled with the service.")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the pictures (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=HERE / "digits.keras",
-        help="the model's file; the labels go beside it as .labels.txt and .json (default: %(default)s)",
-    )
+    files = "the model's file; the labels go beside it as .labels.txt and .json (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=HERE / "digits.keras", help=files)
     options = parser.parse_args()
     model = train(options.epochs)
     model.save(options.out)
