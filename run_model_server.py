@@ -57,7 +57,7 @@ def classify_process() -> None:
 
 
 def pin_gpu(number: int) -> None:
-    """Let the model see one GPU alone, the first being 0, of those in CUDA_VISIBLE_DEVICES or of all.
+    """Let the model see only one GPU, counted from 0, of those in CUDA_VISIBLE_DEVICES or of all.
 
     Numbers beyond the last GPU start over, so that several servers can share one. Without a GPU nothing changes.
     Must be called before Keras is imported.
@@ -92,7 +92,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
     known = "a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
     parser.add_argument("--model", help=known)
-    parser.add_argument("--gpu", type=int, metavar="N", help="compute on this GPU alone, the first being 0")
+    parser.add_argument("--gpu", type=int, metavar="N", help="compute only on this GPU; the first is 0")
     steps = "load the model, classify this image (default: a photo of a cat), say how fast it is, and exit"
     parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=steps)
     return parser.parse_args()

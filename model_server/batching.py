@@ -56,7 +56,7 @@ class BatchSizes:
         log.warning("A batch of %d does not fit in memory: computing at most %d at once", size, max(self.seconds))
 
     def cover(self, count: int) -> list[int]:
-        """Return the sizes that compute `count` images in the least time; the last may be larger than what is left."""
+        """Return the sizes that compute `count` images in the least time; the last batch may need padding."""
         best: list[tuple[float, list[int]]] = [(0.0, [])]
         for n in range(1, count + 1):
             options = ((best[max(0, n - size)], size, seconds) for size, seconds in self.seconds.items())

@@ -57,5 +57,5 @@ def download(call: Callable[[], Any]) -> Any:
 
 
 def why_not_fetched(error: BaseException) -> str:
-    """Return the reason alone: Keras puts the address and " -- " before it."""
+    """Return only the reason: Keras puts the address and " -- " before it."""
     return first_line(error).rpartition(" -- ")[2]

@@ -52,7 +52,7 @@ class ModelServer:
         self._unsent: deque[Computed] = deque()  # the first is being handed out, or Redis failed when it was
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Signal handler: finish what is being computed, then leave."""
+        """Signal handler: finish the batches being computed, then leave."""
         self.stopping = True
 
     def run(self) -> None:

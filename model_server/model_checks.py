@@ -1,4 +1,4 @@
-"""Checks MODEL, MODEL_WEIGHTS and LABELS by names and files alone, without Keras.
+"""Checks MODEL, MODEL_WEIGHTS and LABELS by name and file content, without Keras.
 
 Importing Keras takes seconds, which a misspelled name should not cost: run_model_server.py and bin/serve call check()
 first.
@@ -47,7 +47,7 @@ SUFFIXES = {
     ".onnx": ("an ONNX model", NOT_KERAS),
     ".pt": ("a PyTorch model", NOT_KERAS),
     ".pth": ("a PyTorch model", NOT_KERAS),
-    ".ckpt": ("a checkpoint, which holds weights alone", SAVE_AGAIN),
+    ".ckpt": ("a checkpoint, which holds only weights", SAVE_AGAIN),
 }
 
 

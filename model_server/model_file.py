@@ -73,8 +73,8 @@ class Facts:
     """What the service needs to know of a model besides its network.
 
     `shape` is (height, width, channels) of an image, `labels_from` says where the labels come from, `preprocessing`
-    what is done to pixels, `top` is the number of predictions in an answer, and `activation` the last one, such as
-    "softmax"; empty if unknown.
+    what is done to pixels, `top` is the number of predictions in an answer, and `activation` the model's last
+    activation, such as "softmax"; empty if unknown.
     """
 
     shape: Shape

@@ -25,8 +25,8 @@ TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")  # options of REDIS_
 def give_up_root() -> None:
     """Become an ordinary user if started as root. Raises StartupError.
 
-    The code, Python itself and the model may be readable by root alone, as under /root, so all that would be read later
-    is read first.
+    The code, Python itself and the model may be readable only by root, for example under /root. So all files that would
+    be read later are read first.
     """
     if os.geteuid() != 0:
         return
@@ -65,7 +65,7 @@ def _read_ahead() -> None:
 
 
 def _in_memory(path: str) -> str:
-    """Return the path of an in-memory copy of the file at `path`, which this process alone can open."""
+    """Return the path of an in-memory copy of the file at `path`, which only this process can open."""
     try:
         content = Path(path).read_bytes()
     except OSError:

@@ -26,7 +26,7 @@ def load_model() -> Classifier:
 
 @contextmanager
 def garbage_collected_once() -> Iterator[None]:
-    """Collect garbage only at the end of the block, and never again search what is alive then.
+    """Collect garbage only at the end of the block, and never search what is alive then again.
 
     A start makes hundreds of thousands of objects that stay. Searching them again and again takes a fifth of its time.
     """

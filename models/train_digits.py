@@ -253,8 +253,8 @@ def main() -> None:
     model = train(options.epochs)
     model.save(options.out)
     options.out.with_suffix(".labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
-    said = {"description": DESCRIPTION, "preprocessing": "none", "labels": f"{options.out.stem}.labels.txt"}
-    options.out.with_suffix(".json").write_text(json.dumps(said, indent=2) + "\n")
+    about = {"description": DESCRIPTION, "preprocessing": "none", "labels": f"{options.out.stem}.labels.txt"}
+    options.out.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
     rng = np.random.default_rng(SEED + 1)
     for name in PRESENTATIONS:
         print(f"{name}: {accuracy(model, name, rng):.2%} of the held-out digits")
