@@ -463,7 +463,8 @@ def test_importing_the_model_server_changes_nothing() -> None:
         "assert 'keras' not in sys.modules"
     )
 
-    subprocess.run([sys.executable, "-c", code], cwd=conftest.ROOT, check=True, timeout=60)
+    bare = {"PATH": os.environ["PATH"]}  # without what this process has imported and set
+    subprocess.run([sys.executable, "-c", code], cwd=conftest.ROOT, env=bare, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("error", [None, StartupError("no such model")])
