@@ -540,6 +540,8 @@ def test_a_model_server_that_root_starts_gives_root_up_and_needs_nothing_of_it_a
     (python / "packages").symlink_to(packages)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, app)
+    for package in ("image_queue", "model_server", "web"):
+        shutil.copytree(ROOT / package, app / package)
     save_model(app / "own.keras")
     shutil.copy(authority["ca"], app / "ca.pem")
     command = ["env", "-C", str(app), str(python / "bin/python"), "run_model_server.py"]
