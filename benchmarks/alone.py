@@ -47,11 +47,10 @@ def rate(call: Callable[[], object], seconds: float = SECONDS) -> float:
 
 def model(size: int, way: str) -> dict[str, float]:
     """Return images/s of ResNet50 in batches of `size`, raw pixels in, probabilities out."""
-    import keras  # noqa: PLC0415 - only here
+    from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - only here
+    from model_server.keras_import import import_keras  # noqa: PLC0415
 
-    from model_server.backends import TensorFlow  # noqa: PLC0415
-
-    network = keras.applications.ResNet50(weights=None)
+    network = import_keras().applications.ResNet50(weights=None)
     pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.uint8)
     if way == "predict":
         return {"per_s": size / rate(lambda: network.predict(pixels, verbose=0))}
@@ -112,12 +111,11 @@ def prepare(path: str, seconds: float) -> dict[str, float]:
 
 def answer(path: str) -> dict[str, float]:
     """Return ms of one image from its file to its probabilities, one after the other: a service without a service."""
-    import keras  # noqa: PLC0415 - only here
-
-    from model_server.backends import TensorFlow  # noqa: PLC0415
+    from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - only here
+    from model_server.keras_import import import_keras  # noqa: PLC0415
 
     data = Path(path).read_bytes()
-    network = TensorFlow(keras.applications.ResNet50(weights=None))
+    network = TensorFlow(import_keras().applications.ResNet50(weights=None))
     return {"one_ms": 1000 * rate(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
 
 
@@ -135,8 +133,9 @@ def served() -> dict[str, float]:
 def load() -> dict[str, float]:
     """Return the seconds of each step of a model server's start."""
     started = time.perf_counter()
-    from model_server import classifier  # noqa: PLC0415 - is measured
+    from model_server import classifier, keras_import  # noqa: PLC0415 - is measured
 
+    keras_import.import_keras()
     imported = time.perf_counter()
     loaded = classifier.load()
     built = time.perf_counter()

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))
 sys.path.append(str(ROOT / "models"))
 
 import settings
+from helpers import Pixels
 from model_server import classifier
 
 
@@ -29,7 +30,7 @@ def load(policy: str, xla: bool) -> classifier.Classifier:
     return loaded
 
 
-def probabilities(model: classifier.Classifier, pixels: classifier.Images) -> classifier.Probabilities:
+def probabilities(model: classifier.Classifier, pixels: Pixels) -> classifier.Probabilities:
     """Return what the model makes of `pixels` (n, height, width, channels): (n, classes)."""
     rows = [row for start in range(0, len(pixels), 90) for row in model.classify(pixels[start : start + 90])]
     return np.array(rows, float)

@@ -24,8 +24,8 @@ APP_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(APP_ROOT))
 
 import settings  # noqa: E402
-from helpers import keras_downloads  # noqa: E402
 from model_server import model_file  # noqa: E402
+from model_server.downloads import keras_downloads  # noqa: E402
 
 BUNDLED_MODEL = "models/efficientnet_lite0.keras"
 # The files that Keras fetches for ResNet50, with the MD5 sums that it compares: a killed download leaves a part behind.
@@ -35,7 +35,7 @@ RESNET50_FILES = {
 }
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + next(iter(RESNET50_FILES))
 PROBE_LIMIT = 5  # seconds in all for the first answer; a host name may have a dozen addresses that swallow packets
-FETCH = [sys.executable, "-c", "from model_server import classifier; classifier.fetch()"]
+FETCH = [sys.executable, "-c", "from model_server.downloads import fetch; fetch()"]
 FETCH_LIMIT = 600  # seconds for 100 MB; a slower network keeps nobody waiting for the service
 
 

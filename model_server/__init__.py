@@ -1,1 +1,1 @@
-"""The model program's parts: the model, and the loop that takes batches and answers them. Imports no Flask."""
+"""The model program: the model, and the loop that takes batches and answers them. Imports no Flask."""

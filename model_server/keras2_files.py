@@ -1,6 +1,6 @@
-"""Files that Keras 2 wrote, and that Keras 3 would load but for the way in which they name things.
+"""Rewrites files of Keras 2 that Keras 3 could load if they did not name some things differently.
 
-What is changed here changes nothing that such a model computes. Where more is different, Keras 3 refuses it as before.
+The changes do not affect what a model computes. A file with other differences is still refused by Keras 3.
 """
 
 import json
@@ -11,12 +11,10 @@ from typing import Any
 
 import h5py
 
-CONFIG = (
-    "model_config",
-    "config.json",
-)  # where the architecture is: the attribute of an HDF5 file, the member of a .keras
+# Where the architecture is: in an attribute of an HDF5 file, in a member of a .keras file.
+ATTRIBUTE, MEMBER = "model_config", "config.json"
 FUNCTIONAL = {"module": "keras.src.models.functional", "class_name": "Functional", "registered_name": "Functional"}
-# What layers say that has no meaning for them, or none but in training, so that Keras 3 does not know it any more.
+# Options without a meaning for these layers, or with one only in training, which Keras 3 no longer knows.
 MEANINGLESS = {
     "SeparableConv": ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"),
     "DepthwiseConv": ("groups",),
@@ -26,9 +24,9 @@ MEANINGLESS = {
 
 
 def rewrite(path: Path, target: Path, config: Any) -> bool:
-    """Copy the model at `path`, with its `config`, to `target` as Keras 3 would have written it.
+    """Copy the model at `path`, which has this `config`, to `target` as Keras 3 would have written it.
 
-    Return False, and copy nothing, where there is nothing to change.
+    Return False, without copying, if there is nothing to change.
     """
     changed = as_keras3(config)
     if changed == config:
@@ -41,13 +39,13 @@ def rewrite(path: Path, target: Path, config: Any) -> bool:
 def _copy_hdf5(path: Path, target: Path, config: str) -> None:
     shutil.copyfile(path, target)
     with h5py.File(target, "r+") as file:
-        file.attrs[CONFIG[0]] = config
+        file.attrs[ATTRIBUTE] = config
 
 
 def _copy_zip(path: Path, target: Path, config: str) -> None:
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
-            if name == CONFIG[1]:
+            if name == MEMBER:
                 new.writestr(name, config)
                 continue
             with old.open(name) as source, new.open(name, "w", force_zip64=True) as copy:
@@ -55,7 +53,7 @@ def _copy_zip(path: Path, target: Path, config: str) -> None:
 
 
 def as_keras3(config: Any) -> Any:
-    """Return a `config` of Keras 2, or a part of it, with the names that Keras 3 has."""
+    """Return a `config` of Keras 2, or a part of one, with the names of Keras 3."""
     if isinstance(config, list):
         return [as_keras3(each) for each in config]
     if not isinstance(config, dict):
@@ -77,10 +75,9 @@ def _layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         config = config | {"axis": axis[0]}
     shape = config.get("batch_input_shape")
     if shape and kind != "InputLayer":  # the first layer of a Sequential
-        config = {key: value for key, value in config.items() if key != "batch_input_shape"} | {
-            "input_shape": shape[1:]
-        }
-    for ports in ("input_layers", "output_layers"):  # one tensor, and not a list of one
+        config = config | {"input_shape": shape[1:]}
+        del config["batch_input_shape"]
+    for ports in ("input_layers", "output_layers"):  # a tensor, not a list of one
         if isinstance(config.get(ports), list) and len(config[ports]) == 1:
             config = config | {ports: config[ports][0]}
     dropped = [name for each, names in MEANINGLESS.items() if kind.startswith(each) for name in names]

@@ -1,4 +1,4 @@
-"""A model server's metrics, for Prometheus at METRICS_PORT. The web has its own (web_metrics.py)."""
+"""A model server's metrics, for Prometheus at METRICS_PORT. The web has its own in web/metrics.py."""
 
 from prometheus_client import Counter, Histogram, Info, disable_created_metrics, start_http_server
 
@@ -8,7 +8,7 @@ from helpers import StartupError
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-disable_created_metrics()  # type: ignore[no-untyped-call] # a series more for each, which nobody looks at
+disable_created_metrics()  # type: ignore[no-untyped-call] # drop the unused `_created` series
 
 BATCHES = Histogram("keras_model_server_batch_size", "Images in a batch.", buckets=IMAGES)
 COMPUTE = Histogram("keras_model_server_compute_seconds", "Computing a batch.", buckets=SECONDS)
@@ -17,26 +17,26 @@ OUTCOMES = Counter(
 )
 JOBS = Counter(
     "keras_model_server_jobs",
-    "Jobs taken; expired before that; recovered from a server that died; given_up, as they killed several; dropped, as "
-    "they were no jobs.",
+    "Jobs by event: taken; expired before they were taken; recovered from a server that died; given_up, since they "
+    "killed several servers; dropped, since they were invalid.",
     ["event"],
 )
 for _event in ("taken", "expired", "recovered", "given_up", "dropped"):
-    JOBS.labels(_event)  # there from the start, so that the first one is an increase
+    JOBS.labels(_event)  # at 0 from the start, so that Prometheus sees the first one as an increase
 for _outcome in ("classified", "unreadable", "model_failed"):
     OUTCOMES.labels(_outcome)
 ABOUT = Info("keras_model_server", "What is served.")
 
 
 def count_jobs(event: str, times: int = 1) -> None:
-    """Count what happens to jobs: the model server's side of image_queue calls this."""
+    """Count what happens to jobs; ServerQueue calls this."""
     JOBS.labels(event).inc(times)
 
 
 def serve_metrics(number: int) -> None:
-    """Serve the metrics, from a thread, where METRICS_PORT is set. Raises StartupError when the port is taken.
+    """Serve the metrics from a thread if METRICS_PORT is set. Raises StartupError if the port is taken.
 
-    `number` is added to the port, so that several model servers on one host, each on a GPU, share the settings.
+    `number` is added to the port, so that the model servers of several GPUs on one host can share their settings.
     """
     if not settings.METRICS_PORT:
         return
@@ -45,5 +45,5 @@ def serve_metrics(number: int) -> None:
         start_http_server(port, settings.METRICS_HOST)
     except (OSError, OverflowError) as error:
         raise StartupError(
-            f"Port {port} of {settings.METRICS_HOST} can't be had ({error}): set METRICS_PORT."
+            f"Port {port} of {settings.METRICS_HOST} can't be used ({error}): set METRICS_PORT."
         ) from None

@@ -1,7 +1,7 @@
-"""Can MODEL, MODEL_WEIGHTS and LABELS be served? Judged by names and files alone, without Keras.
+"""Checks MODEL, MODEL_WEIGHTS and LABELS by name and file content, without Keras.
 
-To import Keras takes seconds, and a misspelt name should not cost them: both run_model_server.py and bin/serve call
-check() first.
+Importing Keras takes seconds, which a misspelled name should not cost: run_model_server.py and bin/serve call check()
+first.
 """
 
 import ast
@@ -21,8 +21,8 @@ from helpers import StartupError
 from model_server import model_file
 from model_server.model_file import shown
 
-NAME = re.compile(r"[\w-]+")  # of a classifier; whatever else MODEL may be is a path
-BEGINNING = 1024  # bytes of a file that tell its format
+NAME = re.compile(r"[\w-]+")  # of a classifier; anything else in MODEL is a path
+HEAD = 1024  # bytes of a file that tell its format
 
 ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 SAVE_AGAIN = "save the Keras model that it was made from with model.save('name.keras')"
@@ -31,7 +31,7 @@ NOT_KERAS = "the service needs a Keras model, saved with model.save('name.keras'
 UNPACK = "unpack it, and set MODEL to the model's file"
 CONVERT_FOLDER = SAVE_AGAIN + ", or after `pip install tf_keras` tf_keras.models.load_model('{path}').save('name.h5')"
 
-# What else people have by the name of a model: where its bytes begin, what it is, what to do.
+# Files that people take for Keras models: offset and pattern of their bytes, what they are, what to do.
 FOREIGN = (
     (0, rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with `git lfs pull`"),
     (0, rb"(?i)\s*(<!doctype|<html|<\?xml)", "a web page, as a failed download leaves", "download the file itself"),
@@ -47,12 +47,12 @@ SUFFIXES = {
     ".onnx": ("an ONNX model", NOT_KERAS),
     ".pt": ("a PyTorch model", NOT_KERAS),
     ".pth": ("a PyTorch model", NOT_KERAS),
-    ".ckpt": ("a checkpoint, which holds weights alone", SAVE_AGAIN),
+    ".ckpt": ("a checkpoint, which holds only weights", SAVE_AGAIN),
 }
 
 
 def check() -> None:
-    """Raise StartupError where MODEL, MODEL_WEIGHTS, LABELS or a file beside the model can't be right."""
+    """Raise StartupError where MODEL, MODEL_WEIGHTS, LABELS or a file beside the model is invalid."""
     if is_path(settings.MODEL):
         path = Path(settings.MODEL)
         whole_model(path)
@@ -73,8 +73,8 @@ def is_path(model: str) -> bool:
 
 @cache
 def application_names() -> list[str]:
-    """Return the names of the classifiers in keras.applications, read from its source: to import it takes seconds."""
-    keras = importlib.util.find_spec("keras")  # which only looks for it
+    """Return the names of the classifiers in keras.applications, from its source: importing it takes seconds."""
+    keras = importlib.util.find_spec("keras")  # does not import it
     if keras is None or not keras.submodule_search_locations:
         raise StartupError("Keras is not installed: .venv/bin/pip install -r requirements/service.txt")
     source = Path(keras.submodule_search_locations[0], "applications/__init__.py").read_text(encoding="utf-8")
@@ -83,16 +83,11 @@ def application_names() -> list[str]:
 
 
 def _unknown(name: str) -> StartupError:
-    near = _nearest(name, application_names())
+    names = {re.sub(r"[_-]", "", each).lower(): each for each in application_names()}
+    near = difflib.get_close_matches(re.sub(r"[_-]", "", name).lower(), names, n=1)
+    it = f"did you mean {names[near[0]]}? It" if near else "it"
     allowed = f"the path of a .keras or .h5 file or one of {', '.join(application_names())}"
-    asked = f"did you mean {near}? It" if near else "it"
-    return StartupError(f"MODEL={shown(name)} is invalid: {asked} must be {allowed}.")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    plain = {re.sub(r"[_-]", "", each).lower(): each for each in names}
-    found = difflib.get_close_matches(re.sub(r"[_-]", "", name).lower(), plain, n=1)
-    return plain[found[0]] if found else ""
+    return StartupError(f"MODEL={shown(name)} is invalid: {it} must be {allowed}.")
 
 
 def whole_model(path: Path) -> str:
@@ -100,7 +95,7 @@ def whole_model(path: Path) -> str:
     form = file_format("MODEL", path)
     if form == "h5" and "model_config" not in _attributes(path):
         raise StartupError(
-            f"MODEL={shown(path)} holds no model, but at most weights: save the whole model with "
+            f"MODEL={shown(path)} holds no model, at most weights: save the whole model with "
             "model.save('name.keras'), or set MODEL to a name in keras.applications and MODEL_WEIGHTS to this file."
         )
     return form
@@ -108,7 +103,7 @@ def whole_model(path: Path) -> str:
 
 def file_format(setting: str, path: Path) -> str:
     """Return the format of the file that `setting` names, by its content: "keras" or "h5". Raises StartupError."""
-    data = _beginning(setting, path)
+    data = _head(setting, path)
     if data.startswith(HDF5):
         return "h5"
     what, todo = _in_zip(path) if data.startswith(ZIP) else _foreign(path, data)
@@ -117,7 +112,7 @@ def file_format(setting: str, path: Path) -> str:
     return "keras"
 
 
-def _beginning(setting: str, path: Path) -> bytes:
+def _head(setting: str, path: Path) -> bytes:
     try:
         if path.is_dir():
             what, todo = _folder(path)
@@ -125,14 +120,13 @@ def _beginning(setting: str, path: Path) -> bytes:
         if path.exists() and not path.is_file():
             raise StartupError(f"{setting}={shown(path)} is not a file: set {setting} to the path of one.")
         with path.open("rb") as file:
-            data = file.read(BEGINNING)
+            data = file.read(HEAD)
     except (FileNotFoundError, NotADirectoryError):
         allowed = "the path of a .keras or .h5 file" if setting == "MODEL" else "imagenet, random, or a weights file"
-        raise StartupError(f"{setting}={shown(path)} is not there: it must be {allowed}.") from None
+        raise StartupError(f"{setting}={shown(path)} does not exist: it must be {allowed}.") from None
     except OSError as error:
-        raise StartupError(
-            f"{setting}={shown(path)} can't be read ({error.strerror}): let this user read it."
-        ) from error
+        reason = f"can't be read ({error.strerror}): let this user read it"
+        raise StartupError(f"{setting}={shown(path)} {reason}.") from error
     if not data:
         raise StartupError(f"{setting}={shown(path)} is empty: {COPY_AGAIN}.")
     return data
@@ -163,17 +157,20 @@ def _foreign(path: Path, data: bytes) -> tuple[str, str]:
     for offset, pattern, what, todo in FOREIGN:
         if re.match(pattern, data[offset:], re.DOTALL):
             return what, todo
-    return SUFFIXES.get(path.suffix.lower(), ("no file that Keras writes, or damaged", NOT_KERAS))
+    return SUFFIXES.get(path.suffix.lower(), ("not a file that Keras writes, or damaged", NOT_KERAS))
 
 
 def saved_by(path: Path, form: str) -> tuple[int, ...]:
-    """Return the version of Keras that saved the model at `path`, such as (2, 15, 0); empty where it is not told."""
-    version = ""
-    with suppress(KeyError, OSError, ValueError, AttributeError):
-        version = (
-            _attributes(path)["keras_version"] if form == "h5" else _member(path, "metadata.json")["keras_version"]
-        )
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    """Return the version of Keras that saved the model at `path`, such as (2, 15, 0); empty if unknown."""
+    with suppress(KeyError, OSError, ValueError, TypeError):
+        about = _attributes(path) if form == "h5" else _member(path, "metadata.json")
+        return version_of(about["keras_version"])
+    return ()
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version, such as (2, 15, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def configuration(path: Path, form: str) -> Any:
@@ -187,8 +184,8 @@ def _member(path: Path, name: str) -> Any:
 
 
 def _attributes(path: Path) -> dict[str, str]:
-    """Return the texts that an HDF5 file has at its top. Raises StartupError."""
-    import h5py  # noqa: PLC0415 - for the few who have such a file
+    """Return the attributes of an HDF5 file that Keras writes. Raises StartupError."""
+    import h5py  # noqa: PLC0415 - only HDF5 files need it
 
     try:
         with h5py.File(path, "r") as file:

@@ -1,9 +1,7 @@
-"""From a file to a Keras model that the service can use: one image goes in, one row of values comes out.
-
-Only classifier.py imports this, since it imports Keras.
-"""
+"""Loads a model from a file, and says why a file can't be loaded. Imports Keras."""
 
 import importlib.util
+import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,17 +10,23 @@ from typing import Any
 
 import keras
 
+import settings
 from helpers import StartupError
-from model_server import model_checks
+from model_server import model_checks, model_file
 from model_server.keras2_files import rewrite
-from model_server.model_file import shown
+from model_server.model_errors import gist, is_transient
+from model_server.model_file import DEFAULT_TOP, Facts, shown
+from model_server.output_checks import PROBABILITIES
+from model_server.pipeline import Preprocess, input_shape, preprocessing
+
+log = logging.getLogger(__name__)
 
 SAVE = "save it again with model.save('name.keras')"
-SHOWN_LAYERS = 3  # in one line, of those that can't be loaded
-KERAS_PACKAGES = ("keras", "keras_hub", "keras_cv", "keras_nlp")  # that Keras itself loads classes from
-# What gives probabilities: one class of several, or each class by itself.
-PROBABLE = ("softmax", "sigmoid", "hard_sigmoid", "sparsemax", "sparse_sigmoid")
-# Layers and operations that leave probabilities what they are, and logits too.
+MOST_NAMED = 3  # layers that can't be loaded, in one line
+KERAS_PACKAGES = ("keras", "keras_hub", "keras_cv", "keras_nlp")  # Keras itself loads classes from these
+# Where Keras looks up classes of an HDF5 file of Keras 2, which names no module.
+NAMESPACES = ("layers", "models", "initializers", "regularizers", "constraints", "dtype_policies")
+# Layers and operations that turn probabilities into probabilities, and logits into logits.
 TRANSPARENT = {
     *("Activation", "Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout2D", "ActivityRegularization"),
     *("Identity", "Cast", "Squeeze", "Transpose", "Mean", "GetItem", "Average", "Concatenate", "Maximum", "Minimum"),
@@ -31,17 +35,40 @@ TRANSPARENT = {
 LINEAR = {"BatchNormalization", "LayerNormalization", "GroupNormalization", "Normalization", "Rescaling"}
 
 
-def load_file(path: Path) -> Any:
-    """Return the model in a .keras or HDF5 file, by its content, whatever its name ends in. Code in it is not run.
+def load() -> tuple[Any, Preprocess, Facts]:
+    """Return the model at the path MODEL, its preprocessing, and the facts about it. Raises StartupError."""
+    path = Path(settings.MODEL)
+    file = model_file.read(path.with_suffix(".json"))
+    labels, labels_from = model_file.labels_of(file, settings.LABELS)
+    model = one_to_one(load_file(path, "MODEL"), f"MODEL={settings.MODEL}")
+    shape = input_shape(model, file)
+    activation = last_activation(model)
+    top = file.top or DEFAULT_TOP
+    facts = Facts(shape, labels, labels_from, file.preprocessing, top, file.description, activation)
+    return model, preprocessing(file, shape), facts
 
-    Raises StartupError where it is another kind of file, and what Keras raises where Keras can't load it.
+
+def load_file(path: Path, setting: str) -> Any:
+    """Return the model in the .keras or HDF5 file that `setting` names, by its content, whatever its suffix.
+
+    Code in it is not run. Raises StartupError, and transient errors as they are.
     """
+    try:
+        return _load_file(path)
+    except Exception as error:
+        if isinstance(error, StartupError) or is_transient(error):
+            raise
+        log.debug("load_model", exc_info=True)
+        raise StartupError(f"{setting}={shown(path)} {_why_not(path, error)}.") from error
+
+
+def _load_file(path: Path) -> Any:
     form = model_checks.whole_model(path)
     version = model_checks.saved_by(path, form)
     if version >= (3,) and path.suffix == f".{form}":
         return _load(path)
     with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder, f"model.{form}")  # Keras goes by the end of the name
+        link = Path(folder, f"model.{form}")  # Keras tells the format by the suffix
         if version >= (3,) or not rewrite(path, link, model_checks.configuration(path, form)):
             link.symlink_to(path.resolve())
         return _load(link)
@@ -51,37 +78,37 @@ def _load(path: Path) -> Any:
     return keras.saving.load_model(path, compile=False, safe_mode=True)
 
 
-def why_not(path: Path, error: Exception) -> str:
+def _why_not(path: Path, error: Exception) -> str:
     """Return why the model in a file can't be loaded, and what to do, for the end of a line. Raises StartupError."""
     form = model_checks.whole_model(path)
     foreign = list(dict.fromkeys(_foreign(model_checks.configuration(path, form))))
     if foreign:
-        some = " and ".join(foreign[:SHOWN_LAYERS]) + (" and more" if foreign[SHOWN_LAYERS:] else "")
-        return f"has {some}, whose code is not Keras' own and is not run here: {_in_place_of(some, path)}, and {SAVE}"
+        named = " and ".join(foreign[:MOST_NAMED]) + (" and more" if foreign[MOST_NAMED:] else "")
+        return f"has {named}, whose code is not Keras' own and is not run here: {_remedy(named, path)}, and {SAVE}"
     version = model_checks.saved_by(path, form)
+    text = ".".join(map(str, version))
     if version[:1] == (2,):
         return (
-            f"was saved by Keras {_text(version)} in a way that Keras 3 can't read ({gist(error)}): build the same "
+            f"was saved by Keras {text} in a way that Keras 3 can't read ({gist(error)}): build the same "
             f"model in Keras 3, fill it with model.load_weights('{shown(path.name)}'), and {SAVE}"
         )
-    if version[:2] > _version(keras.__version__)[:2]:
-        newer = f"was saved by Keras {_text(version)}, newer than {keras.__version__} here ({gist(error)})"
-        return f"{newer}: .venv/bin/pip install keras=={_text(version)}"
+    if version[:2] > model_checks.version_of(keras.__version__)[:2]:
+        newer = f"was saved by Keras {text}, newer than {keras.__version__} here ({gist(error)})"
+        return f"{newer}: .venv/bin/pip install keras=={text}"
     return f"can't be loaded as a Keras model ({gist(error)}): load it where it was made, and {SAVE}"
 
 
-def _in_place_of(layers: str, path: Path) -> str:
+def _remedy(named: str, path: Path) -> str:
     for package in KERAS_PACKAGES[1:]:
-        if f"from {package}" in layers:
-            return (
-                f"install it with .venv/bin/pip install {package.replace('_', '-')}, or use Keras' own layers instead"
-            )
-    own = "use Keras' own layers (as Rescaling) and keras.ops instead"
-    return f"{own}, or `preprocessing` in {shown(path.with_suffix('.json'))}" if "a Lambda layer" in layers else own
+        if f"from {package}" in named:
+            pip = f".venv/bin/pip install {package.replace('_', '-')}"
+            return f"install it with {pip}, or use Keras' own layers instead"
+    own = "use Keras' own layers (such as Rescaling) and keras.ops instead"
+    return f"{own}, or `preprocessing` in {shown(path.with_suffix('.json'))}" if "a Lambda layer" in named else own
 
 
 def _foreign(config: Any, layer: str = "") -> Iterator[str]:
-    """Yield, for people, what of a model's `config` Keras can't make: Lambda layers, and classes that it lacks."""
+    """Yield, in words, each part of a model's `config` that Keras can't make: Lambda layers, and unknown classes."""
     if isinstance(config, list):
         for each in config:
             yield from _foreign(each, layer)
@@ -90,15 +117,15 @@ def _foreign(config: Any, layer: str = "") -> Iterator[str]:
     name, inner = config.get("class_name"), config.get("config")
     if isinstance(name, str) and isinstance(inner, dict):
         layer = str(inner.get("name", layer))
-    if isinstance(name, str) and (name.endswith("Lambda") or not _known(name, config)):
-        yield _told(name, config, layer)
+    if isinstance(name, str) and (name.endswith("Lambda") or not _is_known(name, config)):
+        yield _in_words(name, config, layer)
         return
     for key, value in config.items():
         if key not in ("compile_config", "build_config", "inbound_nodes", "registered_name"):
             yield from _foreign(value, layer)
 
 
-def _told(name: str, config: dict[str, Any], layer: str) -> str:
+def _in_words(name: str, config: dict[str, Any], layer: str) -> str:
     where = f" `{shown(layer)}`" if layer else ""
     if name == "Lambda":
         return f"a Lambda layer{where}"
@@ -111,65 +138,39 @@ def _told(name: str, config: dict[str, Any], layer: str) -> str:
     return f"{of}the class {shown(name)}" + (f" from {package}" if package in KERAS_PACKAGES else "")
 
 
-def _known(name: str, config: dict[str, Any]) -> bool:
+def _is_known(name: str, config: dict[str, Any]) -> bool:
     """Whether Keras has the class or function that `config` names."""
     package = _package(config)
     if name.startswith("__") or (package == "builtins" and name != "function"):
-        return True  # a tensor, a slice: no class
+        return True  # a tensor or a slice, not a class
     if name == "function":
         return hasattr(keras.activations, str(config.get("config")))
     if package in KERAS_PACKAGES[1:]:
         return importlib.util.find_spec(package) is not None
     if "module" in config:
         return package in ("keras", "tf_keras", "tensorflow")  # the last two are of Keras 2
-    # Keras 2 named no module in an HDF5 file.
-    kinds = (
-        keras.layers,
-        keras.models,
-        keras.initializers,
-        keras.regularizers,
-        keras.constraints,
-        keras.dtype_policies,
-    )
-    return name in ("Functional", "Policy", "TensorShape", "ListWrapper") or any(hasattr(kind, name) for kind in kinds)
+    known = ("Functional", "Policy", "TensorShape", "ListWrapper")
+    return name in known or any(hasattr(getattr(keras, each), name) for each in NAMESPACES)
 
 
 def _package(config: dict[str, Any]) -> str:
     return str(config.get("module") or "").split(".", 1)[0]
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
-
-
-def gist(error: Exception) -> str:
-    """Return the line of an exception that says most: Keras and its backends write pages, with colours."""
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
-    lines = [line.strip() for line in text.rpartition("Exception encountered: ")[2].splitlines()]
-    said = [line for line in lines if line and not line.startswith("Exception encountered when")]
-    return shown((said or [type(error).__name__])[0]).rstrip(".:")
-
-
 def one_to_one(model: Any, setting: str) -> Any:
-    """Return `model` with one tensor as its input and one as its output, out of a list or dict too. Raises StartupError."""
-    inputs, outputs = _ports(model, "inputs"), _ports(model, "outputs")
+    """Return `model` with one tensor as input and output, unpacked from a list or dict. Raises StartupError."""
+    inputs, outputs = _tensors(model, "inputs"), _tensors(model, "outputs")
     if not inputs or not outputs:
         raise StartupError(
             f"{setting} does not say what goes in and comes out: begin it with keras.Input((height, width, channels)) "
             f"and {SAVE}."
         )
     if len(inputs) > 1:
-        raise StartupError(
-            f"{setting} takes {len(inputs)} inputs ({_names(inputs)}), but one image is needed: save a model of one "
-            "input."
-        )
+        needed = "but one image is needed: save a model of one input"
+        raise StartupError(f"{setting} takes {len(inputs)} inputs ({_names(inputs)}), {needed}.")
     if len(outputs) > 1:
         raise StartupError(
-            f"{setting} gives {len(outputs)} outputs ({_names(outputs)}), but one with a probability a class is "
+            f"{setting} gives {len(outputs)} outputs ({_names(outputs)}), but one with a probability per class is "
             "needed: save one of them with keras.Model(model.inputs, model.outputs[0]).save('name.keras')."
         )
     if isinstance(model, keras.Sequential) or (model.input is inputs[0] and model.output is outputs[0]):
@@ -177,7 +178,7 @@ def one_to_one(model: Any, setting: str) -> Any:
     return keras.Model(inputs[0], outputs[0])
 
 
-def _ports(model: Any, which: str) -> list[Any]:
+def _tensors(model: Any, which: str) -> list[Any]:
     try:
         return list(keras.tree.flatten(getattr(model, which)))
     except (AttributeError, ValueError):  # it was never built
@@ -188,31 +189,29 @@ def _names(tensors: list[Any]) -> str:
     return ", ".join(shown(tensor._keras_history.operation.name) for tensor in tensors)
 
 
-def ending(model: Any) -> str:
-    """Return the activation that makes the output of a model, as "softmax"; empty where it can't be told."""
+def last_activation(model: Any) -> str:
+    """Return the activation that makes a model's output, such as "softmax"; empty if unknown."""
     try:
-        return _ending(model.outputs[0])
+        return _activation_before(model.outputs[0])
     except (AttributeError, IndexError):
         return ""
 
 
-def _ending(tensor: Any) -> str:
+def _activation_before(tensor: Any) -> str:
     operation, node, index = tensor._keras_history
     if isinstance(operation, keras.Model):
-        return _ending(operation.outputs[index])
+        return _activation_before(operation.outputs[index])
     activation = _activation(operation)
     if activation != "linear" or type(operation).__name__ not in TRANSPARENT:
         return activation
-    ends = [_ending(each) for each in operation._inbound_nodes[node].input_tensors]
-    return next((end for end in ends if end not in PROBABLE), ends[0])
+    before = [_activation_before(each) for each in operation._inbound_nodes[node].input_tensors]
+    return next((each for each in before if each not in PROBABILITIES), before[0])
 
 
 def _activation(operation: Any) -> str:
     kind = type(operation)
-    if (
-        kind.__module__.startswith(("keras.src.ops.nn", "keras.src.layers.activations"))
-        and kind.__name__ != "Activation"
-    ):
+    modules = ("keras.src.ops.nn", "keras.src.layers.activations")
+    if kind.__module__.startswith(modules) and kind.__name__ != "Activation":
         return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
     function = getattr(operation, "activation", None)
     if function is not None:

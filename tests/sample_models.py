@@ -1,4 +1,4 @@
-"""Tiny models, of which some are right and others wrong in the ways in which people's models are."""
+"""Tiny models: valid ones, and ones with the mistakes of real users' models."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def maker(labels: list[str] = LABELS) -> Callable[[Callable[[], Model]], Callabl
 
 
 def build(name: str, folder: Path) -> Path:
-    """Save the model of this name, with its labels, in `folder`, unless it is there."""
+    """Save the model of this name in `folder` with its labels, unless it is there already."""
     path = folder / f"{name}.keras"
     if not path.exists():
         make, labels = MAKERS[name]
@@ -52,7 +52,7 @@ def ending_in(*end: Any, dtype: str = "float32") -> Model:
 
 
 def dense(units: int = 3, activation: Any = None, gain: float = 0, **options: Any) -> Any:
-    """A layer of random weights; with `gain` all of them are that, which keeps its values between 0 and 1."""
+    """A layer of random weights; with `gain`, all weights have that value, which keeps the output between 0 and 1."""
     kernel = {"kernel_initializer": keras.initializers.Constant(gain)} if gain else {}
     return layers.Dense(units, activation=activation, **kernel, **options)
 
@@ -120,7 +120,7 @@ def mean_of_two_softmaxes() -> Model:
 
 @maker()
 def softmax_summed_up_by_groups() -> Model:
-    """Its last layer is linear, and it gives probabilities all the same."""
+    """Its last layer is linear, but its output is probabilities."""
     groups = ending_in(dense(activation="softmax"), dense(use_bias=False))
     groups.layers[-1].set_weights([np.eye(3, dtype=np.float32)])
     return groups
@@ -143,7 +143,7 @@ def bfloat16() -> Model:
 
 @maker()
 def nan_for_a_flat_image() -> Model:
-    """It standardizes each image, which divides by nothing where all pixels are the same."""
+    """It standardizes each image, which divides by zero if all pixels are the same."""
     pixels = image()
     each: dict[str, Any] = {"axis": (1, 2, 3), "keepdims": True}
     normal = (pixels - ops.mean(pixels, **each)) / ops.std(pixels, **each)
@@ -160,7 +160,7 @@ def one_sigmoid_for_one_label() -> Model:
     return ending_in(dense(1, "sigmoid"))
 
 
-# No probabilities
+# Outputs that are not probabilities
 
 
 @maker()
@@ -228,7 +228,7 @@ def softmax_of_one_value() -> Model:
     return ending_in(dense(1, "softmax"))
 
 
-# Something else than one image, or than one row of values
+# Inputs other than one image, outputs other than one row of values, and custom code
 
 
 @maker()
@@ -333,9 +333,9 @@ def soft(values: Any) -> Any:
 
 
 def of_keras2(folder: Path, suffix: str) -> tuple[Path, Model]:
-    """Save a model as Keras 2 did, in `folder`; return its path and the model.
+    """Save a model in `folder` as Keras 2 did; return its path and the model.
 
-    The differences are those of files that TensorFlow 2.15 has written.
+    It differs from Keras 3 as files written by TensorFlow 2.15 do.
     """
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
@@ -374,7 +374,7 @@ def rewrite_zip(path: Path) -> None:
 
 
 def as_keras2(config: Any) -> Any:
-    """A config of Keras 3 as Keras 2 would have written it."""
+    """The `config` of Keras 3 as Keras 2 would have written it."""
     if isinstance(config, list):
         return [as_keras2(each) for each in config]
     if not isinstance(config, dict):

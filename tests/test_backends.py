@@ -1,4 +1,4 @@
-"""The model on each backend of Keras, a process each, since a process has one: right, thread-safe, compiled once."""
+"""The model on each backend of Keras, each in its own process: correct, thread-safe, compiled once."""
 
 import importlib.util
 import json
@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from conftest import ROOT, missing
 
-from helpers import BATCHES_AT_ONCE
+from model_server.batching import BATCHES_AT_ONCE
 
-# Serves a small model that has weights of all kinds, and prints what two threads with 100 batches each saw.
+# Serves a small model with all kinds of weights, and prints what two threads with 100 batches each saw.
 CHILD = """
 import importlib.util, json, logging, os, pathlib, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 import settings
-from model_server import classifier  # before Keras, as the model server does
-import keras, numpy as np
+from model_server import classifier, keras_import, model_errors
+import numpy as np
+
+keras = keras_import.import_keras()
 
 keras.utils.set_random_seed(0)
 layers = keras.layers
@@ -51,9 +53,9 @@ if keras.backend.backend() == "torch":
     network = served._network
     predict = network._predict
     network._predict = lambda *given: threads.add(threading.get_ident()) or predict(*given)
-    network.predict_on_batch(images[:3])  # a size that is new
+    network.predict_on_batch(images[:3])  # a new size
     network._predict = predict
-served._seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # whatever this machine is busy with: all sizes are in use
+served.sizes.seconds = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}  # so that all sizes are used, however busy this machine is
 keras_calls, logged = [], []
 compute = layers.Dense.call
 layers.Dense.call = lambda *args, **named: keras_calls.append(1) or compute(*args, **named)
@@ -75,7 +77,7 @@ with ThreadPoolExecutor(2) as pool:
 try:
     np.asarray(keras.ops.zeros((1 << 46,)))
 except Exception as error:
-    out_of_memory = classifier.out_of_memory(error)
+    out_of_memory = model_errors.out_of_memory(error)
 print(json.dumps({"differences": differences, "logged": logged, "keras_calls": len(keras_calls),
                   "spread": float(np.ptp(plain, axis=0).max()), "out_of_memory": out_of_memory,
                   "unused": unused, "hidden": hidden, "fuser": fuser, "threads": len(threads),
@@ -85,7 +87,7 @@ print(json.dumps({"differences": differences, "logged": logged, "keras_calls": l
 
 @cache
 def seen_with(backend: str) -> dict[str, Any]:
-    """What the child prints with this backend."""
+    """What CHILD prints with this backend."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
     ended = subprocess.run(
         [sys.executable, "-c", CHILD],
@@ -103,10 +105,10 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     return seen_with(request.param)
 
 
-def test_two_threads_at_once_get_the_answers_of_plain_keras(seen: dict[str, Any]) -> None:
-    assert seen["logged"] == []  # a batch that fails is computed again in halves, with a line in the log
+def test_two_threads_get_the_answers_of_plain_keras(seen: dict[str, Any]) -> None:
+    assert seen["logged"] == []  # a failed batch is computed again in halves, and logged
     assert max(seen["differences"]) < 1e-4
-    assert seen["spread"] > 0.1  # so that a mix-up would show
+    assert seen["spread"] > 0.1  # so that mixed-up images would be noticed
 
 
 def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> None:
@@ -114,30 +116,30 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("seen", ["torch"], indirect=True)
-def test_torchscript_s_fuser_which_compiles_at_later_calls_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
-    assert seen["fuser"] is False  # what it costs needs a network of dozens of layers to be seen
+def test_the_fuser_of_torchscript_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
+    assert seen["fuser"] is False  # its cost shows only with dozens of layers
 
 
 @pytest.mark.parametrize("seen", ["torch"], indirect=True)
-def test_each_thread_of_torch_has_computed_a_size_before_it_counts_as_compiled(seen: dict[str, Any]) -> None:
+def test_each_torch_thread_is_warmed_up_for_a_new_size(seen: dict[str, Any]) -> None:
     assert seen["threads"] == BATCHES_AT_ONCE
 
 
-def test_the_backend_s_own_error_is_known_as_out_of_memory(seen: dict[str, Any]) -> None:
+def test_the_backends_out_of_memory_error_is_recognized(seen: dict[str, Any]) -> None:
     assert seen["out_of_memory"] is True
 
 
-def test_jax_leaves_the_rest_of_a_gpu_to_others(seen: dict[str, Any]) -> None:
+def test_jax_does_not_preallocate_a_gpu(seen: dict[str, Any]) -> None:
     assert seen["preallocate"] == "false"
 
 
-def test_keras_does_not_import_what_only_training_and_plots_use(seen: dict[str, Any]) -> None:
+def test_keras_imports_no_packages_for_training_and_plots(seen: dict[str, Any]) -> None:
     assert seen["unused"] == []
     assert seen["hidden"] == []  # they can still be imported later
 
 
 @pytest.mark.parametrize("backend", ["openvino", "nonsense"])
-def test_a_backend_that_can_not_be_had_ends_with_2_and_a_line(backend: str) -> None:
+def test_an_unavailable_backend_ends_with_code_2(backend: str) -> None:
     ended = subprocess.run(
         [sys.executable, "run_model_server.py", "--check"],
         cwd=ROOT, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, timeout=100,
@@ -151,7 +153,7 @@ def test_a_backend_that_can_not_be_had_ends_with_2_and_a_line(backend: str) -> N
 
 NOISY = """
 import os, sys
-from model_server.import_noise import without_noise
+from model_server.keras_import import without_noise
 with without_noise():
     os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\\n")
     os.write(2, b"I0000 00:00:1.2 3 cudart_stub.cc:31] Could not find cuda drivers on your machine\\n")
@@ -164,7 +166,7 @@ os.write(2, b"I0000 after the import\\n")
 
 @pytest.mark.parametrize(("end", "code", "after"), [("pass", 0, ["I0000 after the import"]),
                                                     ("os.abort()", -signal.SIGABRT, [])])  # fmt: skip
-def test_only_the_noise_of_an_import_is_kept_off_also_when_it_aborts(end: str, code: int, after: list[str]) -> None:
+def test_only_noise_is_filtered_even_if_the_import_aborts(end: str, code: int, after: list[str]) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", NOISY.format(end=end)],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

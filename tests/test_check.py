@@ -1,4 +1,4 @@
-"""run_model_server.py --check says of a file what POST /predict says of it, an error too."""
+"""run_model_server.py --check gives the same predictions and errors for a file as POST /predict."""
 
 import io
 import logging
@@ -17,7 +17,9 @@ from samples import saved
 
 import run_model_server
 import settings
+from model_server import check as check_module
 from model_server import classifier
+from model_server.loop import resized
 
 SEVEN = Image.open(ROOT / "models/digits/seven.jpg").convert("L").resize((300, 400))
 WHITE_ON_BLACK = Image.eval(SEVEN, lambda level: 255 - level)
@@ -25,7 +27,7 @@ OTHER = Image.open(ROOT / "models/digits/three.png").convert("L").resize((300, 4
 
 
 def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
-    """The seven as a camera stores it, that turns upright by this EXIF orientation."""
+    """The seven as a camera stores it: turned, with the EXIF orientation that turns it upright."""
     turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
              5: Image.Transpose.TRANSPOSE}  # fmt: skip
     exif = Image.Exif()
@@ -34,7 +36,7 @@ def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
 
 
 def ink_alone(mode: str) -> bytes:
-    """The seven in black ink on nothing, which is black where nobody looks at the alpha."""
+    """The seven in black ink on a transparent background, which is all black if alpha is ignored."""
     black = Image.new(mode.rstrip("A") or "L", SEVEN.size, 0)
     black.putalpha(WHITE_ON_BLACK)
     return saved(black, "PNG")
@@ -66,7 +68,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "animated.webp": lambda: saved(SEVEN, "WEBP", save_all=True, append_images=[OTHER]),
     "1bit.png": lambda: saved(SEVEN.convert("1"), "PNG"),
     "large.jpg": lambda: saved(SEVEN.resize((3000, 4000)), "JPEG"),
-    "no-image-by-its-name.txt": lambda: saved(SEVEN, "BMP"),
+    "an-image-with-another-suffix.txt": lambda: saved(SEVEN, "BMP"),
 }  # fmt: skip
 WRONG: dict[str, Callable[[], bytes]] = {
     "text.png": lambda: b"no image",
@@ -90,10 +92,10 @@ def digits() -> classifier.Classifier:
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, digits: classifier.Classifier) -> Callable[[Path], int]:
-    """A function that runs run_model_server.py --check, with the model loaded already; its exit code."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
-    monkeypatch.setattr(run_model_server, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(run_model_server, "loaded_model", lambda: digits)
+    """A function that runs run_model_server.py --check with a loaded model, and returns its exit code."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
+    monkeypatch.setattr(check_module, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(check_module, "load_model", lambda: digits)
 
     def run(path: Path) -> int:
         monkeypatch.setattr(sys, "argv", ["run_model_server.py", "--check", str(path)])
@@ -103,7 +105,7 @@ def check(monkeypatch: pytest.MonkeyPatch, digits: classifier.Classifier) -> Cal
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_check_says_what_the_service_says(
+def test_check_predicts_what_the_service_predicts(
     service: Service, check: Callable[[Path], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = tmp_path / name
@@ -119,7 +121,7 @@ def test_a_check_says_what_the_service_says(
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_check_refuses_what_the_service_refuses(
+def test_check_refuses_what_the_service_refuses(
     service: Service, check: Callable[[Path], int], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     path = tmp_path / name
@@ -133,7 +135,7 @@ def test_a_check_refuses_what_the_service_refuses(
 
 
 @pytest.mark.parametrize(("name", "what"), [("MAX_UPLOAD_BYTES", "file"), ("MAX_IMAGE_PIXELS", "image")])
-def test_a_check_has_the_limits_of_the_service(
+def test_check_has_the_limits_of_the_service(
     monkeypatch: pytest.MonkeyPatch,
     check: Callable[[Path], int],
     caplog: pytest.LogCaptureFixture,
@@ -147,10 +149,10 @@ def test_a_check_has_the_limits_of_the_service(
     assert f"seven.jpg can't be read as an image: The {what} has more than" in caplog.text
 
 
-def test_a_check_resizes_as_the_service_is_set_to(
+def test_check_resizes_like_the_service(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier, tmp_path: Path
 ) -> None:
-    """And so is an image resized that was queued for another model."""
+    """So does the model server with an image that was queued for another model."""
     monkeypatch.setattr(settings, "IMAGE_RESAMPLE", "nearest")
     path = tmp_path / "seven.png"
     SEVEN.save(path)
@@ -167,21 +169,21 @@ def test_a_check_resizes_as_the_service_is_set_to(
     height, width, _ = digits.shape
     expected = np.asarray(SEVEN.convert("RGB").resize((width, height), Image.Resampling.NEAREST))
     assert (seen[0][0] == expected).all()
-    assert (run_model_server.fitted(np.asarray(SEVEN.convert("RGB")), digits.shape) == expected).all()
+    assert (resized(np.asarray(SEVEN.convert("RGB")), digits.shape) == expected).all()
 
 
 @pytest.mark.parametrize("path", ["nowhere.png", "images"])
-def test_an_image_that_is_not_there_is_told_before_the_model_is_loaded(
+def test_a_missing_image_is_reported_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
-    monkeypatch.setattr(run_model_server, "loaded_model", lambda: pytest.fail("it was loaded"))
+    monkeypatch.setattr(check_module, "load_model", lambda: pytest.fail("the model was loaded"))
 
     assert check(Path(path)) == 2
 
     assert f"{path} can't be read as an image (" in caplog.text
 
 
-def test_a_terminal_that_lacks_letters_gets_escapes(
+def test_a_terminal_that_lacks_characters_gets_escapes(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier
 ) -> None:
     printed = io.BytesIO()

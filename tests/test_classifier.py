@@ -1,4 +1,4 @@
-"""The Keras model: what it refuses to serve, how it computes a batch, and what one bad image may not do to the rest."""
+"""The classifier: which models it refuses, how it computes a batch, and that a bad image does not affect the others."""
 
 import functools
 import inspect
@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from conftest import AS_INSTALLED, ROOT
 
-import run_model_server
 import settings
 from helpers import StartupError
-from model_server import classifier
-from model_server.classifier import Classifier, Facts, Prediction
+from model_server import applications, check, classifier
+from model_server.classifier import Classifier, Prediction
+from model_server.model_file import Facts
 
 LABELS = ["zero", "one", "two"]
 FACTS = Facts((4, 6, 3), LABELS, "LABELS")
@@ -28,7 +28,7 @@ POISON = 13
 
 
 class Network:
-    """A network whose first probability is the mean pixel, with a fault. It notes the batch sizes that it is given."""
+    """A network whose first probability is the mean pixel. It records batch sizes and calls `fault` with each batch."""
 
     def __init__(self, fault: Callable[[Any], None] = lambda images: None) -> None:
         self.fault = fault
@@ -60,7 +60,7 @@ def batch(*levels: int) -> Any:
 
 
 def predicted(model: Classifier, images: Any) -> list[list[Prediction] | Exception]:
-    """What classify() makes of each image, decoded where it is not an error."""
+    """The decoded results of classify(), and its errors."""
     return [each if isinstance(each, Exception) else model.decode(each) for each in model.classify(images)]
 
 
@@ -70,11 +70,11 @@ def good(result: list[Prediction] | Exception) -> list[Prediction]:
 
 
 def first_probabilities(results: Any) -> list[float | None]:
-    """The probability of "zero" for each image, or None where it failed."""
+    """The probability of "zero" for each image, times 255; None where it failed."""
     return [None if isinstance(each, Exception) else round(dict(each)["zero"] * 255) for each in results]
 
 
-def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_sorted_and_limited_to_top(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "TOP", 2)
 
     [prediction] = predicted(warmed_up(Network()), batch(102))
@@ -84,7 +84,7 @@ def test_predictions_are_sorted_and_no_more_than_top(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 31, 32])
-def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
+def test_only_warmed_up_batch_sizes_are_computed(count: int) -> None:
     network = Network()
     model = Classifier(network, FACTS)
     model.warm_up()
@@ -97,27 +97,27 @@ def test_only_batch_sizes_that_were_warmed_up_are_computed(count: int) -> None:
     assert set(network.sizes) <= warm
 
 
-def test_a_batch_is_cut_into_the_pieces_that_take_least_time() -> None:
+def test_a_batch_is_cut_into_the_fastest_pieces() -> None:
     network = Network()
     model = warmed_up(network)
 
-    model._seconds = {1: 1.0, 4: 2.0, 8: 7.0}
+    model.sizes.seconds = {1: 1.0, 4: 2.0, 8: 7.0}
     predicted(model, batch(*range(9)))
     assert sorted(network.sizes) == [1, 4, 4]
 
     network.sizes.clear()
-    model._seconds = {1: 3.0, 8: 4.0}
+    model.sizes.seconds = {1: 3.0, 8: 4.0}
     predicted(model, batch(1, 2, 3))
-    assert network.sizes == [8]  # padded: three single ones would take longer
+    assert network.sizes == [8]  # padded, since three single images would take longer
 
 
 def slow(*, sweet: int) -> Callable[[Any], None]:
-    """A fault that is none: images take 5 ms each, and a fifth more for each halving or doubling of `sweet` at once."""
+    """A `fault` that takes time: 5 ms an image in batches of `sweet`, a fifth more for each halving or doubling."""
     return lambda images: time.sleep(len(images) * 0.005 * (1 + 0.2 * abs(math.log2(len(images) / sweet))))
 
 
 @pytest.mark.parametrize("sweet", [4, 32])
-def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
+def test_the_batch_size_is_the_fastest_per_image(sweet: int) -> None:
     network = Network(slow(sweet=sweet))
     model = Classifier(network, FACTS)
 
@@ -127,8 +127,8 @@ def test_as_many_are_computed_together_as_each_gains_by_it(sweet: int) -> None:
     assert model.slowest == pytest.approx(sweet * 0.005, rel=0.3)
 
 
-def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
-    """Larger ones would answer their first image later, and no sooner their last."""
+def test_of_equally_fast_sizes_the_smallest_long_one_is_chosen() -> None:
+    """Larger batches would answer their first image later, but their last one no sooner."""
     model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), FACTS)
 
     model.warm_up()
@@ -136,7 +136,7 @@ def test_of_sizes_as_good_the_least_that_takes_long_is_computed() -> None:
     assert model.batch_size == 8  # 0.12 s
 
 
-def test_warm_up_ends_where_larger_batches_gain_nothing() -> None:
+def test_warm_up_stops_where_larger_batches_gain_nothing() -> None:
     network = Network(slow(sweet=2))
 
     Classifier(network, FACTS).warm_up()
@@ -152,8 +152,8 @@ def test_warm_up_measures_a_long_batch_once() -> None:
     assert network.sizes.count(8) == 2  # compiled, and measured once
 
 
-def test_what_a_batch_costs_besides_its_computing_counts() -> None:
-    """Where computing takes next to no time, small batches are not chosen for a chance difference."""
+def test_the_overhead_of_a_batch_counts() -> None:
+    """Where computing takes almost no time, small batches are not chosen because of noise."""
     assert warmed_up(Network()).batch_size == 32
 
 
@@ -182,7 +182,7 @@ OUT_OF_MEMORY = [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory 
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
-def test_a_batch_too_big_for_memory_is_split_and_the_limit_remembered(error: Exception) -> None:
+def test_a_batch_too_big_for_memory_is_split_and_remembered(error: Exception) -> None:
     largest = 32
 
     def fault(images: Any) -> None:
@@ -201,7 +201,7 @@ def test_a_batch_too_big_for_memory_is_split_and_the_limit_remembered(error: Exc
     assert model.batch_size == 4
 
 
-def test_warm_up_stops_at_the_batch_that_does_not_fit() -> None:
+def test_warm_up_stops_where_a_batch_does_not_fit_in_memory() -> None:
     def fault(images: Any) -> None:
         if len(images) > 8:
             raise MemoryError
@@ -229,7 +229,7 @@ def load(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Classifier:
     return model
 
 
-def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_file_with_a_labels_file_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = saved_model(tmp_path / "own.keras")
     model = load(monkeypatch, MODEL=path)
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
@@ -244,7 +244,7 @@ def test_a_file_with_labels_beside_it_is_served(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("name", "value", "tolerance"), [("XLA", True, 1e-6), ("DTYPE_POLICY", "mixed_bfloat16", 0.02)]
 )
-def test_a_faster_way_to_compute_gives_the_same_within_its_precision(
+def test_faster_computing_gives_the_same_within_its_precision(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any, tolerance: float
 ) -> None:
     monkeypatch.setattr(settings, "BATCH_SIZE", 2)
@@ -262,16 +262,16 @@ def test_a_faster_way_to_compute_gives_the_same_within_its_precision(
 
     difference = np.abs(np.array(faster, float) - np.array(plain, float)).max()
     assert difference < tolerance
-    assert name == "XLA" or difference > 1e-6  # it does compute in another precision
+    assert name == "XLA" or difference > 1e-6  # it does compute in lower precision
 
 
-def test_a_model_of_any_size_takes_the_settings_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_for_any_size_takes_the_size_of_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "any.keras", (None, None, 3)))
 
     assert len(predicted(model, batch(1, 2))) == 2
 
 
-def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_labels_setting_overrides_the_labels_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
 
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "own.keras"), LABELS=tmp_path / "names")
@@ -279,7 +279,7 @@ def test_labels_elsewhere_are_taken_from_there(monkeypatch: pytest.MonkeyPatch, 
     assert {label for label, _ in good(predicted(model, batch(1))[0])} == {"a", "b", "c"}
 
 
-def test_labels_may_be_of_any_language_and_from_any_editor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_labels_may_be_in_any_language_and_from_any_editor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = saved_model(tmp_path / "own.keras")
     path.with_suffix(".labels.txt").write_bytes("\ufeffchien\u00a0loup\r\n\u72ac\u3000\r\n\tn02\tfox\r\n".encode())
 
@@ -288,7 +288,7 @@ def test_labels_may_be_of_any_language_and_from_any_editor(monkeypatch: pytest.M
     assert {label for label, _ in good(predicted(model, batch(1))[0])} == {"chien\u00a0loup", "\u72ac", "n02\tfox"}
 
 
-def break_labels(path: Path) -> None:
+def missing_label(path: Path) -> None:
     path.with_suffix(".labels.txt").write_text("zero\none\n")
 
 
@@ -296,11 +296,11 @@ def empty_line(path: Path) -> None:
     path.with_suffix(".labels.txt").write_text("zero\n\ntwo\n")
 
 
-def no_text(path: Path) -> None:
+def binary(path: Path) -> None:
     path.with_suffix(".labels.txt").write_bytes(b"\xff\xfe\x00")
 
 
-def no_end(path: Path) -> None:
+def endless(path: Path) -> None:
     path.with_suffix(".labels.txt").unlink()
     path.with_suffix(".labels.txt").symlink_to("/dev/zero")
 
@@ -329,18 +329,18 @@ def damaged(path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        (break_labels, "gives (3,) values an image, but there are 2 labels"),
+        (missing_label, "gives (3,) values per image, but there are 2 labels"),
         (empty_line, "has an empty line"),
-        (no_text, "can't be read"),
-        (no_end, "it has more than 10 MB"),
-        (terminal_codes, "is not one of plain text"),
+        (binary, "can't be read"),
+        (endless, "it has more than 10 MB"),
+        (terminal_codes, "is not plain text"),
         (folder, "can't be read"),
         (no_labels, "can't be read"),
-        (no_model, "is not there"),
+        (no_model, "does not exist"),
         (damaged, "is cut off or damaged: copy it here again, whole."),
     ],
 )
-def test_what_can_not_be_served_is_refused_with_a_line(
+def test_invalid_files_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Callable[[Path], None], line: str
 ) -> None:
     path = saved_model(tmp_path / "own.keras")
@@ -353,7 +353,7 @@ def test_what_can_not_be_served_is_refused_with_a_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_model_of_another_size_says_which_values_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_of_another_size_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="set IMAGE_WIDTH=32 and IMAGE_HEIGHT=16 and IMAGE_CHANS=1"):
         load(monkeypatch, MODEL=saved_model(tmp_path / "other.keras", (16, 32, 1)))
 
@@ -366,23 +366,23 @@ def test_a_model_without_softmax_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
         load(monkeypatch, MODEL=path)
 
 
-def test_every_classifier_of_keras_is_known_by_name() -> None:
+def test_every_classifier_of_keras_is_known() -> None:
     builders = {name for name, _ in inspect.getmembers(keras.applications, inspect.isfunction)}
 
-    known = classifier.applications()
+    known = applications.applications()
 
     assert set(known) == builders
     assert all(hasattr(module, "preprocess_input") for module in known.values())
     assert {"ResNet50", "VGG16", "MobileNetV3Large", "EfficientNetV2B0", "ConvNeXtTiny", "NASNetMobile"} <= builders
 
 
-def test_an_unknown_model_is_refused_with_the_names_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_refused_with_the_known_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"MODEL=ResNet51 is invalid: did you mean ResNet50\?.* VGG16,"):
         load(monkeypatch, MODEL="ResNet51")
 
 
 @pytest.mark.parametrize("name", ["ResNet50V2", "DenseNet121"])
-def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
+def test_a_keras_classifier_gets_its_preprocessing_and_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
@@ -397,7 +397,7 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
     model = load(monkeypatch, MODEL=name, MODEL_WEIGHTS=tmp_path / "own.weights.h5", LABELS=tmp_path / "labels")
     results = predicted(model, images)
 
-    module = classifier.applications()[name]
+    module = applications.applications()[name]
     plain = network.predict(module.preprocess_input(images.astype(np.float32)), verbose=0)
     for result, probabilities in zip(results, plain, strict=True):
         best = probabilities.argsort()[::-1][:5]
@@ -405,27 +405,27 @@ def test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file(
         assert [probability for _, probability in good(result)] == pytest.approx(probabilities[best], abs=1e-5)
 
 
-@pytest.mark.parametrize(("weights", "said"), [("imagenet", classifier.IMAGENET), ("random", None)])
-def test_a_keras_classifier_says_that_it_recognises_imagenet_where_it_was_trained_on_it(
+@pytest.mark.parametrize(("weights", "said"), [("imagenet", applications.IMAGENET), ("random", None)])
+def test_only_a_trained_classifier_says_that_it_recognizes_imagenet(
     monkeypatch: pytest.MonkeyPatch, weights: str, said: str | None
 ) -> None:
-    """Untrained weights stand for those that Keras would fetch."""
+    """Untrained weights stand in for those that Keras would download."""
     for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
         monkeypatch.setattr(settings, side, 224)
     builder = keras.applications.MobileNet
     monkeypatch.setattr(
         keras.applications, "MobileNet", functools.wraps(builder)(lambda weights: builder(weights=None))
     )
-    monkeypatch.setattr(classifier, "_imagenet_labels", lambda module: [f"class {i}" for i in range(1000)])
+    monkeypatch.setattr(applications, "_imagenet_labels", lambda module: [f"class {i}" for i in range(1000)])
     monkeypatch.setattr(settings, "BATCH_SIZE", 1)
     model = load(monkeypatch, MODEL="MobileNet", MODEL_WEIGHTS=weights)
     model.warm_up()
 
-    assert model.about.get("description") == said  # in /readyz
-    assert run_model_server.described(model).endswith(f", {said}" if said else "1000 labels")  # by --check
+    assert model.about.get("description") == said  # what /readyz says
+    assert check.summary(model).endswith(f", {said}" if said else "1000 labels")  # what --check says
 
 
-def test_a_weights_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for side in ("IMAGE_WIDTH", "IMAGE_HEIGHT"):
         monkeypatch.setattr(settings, side, 224)
     other = saved_model(tmp_path / "other.keras")
@@ -440,8 +440,8 @@ WITHOUT_A_HOME = (
 )
 
 
-def test_without_internet_the_line_says_which_file_to_put_where(tmp_path: Path) -> None:
-    """The proxy that nobody runs stands for an internet that is not there. The user has no home, as in a container."""
+def test_without_internet_the_error_says_which_file_to_put_where(tmp_path: Path) -> None:
+    """A proxy that does not exist stands in for missing internet. The user has no home, as in a container."""
     environment = {**os.environ, **AS_INSTALLED, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50",
                    "https_proxy": "http://127.0.0.1:1"}  # fmt: skip
     environment.pop("HOME", None)

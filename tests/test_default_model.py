@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT, free_port, running, wait_until
 
 import settings
-from helpers import StartupError, keras_downloads
-from model_server import classifier, model_file
+from helpers import StartupError
+from model_server import applications, downloads, model_file
+from model_server.downloads import keras_downloads
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -197,11 +198,11 @@ def test_a_download_of_keras_that_breaks_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: bytes, reason: str
 ) -> None:
     """Whatever Keras raises: some of it has no address in it. And no half of a file is left behind."""
-    monkeypatch.setattr(classifier, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(downloads, "DOWNLOAD_TIMEOUT", 0.3)
     release = threading.Event()
     with answering(said, lambda: release.wait(5 if said.endswith(b"200 O") else 0)) as url:
         with pytest.raises(StartupError) as refused:
-            classifier._download(
+            downloads.download(
                 lambda: keras.utils.get_file("x", url, cache_dir=tmp_path, cache_subdir="", file_hash=32 * "0")
             )
         release.set()
@@ -211,7 +212,7 @@ def test_a_download_of_keras_that_breaks_says_what_to_do(
 
 
 def test_the_description_is_the_model_s_own() -> None:
-    assert model_file.read(ROOT / "models/efficientnet_lite0.json").description == classifier.IMAGENET == DESCRIPTION
+    assert model_file.read(ROOT / "models/efficientnet_lite0.json").description == applications.IMAGENET == DESCRIPTION
 
 
 def test_a_container_serves_the_model_that_is_chosen_and_stops_meanwhile(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_a_container_serves_the_model_that_is_chosen_and_stops_meanwhile(tmp_pat
             assert time.monotonic() - begun < 3
             assert process.log == ""  # it had not chosen yet
     assert refused.returncode == 2
-    assert refused.stderr.strip().endswith("nowhere.keras is not there: it must be the path of a .keras or .h5 file.")
+    assert refused.stderr.strip().endswith("nowhere.keras does not exist: it must be the path of a .keras or .h5 file.")
 
 
 def handles(pid: int, number: int) -> bool:

@@ -22,10 +22,10 @@ TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 ELSEWHERE = {
     "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
-    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
+    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_preprocessing_and_weights",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
-    "curl -O https://": "test_classifier.py::test_without_internet_the_line_says_which_file_to_put_where",
+    "curl -O https://": "test_classifier.py::test_without_internet_the_error_says_which_file_to_put_where",
     "API_KEYS=0f3b... bin/serve": "test_doors.py::test_each_of_two_keys_is_accepted",
     "bin/install": "test_install.py::test_it_installs_a_service_that_answers",
     "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": "test_install.py::test_it_installs_a_service_that_answers",

@@ -48,7 +48,7 @@ from redis import Redis
 from redis.exceptions import NoPermissionError
 
 from helpers import StartupError
-from run_model_server import give_up_root
+from model_server.privileges import give_up_root
 from run_web_server import create_app
 from web import access
 
@@ -543,6 +543,8 @@ def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> No
     (python / "packages").symlink_to(packages)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, app)
+    for package in ("image_queue", "model_server", "web"):
+        shutil.copytree(ROOT / package, app / package)
     save_model(app / "own.keras")
     shutil.copy(authority["ca"], app / "ca.pem")
     command = ["env", "-C", str(app), str(python / "bin/python"), "run_model_server.py"]

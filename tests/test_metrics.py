@@ -186,7 +186,7 @@ def test_metrics_port_in_use_stops_the_start(redis_port: int, tmp_path: Path) ->
         wait_until(lambda: not process.alive, "the model server stops", 60)
 
     assert process.popen.returncode == 2
-    assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
+    assert f"Port {taken} of 127.0.0.1 can't be used" in process.log
 
 
 def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:

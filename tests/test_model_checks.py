@@ -1,4 +1,4 @@
-"""What is wrong with MODEL, MODEL_WEIGHTS or LABELS by name or file is said at once, before Keras is imported."""
+"""An invalid MODEL, MODEL_WEIGHTS or LABELS is refused at once, before Keras is imported."""
 
 import os
 import pwd
@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port
 
-import helpers
 import settings
 from helpers import StartupError
-from model_server import classifier, model_checks, model_file
+from model_server import applications, classifier, downloads, model_checks, model_file
 
 CODE = """
 import sys, run_model_server
@@ -27,7 +26,7 @@ ZIP = b"PK\x03\x04"
 
 
 def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A model server, started where no Redis is; what it imported is the last line of its output."""
+    """A model server without Redis; the last line of its output says whether it imported Keras."""
     command = [sys.executable, "-c", CODE, *arguments]
     variables = {**os.environ, "REDIS_PORT": str(free_port()), **environment}
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
@@ -37,15 +36,21 @@ def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     ("values", "line"),
     [
         ({"MODEL": "resnet50"}, "MODEL=resnet50 is invalid: did you mean ResNet50? It must be the path of"),
-        ({"MODEL": "no/such.h5"}, "MODEL=no/such.h5 is not there: it must be the path of a .keras or .h5 file."),
+        ({"MODEL": "no/such.h5"}, "MODEL=no/such.h5 does not exist: it must be the path of a .keras or .h5 file."),
         ({"MODEL": "models/"}, "MODEL=models is a folder: set it to the path of a file in it."),
-        ({"MODEL": "README.md"}, "MODEL=README.md is no file that Keras writes, or damaged: the service needs a Keras"),
+        (
+            {"MODEL": "README.md"},
+            "MODEL=README.md is not a file that Keras writes, or damaged: the service needs a Keras",
+        ),
         ({"LABELS": "nowhere"}, "The labels file nowhere can't be read"),
         ({"MODEL": "ResNet50", "LABELS": "nowhere"}, "The labels file nowhere can't be read"),
-        ({"MODEL": "ResNet50", "MODEL_WEIGHTS": "own.h5"}, "MODEL_WEIGHTS=own.h5 is not there: it must be imagenet, "),
+        (
+            {"MODEL": "ResNet50", "MODEL_WEIGHTS": "own.h5"},
+            "MODEL_WEIGHTS=own.h5 does not exist: it must be imagenet, ",
+        ),
     ],
 )
-def test_what_is_wrong_by_name_is_said_at_once(values: dict[str, str], line: str) -> None:
+def test_an_invalid_name_is_refused_before_keras_is_imported(values: dict[str, str], line: str) -> None:
     ended = started(**values)
 
     assert ended.returncode == 2
@@ -54,7 +59,7 @@ def test_what_is_wrong_by_name_is_said_at_once(values: dict[str, str], line: str
     assert f"ERROR {line}" in said
 
 
-def test_the_option_model_is_looked_at_in_the_same_way() -> None:
+def test_the_model_option_is_checked_like_the_setting() -> None:
     ended = started("--model", "efficientnet-v2-b0", "--check")
 
     assert ended.returncode == 2
@@ -62,10 +67,10 @@ def test_the_option_model_is_looked_at_in_the_same_way() -> None:
     assert ended.stdout == "imported []\n"
 
 
-def test_a_model_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreadable_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "own.keras"
     path.touch()
-    monkeypatch.setattr(Path, "open", _denied)  # root, who may run the tests, may read everything
+    monkeypatch.setattr(Path, "open", _denied)  # root, which may run the tests, can read everything
     monkeypatch.setattr(settings, "MODEL", str(path))
 
     with pytest.raises(StartupError, match=r"own\.keras can't be read \(Permission denied\): let this user read it\."):
@@ -76,7 +81,7 @@ def _denied(*_: object) -> None:
     raise PermissionError(13, "Permission denied")
 
 
-def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
+def test_bin_serve_refuses_an_invalid_name_before_it_starts_anything(tmp_path: Path) -> None:
     variables = {"MODEL": "resnet50", "PORT": str(free_port()), "REDIS_PORT": str(free_port())}
 
     ended = subprocess.run(
@@ -90,8 +95,8 @@ def test_bin_serve_says_it_before_it_starts_anything(tmp_path: Path) -> None:
     assert line.startswith("bin/serve: MODEL=resnet50 is invalid: did you mean ResNet50?")
 
 
-def test_the_names_are_those_that_keras_has() -> None:
-    assert model_checks.application_names() == sorted(classifier.applications())
+def test_the_names_are_those_of_keras() -> None:
+    assert model_checks.application_names() == sorted(applications.applications())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_the_names_are_those_that_keras_has() -> None:
     [("resnet50", "ResNet50"), ("RESNET50V2", "ResNet50V2"), ("ResNet_50", "ResNet50"), ("vgg-16", "VGG16"),
      ("efficientnetb0", "EfficientNetB0"), ("mobilnet", "MobileNet"), ("Inception_v3", "InceptionV3")],
 )  # fmt: skip
-def test_a_name_that_is_nearly_right_is_recognized(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+def test_a_misspelled_name_gets_a_suggestion(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setattr(settings, "MODEL", name)
 
     with pytest.raises(StartupError, match=rf"MODEL={name} is invalid: did you mean {meant}\? It must be .* ResNet50,"):
@@ -142,8 +147,8 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy it here again, whole."),
     ("a.keras", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), " with `git lfs pull`."),
     ("a.keras", of_bytes(b"\n<!DOCTYPE html><html>"), " is a web page, as a failed download leaves: download the file"),
-    ("a.weights.h5", weights_alone, " holds no model, but at most weights: save the whole model with"),
-    ("a.h5", weights_alone, " holds no model, but at most weights"),
+    ("a.weights.h5", weights_alone, " holds no model, at most weights: save the whole model with"),
+    ("a.h5", weights_alone, " holds no model, at most weights"),
     ("folder", saved_model, "folder is a TensorFlow SavedModel folder, which Keras 3 does not load: save the Keras"),
     ("saved_model.pb", of_bytes(b"\x08\x01"), " is a part of a TensorFlow SavedModel, which is a folder: save"),
     ("a.tflite", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model: save the Keras model that it was made"),
@@ -155,12 +160,12 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.keras", of_members("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
     ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a packed file: unpack it"),
     ("model.json", of_bytes(b'{"class_name": "Sequential"}'), " is a JSON file, at most a model's architecture: save"),
-    ("a.keras", of_bytes(b"\0" * 500), f" is no file that Keras writes, or damaged: {KERAS_NEEDED}"),
+    ("a.keras", of_bytes(b"\0" * 500), f" is not a file that Keras writes, or damaged: {KERAS_NEEDED}"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "make", "line"), FILES, ids=[f"{name}{line[:30]}" for name, _, line in FILES])
-def test_a_file_that_is_no_keras_model_is_named_for_what_it_is(
+def test_the_error_says_what_kind_of_file_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, make: Callable[[Path], object], line: str
 ) -> None:
     make(tmp_path / name)
@@ -184,7 +189,7 @@ def test_a_file_that_is_no_keras_model_is_named_for_what_it_is(
      (b"a\n" * 6_000_000, "it has more than 10 MB")],
     ids=["latin-1", "gbk", "utf-16", "long"],
 )  # fmt: skip
-def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
+def test_labels_in_another_encoding_are_refused_with_their_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes, line: str
 ) -> None:
     (tmp_path / "labels.txt").write_bytes(data)
@@ -194,11 +199,11 @@ def test_labels_of_another_encoding_are_refused_with_the_file_and_the_line(
         model_checks.check()
 
     assert str(refusal.value) == (
-        f"The labels file {tmp_path}/labels.txt can't be read ({line}): it needs one class a line, in UTF-8."
+        f"The labels file {tmp_path}/labels.txt can't be read ({line}): it needs one class per line, in UTF-8."
     )
 
 
-def test_a_model_s_own_file_of_another_encoding_names_the_line(tmp_path: Path) -> None:
+def test_a_json_file_in_another_encoding_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "own.json").write_bytes('{"top": 1,\n"description": "Vögel"}'.encode("latin-1"))
 
     with pytest.raises(StartupError, match=r"own\.json can't be read as JSON \(line 2 is not UTF-8\)"):
@@ -212,13 +217,11 @@ def nobody(_: int) -> None:
     raise KeyError
 
 
-def test_without_a_home_keras_downloads_are_where_keras_puts_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_keras_downloads_are_found_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container that runs as a number
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container whose user has only a number
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))
-    assert helpers.keras_downloads() == tmp_path / "cache/models"
+    assert downloads.keras_downloads() == tmp_path / "cache/models"
 
     monkeypatch.delenv("KERAS_HOME")
-    assert helpers.keras_downloads() == Path("/tmp/.keras/models")
+    assert downloads.keras_downloads() == Path("/tmp/.keras/models")

@@ -1,4 +1,4 @@
-"""Which models are served and which are refused, with what line: what goes in, what comes out, what is in the file."""
+"""Which models are served, and the one line with which others are refused."""
 
 import errno
 import json
@@ -22,8 +22,8 @@ from samples import colours, saved
 import run_model_server
 import settings
 from image_queue import ServerQueue, WebQueue
-from model_server import classifier
-from run_model_server import ModelServer
+from model_server import check, classifier, pipeline
+from model_server.loop import ModelServer
 from run_web_server import create_app
 
 PICTURE = Image.fromarray(colours(1, (40, 30)))
@@ -31,7 +31,7 @@ PICTURE = Image.fromarray(colours(1, (40, 30)))
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each model is built once."""
+    """The folder in which each model is built once."""
     return tmp_path_factory.mktemp("models")
 
 
@@ -51,13 +51,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch, path: Path) -> classifier.Classifier
 def refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> Callable[[Path | str], str]:
-    """A function that checks a model as --check does, which must end with exit code 2; the one line that it says."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
-    monkeypatch.setattr(run_model_server, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(settings, "MODEL", settings.MODEL)  # which --model sets
+    """A function that runs --check on a model, expects exit code 2, and returns the one line that it logs."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
+    monkeypatch.setattr(check, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(settings, "MODEL", settings.MODEL)  # restored afterwards: --model sets it
     PICTURE.save(tmp_path / "picture.png")
 
-    def check(model: Path | str) -> str:
+    def check_model(model: Path | str) -> str:
         command = ["run_model_server.py", "--model", str(model), "--check", str(tmp_path / "picture.png")]
         monkeypatch.setattr(sys, "argv", command)
         assert run_model_server.main() == 2
@@ -69,21 +69,24 @@ def refused(
         assert line.endswith(".")
         return line
 
-    return check
+    return check_model
 
 
-# What goes in and what comes out
+# Inputs and outputs
 
 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("two_outputs", "gives 2 outputs (kind, sex), but one with a probability a class is needed: save one of them"),
+        (
+            "two_outputs",
+            "gives 2 outputs (kind, sex), but one with a probability per class is needed: save one of them",
+        ),
         ("two_outputs_in_a_dict", "gives 2 outputs (kind, sex), but one"),
         ("two_inputs", "takes 2 inputs (image, weather), but one image is needed"),
-        ("segmentation", "gives (16, 20, 3) values an image, but one a class is needed: let it end in Global"),
-        ("boxes", "gives (3, 4) values an image, but one a class is needed"),
-        ("a_number_for_each_image", "gives () values an image, but one a class is needed"),
+        ("segmentation", "gives (16, 20, 3) values per image, but one per class is needed: let it end in Global"),
+        ("boxes", "gives (3, 4) values per image, but one per class is needed"),
+        ("a_number_for_each_image", "gives () values per image, but one per class is needed"),
         (
             "never_built",
             "does not say what goes in and comes out: begin it with keras.Input((height, width, channels))",
@@ -91,7 +94,7 @@ def refused(
         ("too_deep_for_its_images", "can't take images of 224x224 ("),
     ],
 )
-def test_a_model_of_another_kind_ends_with_2_and_one_line(
+def test_a_model_of_another_kind_ends_with_code_2(
     folder: Path, refused: Callable[[Path], str], name: str, line: str
 ) -> None:
     assert line in refused(models.build(name, folder))
@@ -104,7 +107,7 @@ def test_a_model_of_another_kind_ends_with_2_and_one_line(
      "softmax_after_a_model_of_logits", "mean_of_two_softmaxes", "softmax_summed_up_by_groups", "several_may_be_true",
      "float16", "bfloat16", "nan_for_a_flat_image", "one_sigmoid_for_one_label"],
 )  # fmt: skip
-def test_probabilities_are_served_however_the_model_makes_them(
+def test_probabilities_are_served_however_a_model_makes_them(
     monkeypatch: pytest.MonkeyPatch, folder: Path, name: str
 ) -> None:
     path = models.build(name, folder)
@@ -132,7 +135,7 @@ def test_probabilities_are_served_however_the_model_makes_them(
      ("tanh_at_the_end", "tanh"), ("log_softmax_at_the_end", "log_softmax"), ("per_cent", "linear"),
      ("one_logit_for_two_labels", "linear"), ("number_of_the_class", "")],
 )  # fmt: skip
-def test_what_only_looks_like_probabilities_is_refused(
+def test_values_that_only_look_like_probabilities_are_refused(
     folder: Path, refused: Callable[[Path], str], name: str, because: str
 ) -> None:
     line = refused(models.build(name, folder))
@@ -147,7 +150,7 @@ def test_a_softmax_of_one_value_is_refused(folder: Path, refused: Callable[[Path
     assert "ends in a softmax of one value, which is always 1: use a sigmoid." in line
 
 
-def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
+def test_one_sigmoid_is_the_probability_of_the_second_label(
     monkeypatch: pytest.MonkeyPatch, folder: Path, redis: Redis
 ) -> None:
     path = models.build("one_sigmoid_for_two_labels", folder)
@@ -155,7 +158,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
     server = ModelServer(model, ServerQueue(model.about, 30))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    monkeypatch.setattr(WebQueue, "shape", lambda _: models.SHAPE)  # not what another test's server took
+    monkeypatch.setattr(WebQueue, "shape", lambda _: models.SHAPE)  # not that of another test's server
     web = create_app().test_client()
     data = saved(PICTURE.resize(models.SHAPE[1::-1]), "PNG")
     try:
@@ -178,12 +181,12 @@ def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
     assert first == both[:1]
     assert both[0]["probability"] > both[1]["probability"]
     assert output["shape"] == [-1, 2]
-    assert run_model_server.described(model) == (
+    assert check.summary(model) == (
         "input 20x16 RGB, preprocessing none, 2 labels, its one output taken as the probability of dog"
     )
 
 
-# What is in the file
+# Contents of the file
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_of_two_labels(
         ),
     ],
 )
-def test_code_in_a_model_is_named_and_not_run(
+def test_code_in_a_keras_file_is_named_and_not_run(
     folder: Path, refused: Callable[[Path], str], name: str, lines: list[str]
 ) -> None:
     line = refused(models.build(name, folder))
@@ -221,7 +224,7 @@ def test_code_in_an_hdf5_file_is_named_and_not_run(
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".hdf5.keras"])
 def test_a_file_of_keras_2_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str) -> None:
-    """Also an HDF5 file that has the other ending."""
+    """Also an HDF5 file with the suffix of the other format."""
     path, plain = models.of_keras2(tmp_path, suffix)
     images = np.random.default_rng(0).integers(0, 256, (2, *models.SHAPE), dtype=np.uint8)
 
@@ -230,7 +233,7 @@ def test_a_file_of_keras_2_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert np.stack(found) == pytest.approx(plain.predict(images.astype(np.float32), verbose=0), abs=1e-5)  # type: ignore
 
 
-def test_a_file_of_keras_3_is_served_whatever_its_name_ends_in(
+def test_a_file_of_keras_3_is_served_whatever_its_suffix(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "own.h5"
@@ -248,7 +251,7 @@ def test_a_file_of_keras_3_is_served_whatever_its_name_ends_in(
      ("2.15.0", "was saved by Keras 2.15.0 in a way that Keras 3 can't read (Unrecognized keyword arguments"),
      (keras.__version__, "can't be loaded as a Keras model (Unrecognized keyword arguments")],
 )  # fmt: skip
-def test_a_file_of_another_keras_says_so(
+def test_a_file_of_another_keras_version_says_so(
     folder: Path, tmp_path: Path, refused: Callable[[Path], str], version: str, line: str
 ) -> None:
     path = tmp_path / "own.h5"
@@ -266,10 +269,10 @@ def test_a_file_of_another_keras_says_so(
               RuntimeError("CUDA error: device busy")], ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("where", ["load", "compute"])
-def test_what_may_pass_by_itself_is_not_the_model_s_fault(
+def test_transient_errors_are_not_blamed_on_the_model(
     monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception, where: str
 ) -> None:
-    """So a supervisor tries again, which it does not do after exit code 2."""
+    """They end the process with another exit code than 2, so that a supervisor tries again."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -278,7 +281,7 @@ def test_what_may_pass_by_itself_is_not_the_model_s_fault(
     if where == "load":
         monkeypatch.setattr(keras.saving, "load_model", fail)
     else:
-        monkeypatch.setattr(classifier, "_compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
+        monkeypatch.setattr(pipeline, "compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
 
     with pytest.raises(type(error)) as raised:
         loaded(monkeypatch, path)
@@ -286,13 +289,13 @@ def test_what_may_pass_by_itself_is_not_the_model_s_fault(
     assert raised.value is error
 
 
-def test_a_model_that_fails_at_every_image_is_refused(
+def test_a_model_that_fails_for_every_image_is_refused(
     monkeypatch: pytest.MonkeyPatch, folder: Path, refused: Callable[[Path], str]
 ) -> None:
     def fail(*_: object) -> None:
         raise ValueError("\x1b[1mNegative dimension size\x1b[0m\n\nArguments received by Conv2D.call():")
 
-    monkeypatch.setattr(classifier, "_compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
+    monkeypatch.setattr(pipeline, "compiled", lambda *_: type("Network", (), {"predict_on_batch": fail})())
 
     line = refused(models.build("plain", folder))
 

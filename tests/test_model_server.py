@@ -1,4 +1,4 @@
-"""The model server: step by step with a classifier made for the purpose, and as a process with the digits model."""
+"""The model server: step by step with a stand-in for the classifier, and as a process with the digits model."""
 
 import gc
 import importlib.util
@@ -29,16 +29,18 @@ from redis import Redis
 
 import run_model_server
 import settings
-from helpers import BATCHES_AT_ONCE, StartupError, base64_encode_image
+from helpers import StartupError, base64_encode_image
 from image_queue import ServerQueue, WebQueue
+from model_server import startup
+from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier
-from run_model_server import ModelServer
+from model_server.loop import ModelServer
 
 POISON = 13
 
 
 class MeanClassifier:
-    """Labels an image with its first pixel; breaks on POISON; `before` is called with each batch."""
+    """Labels an image with its first pixel, fails for POISON, and calls `before` with each batch."""
 
     shape = (2, 2, 3)
     batch_size = 32
@@ -63,8 +65,8 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     model_server = ModelServer(cast(Classifier, MeanClassifier()), queue)
     queue.join()
     yield model_server
-    model_server._computers.shutdown()
-    model_server._answerer.shutdown()
+    model_server._computing.shutdown()
+    model_server._answering.shutdown()
     queue._slot_socket.close()
 
 
@@ -99,7 +101,7 @@ def test_each_image_gets_its_own_answer(redis: Redis, server: ModelServer) -> No
     assert [label(redis, level) for level in range(5)] == ["0", "1", "2", "3", "4"]
 
 
-def test_an_image_that_breaks_the_model_is_answered_like_its_batch_mates(redis: Redis, server: ModelServer) -> None:
+def test_an_image_that_breaks_the_model_does_not_affect_its_batch(redis: Redis, server: ModelServer) -> None:
     push(redis, 1, POISON, 2)
 
     server.step()
@@ -109,9 +111,7 @@ def test_an_image_that_breaks_the_model_is_answered_like_its_batch_mates(redis: 
 
 
 @pytest.mark.parametrize("image", ["AAAA", "not base64!", "é"])
-def test_an_image_that_can_not_be_decoded_is_answered_like_its_batch_mates(
-    redis: Redis, server: ModelServer, image: str
-) -> None:
+def test_an_undecodable_image_does_not_affect_its_batch(redis: Redis, server: ModelServer, image: str) -> None:
     push(redis, 1)
     push(redis, 2, image=image)
     push(redis, 3)
@@ -124,7 +124,7 @@ def test_an_image_that_can_not_be_decoded_is_answered_like_its_batch_mates(
 
 @contextmanager
 def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[None]:
-    """Every batch that is computed waits until the block ends, which begins when so many do, and the server runs on."""
+    """Run the server with computing held up within the block, which begins when so many batches are computed."""
     classifier = cast(MeanClassifier, server.classifier)
     go_on = threading.Event()
     classifier.before = lambda images: go_on.wait(30)
@@ -135,12 +135,12 @@ def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[Non
         yield
     finally:
         go_on.set()
-    wait_until(lambda: server.queue.redis.llen(server.queue.taken) == 0, "all is answered")
+    wait_until(lambda: server.queue.redis.llen(server.queue.taken) == 0, "all images are answered")
     server.stop(signal.SIGTERM, None)
     thread.join(20)
 
 
-def test_two_batches_are_computed_at_once_and_a_third_is_taken_meanwhile(redis: Redis, server: ModelServer) -> None:
+def test_two_batches_are_computed_while_a_third_is_taken(redis: Redis, server: ModelServer) -> None:
     push(redis, *range(20, 120))
 
     with held_up(server):
@@ -148,13 +148,13 @@ def test_two_batches_are_computed_at_once_and_a_third_is_taken_meanwhile(redis: 
         assert redis.llen(settings.IMAGE_QUEUE) == 4
 
 
-def test_a_batch_that_waits_is_filled_up_with_what_comes_meanwhile(
+def test_a_waiting_batch_is_filled_up_with_new_jobs(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
     push(redis, *range(20, 92))
 
     with held_up(server):
-        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "eight are taken")
+        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "the last eight are taken")
         push(redis, *range(100, 140))
 
     assert classifier.sizes == [32, 32, 32, 16]
@@ -162,10 +162,10 @@ def test_a_batch_that_waits_is_filled_up_with_what_comes_meanwhile(
     assert [label(redis, level) for level in levels] == [str(level) for level in levels]
 
 
-def test_answers_go_out_in_the_order_of_the_taken_list_whichever_batch_ends_first(
+def test_answers_go_out_in_the_order_of_the_taken_list(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    """Else a crash would find the unanswered batch taken off the list, and the answered one on it."""
+    """Otherwise a crash would lose an unanswered batch, and requeue an answered one."""
     push(redis, *range(20, 84))
     first = threading.Event()
     second = threading.Event()
@@ -188,7 +188,7 @@ def test_answers_go_out_in_the_order_of_the_taken_list_whichever_batch_ends_firs
     assert [label(redis, level) for level in range(20, 84)] == [str(level) for level in range(20, 84)]
 
 
-def test_a_job_that_expires_while_it_waits_for_earlier_batches_is_not_computed(
+def test_a_job_that_expires_while_it_waits_is_not_computed(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
     push(redis, *range(20, 84))
@@ -234,11 +234,11 @@ def test_a_suspect_waits_until_nothing_else_is_in_flight(
         server.step()
 
     assert classifier.sizes == [1, 1]
-    assert in_flight[1] == 1  # the first may see the suspect for the moment in which it is looked at
+    assert in_flight[1] == 1  # the first may still see the suspect, which take() puts back
     assert [label(redis, 1), label(redis, 2)] == ["1", "2"]
 
 
-def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelServer) -> None:
+def test_answered_jobs_leave_the_taken_list(redis: Redis, server: ModelServer) -> None:
     push(redis, *range(70))
 
     for _ in range(3):
@@ -248,7 +248,7 @@ def test_after_the_answer_nothing_is_left_in_flight(redis: Redis, server: ModelS
     assert redis.llen(server.queue.taken) == 0
 
 
-def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(redis: Redis, server: ModelServer) -> None:
+def test_stopping_answers_what_is_computed_and_requeues_the_rest(redis: Redis, server: ModelServer) -> None:
     push(redis, *range(20, 120))
 
     with held_up(server):
@@ -262,8 +262,10 @@ def test_stopping_in_mid_batch_answers_it_and_puts_back_the_rest(redis: Redis, s
     assert server.queue.live_servers() == {}
 
 
-def test_a_server_declared_dead_joins_again(redis: Redis, server: ModelServer, classifier: MeanClassifier) -> None:
-    """As after a long freeze: its heartbeat has lapsed while it computed."""
+def test_a_server_whose_heartbeat_expired_joins_again(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    """Its heartbeat lapses while it computes, as in a long freeze."""
     push(redis, 1)
     classifier.before = lambda images: redis.delete(server.queue.heartbeat)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -280,7 +282,7 @@ def test_a_server_declared_dead_joins_again(redis: Redis, server: ModelServer, c
 
 
 def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Redis is killed while a batch is computed, and comes back empty: what was computed is handed out all the same."""
+    """Redis is killed while a batch is computed and comes back empty: the answers are still handed out."""
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
     web, classifier = WebQueue(), MeanClassifier()
@@ -305,7 +307,7 @@ def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize(("visible", "number", "chosen"), [("4,7", 0, "4"), ("4,7", 1, "7"), ("4,7", 2, "4"),
                                                            ("GPU-1a", 3, "GPU-1a"), ("", 1, "")])  # fmt: skip
-def test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round(
+def test_each_model_server_gets_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, visible: str, number: int, chosen: str
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -315,7 +317,7 @@ def test_each_model_server_gets_a_gpu_of_its_own_and_they_are_counted_round(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
 
 
-def test_without_a_gpu_its_number_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_number_is_ignored_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("there is a GPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -325,7 +327,7 @@ def test_without_a_gpu_its_number_changes_nothing(monkeypatch: pytest.MonkeyPatc
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redis, tmp_path: Path) -> None:
+def test_sigterm_ends_with_code_0_and_removes_the_heartbeat(redis: Redis, tmp_path: Path) -> None:
     with conftest.run_model_server(tmp_path / "log") as process:
         heartbeats = wait_until(lambda: redis.keys(f"{settings.IMAGE_QUEUE}:server:*"), "the heartbeat is there")
 
@@ -338,7 +340,7 @@ def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redi
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
+def test_torch_and_jax_answer_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
     if importlib.util.find_spec(backend) is None:
         conftest.missing(f"{backend} is not installed")
     web = WebQueue()
@@ -357,7 +359,7 @@ def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path:
     assert "ERROR" not in process.log
 
 
-def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> None:
+def test_the_model_server_logs_a_missing_redis_and_recovers(tmp_path: Path) -> None:
     port = free_port()
     with running([sys.executable, "run_model_server.py"], tmp_path / "log", REDIS_PORT=str(port)) as process:
         process.wait_for_log("* Model loaded")
@@ -370,7 +372,7 @@ def test_without_redis_the_model_server_says_so_and_recovers(tmp_path: Path) -> 
             assert process.stop() == 0
 
 
-def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
+def test_the_web_logs_a_missing_redis_and_recovers(tmp_path: Path) -> None:
     redis_port, port = free_port(), free_port()
     command = [sys.executable, "run_web_server.py", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
@@ -385,12 +387,12 @@ def test_without_redis_the_web_says_so_and_recovers(tmp_path: Path) -> None:
             assert requests.get(f"{url}/readyz", timeout=10).json()["error"]["code"] == "no_model_server"
 
 
-def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
+def test_a_redis_that_is_too_old_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("image_queue.diagnosis.OLDEST_REDIS", 999)
     monkeypatch.setattr(sys, "argv", ["run_model_server.py"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
 
     assert run_model_server.main() == 2
 
@@ -401,11 +403,11 @@ def test_a_redis_that_is_too_old_ends_with_2_and_a_line(
     ("name", "value", "line"),
     [
         ("MODEL", "ResNet51", "MODEL=ResNet51 is invalid"),
-        ("MODEL", "no/such.keras", "MODEL=no/such.keras is not there"),
+        ("MODEL", "no/such.keras", "MODEL=no/such.keras does not exist"),
         ("IMAGE_WIDTH", "100", "set IMAGE_WIDTH=224."),
     ],
 )
-def test_a_model_that_can_not_be_served_ends_with_2(tmp_path: Path, name: str, value: str, line: str) -> None:
+def test_an_invalid_model_ends_with_code_2(tmp_path: Path, name: str, value: str, line: str) -> None:
     process = Process([sys.executable, "run_model_server.py"], tmp_path / "log", **{name: value})
 
     assert process.popen.wait(120) == 2
@@ -415,7 +417,7 @@ def test_a_model_that_can_not_be_served_ends_with_2(tmp_path: Path, name: str, v
 
 
 def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
-    """What --check prints, with no Redis, and with another MODEL in the environment."""
+    """The result of --check without Redis, with another MODEL in the environment."""
     environment = {**os.environ, **conftest.AS_INSTALLED, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
     command = [sys.executable, "run_model_server.py", "--model", model, "--check", *image]
     return subprocess.run(
@@ -423,13 +425,13 @@ def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> None:
+def test_check_prints_the_predictions_and_the_speed() -> None:
     done = checked("models/efficientnet_lite0.keras")
 
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing of TensorFlow's
-    found_out, image, speed = done.stdout.splitlines()
-    assert found_out == (
+    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing by TensorFlow
+    summary, image, speed = done.stdout.splitlines()
+    assert summary == (
         "models/efficientnet_lite0.keras: input 224x224 RGB, preprocessing none, 1000 labels, "
         "1,000 ImageNet classes: animals, plants, food, vehicles, things"
     )
@@ -441,14 +443,27 @@ def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> N
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["nowhere.keras"], "nowhere.keras is not there"),
+    [(["nowhere.keras"], "nowhere.keras does not exist"),
      (["models/digits.keras", "README.md"], "README.md can't be read as an image")],
 )  # fmt: skip
-def test_a_check_that_can_not_be_made_says_why(arguments: list[str], reason: str) -> None:
+def test_a_failed_check_says_why(arguments: list[str], reason: str) -> None:
     done = checked(*arguments)
 
     assert done.returncode == 2
     assert reason in done.stderr.splitlines()[-1]
+
+
+def test_importing_the_model_server_changes_nothing() -> None:
+    code = (
+        "import os, sys, threading\n"
+        "before = dict(os.environ), threading.active_count()\n"
+        "import run_model_server\n"
+        "assert (dict(os.environ), threading.active_count()) == before\n"
+        "assert 'keras' not in sys.modules"
+    )
+
+    bare = {"PATH": os.environ["PATH"]}  # without what this process has imported and set
+    subprocess.run([sys.executable, "-c", code], cwd=conftest.ROOT, env=bare, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("error", [None, StartupError("no such model")])
@@ -460,7 +475,7 @@ def test_garbage_is_collected_once_the_model_is_loaded(
 
     def load() -> Mock:
         weights = Mock()
-        weights.itself = weights  # a cycle, which only the collector frees
+        weights.itself = weights  # a cycle, which only the garbage collector frees
         left.append(weakref.ref(weights))
         collecting.append(gc.isenabled())
         if error:
@@ -470,7 +485,7 @@ def test_garbage_is_collected_once_the_model_is_loaded(
     monkeypatch.setitem(sys.modules, "model_server.classifier", cast(types.ModuleType, Mock(load=load)))
 
     with pytest.raises(StartupError) if error else nullcontext():
-        run_model_server.loaded_model()
+        startup.load_model()
 
     assert collecting == [False]
     assert gc.isenabled()

@@ -1,4 +1,4 @@
-"""A model of one's own, with what stands beside it: MODEL alone serves it, and another can take its place."""
+"""A user's own model, with its JSON and labels files: setting MODEL is enough, and it can be replaced under load."""
 
 import importlib.util
 import io
@@ -45,12 +45,12 @@ import settings
 from helpers import Shape, StartupError, base64_encode_image
 from image_queue import Job, ServerQueue, WebQueue
 from model_server import classifier
-from run_model_server import ModelServer, fitted
+from model_server.loop import ModelServer, resized
 
 LABELS = ["dark", "medium", "bright"]
 SMALL: Shape = (64, 96, 1)  # height, width, channels
 WEB_PROCESSES = 2  # that run_apache() runs
-LEARNT = 2  # seconds within which every web process knows what a new model takes
+LEARNED = 2  # seconds within which every web process knows the size of a new model
 
 Record = Callable[[str, object], None]
 
@@ -58,7 +58,7 @@ Record = Callable[[str, object], None]
 def save_model(
     path: Path, shape: tuple[int | None, int | None, int] = SMALL, said: Any = None, gain: float = 0.1
 ) -> Path:
-    """Save a small network, and `said` beside it. With this gain pixels of 0 to 255 saturate nothing."""
+    """Save a small network, and `said` as its JSON file. With the default gain, pixels 0..255 do not saturate it."""
     layers = [keras.Input(shape), keras.layers.Conv2D(4, 5, strides=3, activation="relu", kernel_initializer=drawn(1)),
               keras.layers.GlobalAveragePooling2D(),
               keras.layers.Dense(3, activation="softmax", kernel_initializer=drawn(2))]  # fmt: skip
@@ -86,10 +86,10 @@ def pixels_of(shape: Shape, count: int = 2) -> Any:
     return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-# What the file says
+# The JSON file
 
 
-def test_the_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_json_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = {"labels": LABELS, "top": 2, "description": "how bright it is", "width": 96, "height": 64, "channels": 1}
     model = load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
 
@@ -102,7 +102,7 @@ def test_the_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPat
     assert model.about["description"] == "how bright it is"
 
 
-def test_labels_may_be_in_a_file_that_it_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_json_file_may_name_a_labels_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
     (tmp_path / "own.labels.txt").write_text("not\nthese\nthree\n")
 
@@ -111,9 +111,7 @@ def test_labels_may_be_in_a_file_that_it_names(monkeypatch: pytest.MonkeyPatch, 
     assert list(model.facts.labels) == ["a", "b", "c"]
 
 
-def test_a_setting_wins_over_the_file_and_the_file_over_the_default(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_setting_overrides_the_file_and_the_file_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
     said = {"labels": LABELS, "top": 2, "width": 50, "height": 40}
     path = save_model(tmp_path / "any.keras", (None, None, 3), said)
@@ -126,9 +124,7 @@ def test_a_setting_wins_over_the_file_and_the_file_over_the_default(
     assert len(model.decode(np.array([0.1, 0.2, 0.7]))) == 1
 
 
-def test_without_a_file_or_a_setting_a_model_that_takes_any_size_gets_the_usual(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_model_for_any_size_gets_the_default_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = save_model(tmp_path / "any.keras", (None, None, 3))
     path.with_suffix(".labels.txt").write_text("\n".join(LABELS))
 
@@ -148,14 +144,14 @@ WRONG = [
     ({"preprocessing": "std"}, "preprocessing=std is invalid: it must be one of none, scale, tf, torch, caffe."),
     ({"preprocessing": ["tf"]}, 'preprocessing=["tf"] is invalid: it must be one of none'),
     ({"preprocessing": "caffe"}, "preprocessing=caffe is invalid: it must be none, scale or tf for a grey image."),
-    ({"labels": []}, "labels=[] is invalid: it must be a list of texts, or the name of a file beside it"),
-    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] is invalid: it must be a list of texts'),
-    ({"labels": ["a", " ", "c"]}, "makes no sense: it must be a list of texts"),
-    ({"labels": ["a", "\x1b[31mb", "c"]}, "makes no sense: it must be a list of texts"),
-    ({"labels": "nowhere.txt"}, "labels=nowhere.txt is invalid: it must be a list of texts, or the name of a file"),
-    ({"labels": ["a", "b"]}, "gives (3,) values an image, but there are 2 labels: `labels` in "),
+    ({"labels": []}, "labels=[] is invalid: it must be a list of strings, or the name of a file beside it"),
+    ({"labels": ["a", 2, "c"]}, 'labels=["a", 2, "c"] is invalid: it must be a list of strings'),
+    ({"labels": ["a", " ", "c"]}, "is invalid: it must be a list of strings"),
+    ({"labels": ["a", "\x1b[31mb", "c"]}, "is invalid: it must be a list of strings"),
+    ({"labels": "nowhere.txt"}, "labels=nowhere.txt is invalid: it must be a list of strings, or the name of a file"),
+    ({"labels": ["a", "b"]}, "gives (3,) values per image, but there are 2 labels: `labels` in "),
     ({"top": 0}, "top=0 is invalid: it must be a whole number from 1 to 1000."),
-    ({"description": "a\nb"}, "description=a?b is invalid: it must be one line of at most 500 letters."),
+    ({"description": "a\nb"}, "description=a?b is invalid: it must be one line of at most 500 characters."),
     ("[]", "holds [], but it needs an object such as"),
     ("{", "can't be read as JSON"),
     ("[" * 100_000, "can't be read as JSON"),
@@ -164,7 +160,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("said", "line"), WRONG, ids=[line[:40] for _, line in WRONG])
-def test_a_wrong_file_is_refused_with_a_line(
+def test_an_invalid_json_file_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Any, line: str
 ) -> None:
     said = {"labels": LABELS} | said if isinstance(said, dict) else said
@@ -178,7 +174,7 @@ def test_a_wrong_file_is_refused_with_a_line(
     assert len(str(refusal.value)) < 600
 
 
-def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
+def test_the_model_server_ends_with_code_2_and_that_line(tmp_path: Path) -> None:
     path = save_model(tmp_path / "own.keras", said={"labels": LABELS, "tpo": 3})
 
     ended = subprocess.run(
@@ -196,7 +192,7 @@ def test_the_model_server_ends_with_2_and_that_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_a_model_of_channels_that_no_image_has_is_refused(
+def test_a_model_with_2_or_4_channels_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int
 ) -> None:
     path = save_model(tmp_path / "own.keras", (64, 96, channels), {"labels": LABELS})
@@ -205,12 +201,12 @@ def test_a_model_of_channels_that_no_image_has_is_refused(
         load(monkeypatch, path)
 
 
-def test_a_setting_of_another_size_than_the_model_s_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_setting_that_contradicts_the_model_size_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="another size: set IMAGE_WIDTH=96 and IMAGE_CHANS=1"):
         load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
 
 
-def test_a_classifier_of_keras_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_keras_classifier_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODEL": "EfficientNetV2B1", "MODEL_WEIGHTS": "random"}.items():
         monkeypatch.setattr(settings, name, value)
 
@@ -230,7 +226,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 
 
 def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
-    """What each model makes of the images, computed twice, in a process with this backend of Keras."""
+    """The probabilities that each model gives for the images, computed twice, in a process with this backend."""
     np.save(paths[0].with_suffix(".npy"), images)
     code = (
         "import sys, json, numpy as np, settings\nfrom model_server import classifier\n"
@@ -246,8 +242,8 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "float32"), ("jax", "uint8")])
-def test_every_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str) -> None:
-    """The pixels stay as they are, too: a batch that fails is computed again in halves."""
+def test_every_preprocessing_equals_that_of_keras(tmp_path: Path, backend: str, dtype: str) -> None:
+    """The pixels are not modified either: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
         missing(f"{backend} is not installed")
     paths = [
@@ -263,14 +259,14 @@ def test_every_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dt
         assert twice[0] == pytest.approx(expected, abs=1e-4), mode
         assert twice[1] == pytest.approx(expected, abs=1e-4), mode
     for one, other in itertools.combinations(plain, 2):
-        assert np.abs(one - other).max() > 1e-3  # so that a mix-up would show
+        assert np.abs(one - other).max() > 1e-3  # so that a mix-up would be noticed
 
 
 # Jobs of another shape
 
 
 class Shaped:
-    """A classifier of 4x6 RGB images that labels each with its mean, to the nearest ten."""
+    """A classifier of 4x6 RGB images that labels each with its mean, rounded to tens."""
 
     shape = (4, 6, 3)
     batch_size = 32
@@ -288,13 +284,13 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     model_server = ModelServer(cast(classifier.Classifier, Shaped()), queue)
     queue.join()
     yield model_server
-    model_server._computers.shutdown()
-    model_server._answerer.shutdown()
+    model_server._computing.shutdown()
+    model_server._answering.shutdown()
     queue._slot_socket.close()
 
 
 def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[], Any]:
-    """Queue a flat image of this shape, and what is said of it; return what waits for its answer."""
+    """Queue a flat image of this shape, with other fields of the job; return a function that waits for the answer."""
     image = base64_encode_image(np.full(pixels, level, settings.IMAGE_DTYPE))
     job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": pixels} | said
     redis.rpush(settings.IMAGE_QUEUE, json.dumps({name: value for name, value in job.items() if value is not None}))
@@ -308,7 +304,7 @@ def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[],
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_job_of_another_shape_is_resized_with_its_batch_mates(
+def test_jobs_of_other_shapes_are_resized_in_one_batch(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer, dtype: str
 ) -> None:
     monkeypatch.setattr(settings, "IMAGE_DTYPE", dtype)
@@ -320,8 +316,8 @@ def test_a_job_of_another_shape_is_resized_with_its_batch_mates(
     assert [answer()["predictions"][0]["label"] for answer in asked] == ["10", "20", "30", "40", "50"]
 
 
-def test_a_job_without_a_shape_is_taken_as_the_model_s(redis: Redis, server: ModelServer) -> None:
-    """As those of a web that is yet to be upgraded are."""
+def test_a_job_without_a_shape_has_the_shape_of_the_model(redis: Redis, server: ModelServer) -> None:
+    """As jobs from a web server of an older version."""
     right, wrong = queued(redis, 10, (4, 6, 3), shape=None), queued(redis, 20, (224, 224, 3), shape=None)
 
     server.step()
@@ -331,9 +327,7 @@ def test_a_job_without_a_shape_is_taken_as_the_model_s(redis: Redis, server: Mod
 
 
 @pytest.mark.parametrize("shape", [[4, 6], [4, 6, 2], [0, 6, 3], [4.0, 6, 3], "4x6", [10**9, 6, 3], [6, 6, 3], {}])
-def test_a_job_whose_shape_is_rubbish_is_answered_like_its_batch_mates(
-    redis: Redis, server: ModelServer, shape: Any
-) -> None:
+def test_a_job_with_an_invalid_shape_does_not_affect_its_batch(redis: Redis, server: ModelServer, shape: Any) -> None:
     wrong, right = queued(redis, 20, (4, 6, 3), shape=shape), queued(redis, 10, (4, 6, 3))
 
     server.step()
@@ -342,7 +336,7 @@ def test_a_job_whose_shape_is_rubbish_is_answered_like_its_batch_mates(
     assert right()["predictions"][0]["label"] == "10"
 
 
-def test_a_job_is_as_long_as_the_largest_image_and_no_longer(redis: Redis, server: ModelServer) -> None:
+def test_a_job_longer_than_the_largest_image_is_refused(redis: Redis, server: ModelServer) -> None:
     largest, longer = queued(redis, 10, image_queue.LARGEST_SHAPE), queued(redis, 20, (700, 700, 3))
 
     server.step()
@@ -357,20 +351,20 @@ def test_a_job_keeps_its_shape_when_its_server_dies() -> None:
     assert Job.parse(job.dump()) == job
 
 
-def test_resizing_is_bicubic_and_mixes_up_neither_sides_nor_colours() -> None:
+def test_resizing_is_bicubic_and_keeps_sides_and_colors_apart() -> None:
     pixels = colours(0, (90, 60))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
 
-    assert (fitted(pixels, (20, 30, 3)) == expected).all()
+    assert (resized(pixels, (20, 30, 3)) == expected).all()
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((30, 20), Image.Resampling.BICUBIC))
-    assert (fitted(pixels, (20, 30, 1))[:, :, 0] == grey).all()
+    assert (resized(pixels, (20, 30, 1))[:, :, 0] == grey).all()
 
 
-# What the web knows
+# How the web learns the size
 
 
 def beating(monkeypatch: pytest.MonkeyPatch, shape: Any) -> ServerQueue:
-    """A model server of such images that is alive."""
+    """A live model server for images of this shape."""
     server = ServerQueue({"model": "own", "weights": "own.keras", "shape": shape}, 5)
     server.join()
     return server
@@ -382,24 +376,22 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-def test_the_web_takes_the_size_from_who_lives_or_who_lived_last(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_web_takes_the_size_from_the_last_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     web = WebQueue()
     assert web.shape() == (224, 224, 3)
 
     server = beating(monkeypatch, SMALL)
     assert web.shape() == SMALL
     server.leave()
-    assert web.shape() == WebQueue().shape() == SMALL  # another process, too
+    assert web.shape() == WebQueue().shape() == SMALL  # so does another process
     redis.delete(web.shape_key)
     assert web.shape() == SMALL
     assert WebQueue().shape() == (224, 224, 3)
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_model_server_before_its_upgrade_counts_more_than_one_that_is_gone(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It writes a heartbeat alone."""
+def test_a_live_server_of_an_older_version_overrides_a_dead_one(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older version writes only a heartbeat."""
     web = WebQueue()
     beating(monkeypatch, SMALL).leave()
     redis.set(web.server_key("older.1"), json.dumps({"model": "a", "weights": "b", "shape": [20, 30, 3]}), ex=60)
@@ -409,7 +401,7 @@ def test_a_model_server_before_its_upgrade_counts_more_than_one_that_is_gone(
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"shape": [1, 2]}', b'{"shape": SMALL, "server": 7}'])
-def test_rubbish_about_the_size_is_passed_over(redis: Redis, rubbish: bytes) -> None:
+def test_invalid_sizes_in_redis_are_ignored(redis: Redis, rubbish: bytes) -> None:
     web = WebQueue()
     redis.set(web.shape_key, rubbish, ex=60)
     redis.set(web.server_key("odd"), rubbish, ex=60)
@@ -418,7 +410,7 @@ def test_rubbish_about_the_size_is_passed_over(redis: Redis, rubbish: bytes) -> 
 
 
 @pytest.mark.usefixtures("hasty")
-def test_settings_win_over_the_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_override_the_size_of_the_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     beating(monkeypatch, SMALL)
     web = WebQueue()
 
@@ -426,7 +418,7 @@ def test_settings_win_over_the_model_server(redis: Redis, monkeypatch: pytest.Mo
     assert web.shape() == (64, 50, 1)
 
 
-def test_with_all_of_it_set_the_web_asks_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_all_sizes_set_the_web_does_not_ask_redis(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IMAGE_WIDTH", "IMAGE_HEIGHT", "IMAGE_CHANS"):
         monkeypatch.setattr(settings, name, 3)
     web = WebQueue()
@@ -436,7 +428,7 @@ def test_with_all_of_it_set_the_web_asks_nobody(redis: Redis, monkeypatch: pytes
 
 
 class SlowLook:
-    """Looks that last until they are let go on, the n-th of which finds a shape of n x n."""
+    """Refreshes that block until `go_on`; the n-th finds the shape n x n."""
 
     def __init__(self, web: WebQueue, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -449,7 +441,7 @@ class SlowLook:
         return self.count, self.count, 1
 
 
-def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
+def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
     redis_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web = WebQueue()
@@ -457,7 +449,7 @@ def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
     slow = SlowLook(web, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(web.shape)
-        wait_until(lambda: slow.count, "it looks")
+        wait_until(lambda: slow.count, "the refresh has begun")
         assert {web.shape() for _ in range(8)} == {(224, 224, 3)}
         slow.go_on.set()
 
@@ -465,16 +457,14 @@ def test_one_thread_looks_and_the_others_go_on_with_what_was_known(
     assert slow.count == 1
 
 
-def test_after_a_quiet_time_all_wait_for_the_look_but_not_for_long(
-    redis_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a crowd that comes to a web process that has just begun, or idled, would get what was right an hour ago."""
+def test_after_an_idle_time_all_wait_for_the_refresh(redis_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the first requests to a web process that was idle would get a size that is an hour old."""
     web = WebQueue()
     slow = SlowLook(web, monkeypatch)
     with ThreadPoolExecutor(8) as pool:
         looking = pool.submit(web.shape)
-        wait_until(lambda: slow.count, "it looks")
-        assert web.shape() == (224, 224, 3)  # Redis may be gone, and nobody waits for that here
+        wait_until(lambda: slow.count, "the refresh has begun")
+        assert web.shape() == (224, 224, 3)  # the wait is limited, since Redis may be down
         crowd = [pool.submit(web.shape) for _ in range(7)]
         slow.go_on.set()
 
@@ -482,7 +472,7 @@ def test_after_a_quiet_time_all_wait_for_the_look_but_not_for_long(
     assert slow.count == 1
 
 
-def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_refresh_keeps_the_cached_size(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("image_queue.web_queue.SHAPE_REFRESH", 0.0)
     server, web = beating(monkeypatch, SMALL), WebQueue()
     assert web.shape() == SMALL
@@ -499,19 +489,19 @@ def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pyte
 
 
 def photos(count: int) -> list[bytes]:
-    """Pictures of several sizes, the later ones darker, that the model tells apart."""
+    """Pictures of several sizes, each darker than the one before, that the model can tell apart."""
     pixels = [colours(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
     return [saved(Image.fromarray(each.astype(np.uint8)), "PNG") for each in pixels]
 
 
 def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]) -> Any:
-    """What plain Keras says of these files."""
+    """The probabilities that plain Keras gives for these files."""
     opened = [Image.open(io.BytesIO(data)).convert("L").resize((96, 64), Image.Resampling.BICUBIC) for data in images]
     pixels = np.stack([np.asarray(each, np.float32)[:, :, np.newaxis] for each in opened])
     return keras.saving.load_model(path).predict(prepare(pixels), verbose=0)
 
 
-def test_a_grey_model_of_another_size_needs_model_alone(redis_port: int, tmp_path: Path) -> None:
+def test_a_grey_model_of_another_size_needs_only_its_path(redis_port: int, tmp_path: Path) -> None:
     said = {"labels": LABELS, "preprocessing": "scale", "top": 3}
     path = save_model(tmp_path / "grey.keras", said=said, gain=5)
     images = photos(12)
@@ -526,26 +516,26 @@ def test_a_grey_model_of_another_size_needs_model_alone(redis_port: int, tmp_pat
         assert {each["label"]: each["probability"] for each in got} == pytest.approx(
             dict(zip(LABELS, map(float, expected), strict=True)), abs=1e-4
         )
-    assert np.ptp(plain, axis=0).max() > 1e-2  # so that a mix-up would show
+    assert np.ptp(plain, axis=0).max() > 1e-2  # so that a mix-up would be noticed
     assert metadata["inputs"][0]["shape"] == [-1, *SMALL]
     assert server["shape"] == list(SMALL)
 
 
 def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[int, ...]]:
-    """The shapes in which the web processes at `url` queue so many images, while no model server takes them."""
+    """The shapes in which the web processes at `url` queue `count` images, while no model server takes them."""
     image = photos(1)[0]
     before = redis.llen(queue)
     with ThreadPoolExecutor(count) as pool:
         for _ in range(count):
             pool.submit(Service(url).post, image, timeout=20)
-        wait_until(lambda: redis.llen(queue) == before + count, "they are queued")
+        wait_until(lambda: redis.llen(queue) == before + count, "the images are queued")
         shapes = {tuple(json.loads(job)["shape"]) for job in redis.lrange(queue, before, -1)}
         redis.delete(queue)
     return shapes
 
 
-def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Path) -> None:
-    """Those that run, within seconds, and those that begin while no model server is alive, at once."""
+def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path) -> None:
+    """Running processes learn it within seconds; those started while no model server is alive know it at once."""
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
     queue = f"queue-{free_port()}"
     limits: Any = {"IMAGE_QUEUE": queue, "REQUEST_TIMEOUT": "3"}
@@ -554,7 +544,7 @@ def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Pa
         with running([sys.executable, "run_model_server.py"], tmp_path / "log", MODEL=str(path), IMAGE_QUEUE=queue):
             wait_until(lambda: redis.exists(f"{queue}:shape"), "the model server has joined", 120)
             joined = time.monotonic()
-        wait_until(lambda: time.monotonic() > joined + LEARNT, "the web may know")
+        wait_until(lambda: time.monotonic() > joined + LEARNED, "the web has had time to learn it")
         assert redis.keys(f"{queue}:server:*") == []
         assert queued_shapes(url, redis, queue, 16) == {SMALL}
     with run_apache(**limits) as url:
@@ -562,7 +552,7 @@ def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Pa
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_another_model_takes_the_place_of_one_under_load_and_no_request_fails(
+def test_replacing_the_model_under_load_loses_no_request(
     redis: Redis, tmp_path: Path, end: signal.Signals, record_property: Record
 ) -> None:
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
@@ -579,7 +569,7 @@ def test_another_model_takes_the_place_of_one_under_load_and_no_request_fails(
             service.servers[0].stop(end)
             gone = time.monotonic()
             with run_model_server(tmp_path / "grey", MODEL=str(path), IMAGE_QUEUE=service.queue) as server:
-                wait_until(lambda: sum(begun > gone + LEARNT for begun, _ in answers) > 300, "so does the second", 60)
+                wait_until(lambda: sum(begun > gone + LEARNED for begun, _ in answers) > 300, "so does the second", 60)
                 over.set()
                 for client in clients:
                     client.result(60)
@@ -597,15 +587,15 @@ def test_another_model_takes_the_place_of_one_under_load_and_no_request_fails(
 
 
 def commands(redis: Redis) -> Counter[str]:
-    """How often the web has given each command to Redis."""
+    """How often the web has sent each command to Redis."""
     stats = cast(dict[str, dict[str, int]], redis.info("commandstats"))
     calls = Counter({name.removeprefix("cmdstat_"): about["calls"] for name, about in stats.items()})
-    calls["exists"] -= calls["ltrim"]  # a model server's, which asks for its heartbeat with each answered batch
+    calls["exists"] -= calls["ltrim"]  # the model server checks its heartbeat with each answered batch
     return Counter({name: calls[name] for name in ("rpush", "multi", "exec", "blpop", "get", "exists", "mget")})
 
 
 def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter[str], float]:
-    """The commands that these requests make, and the seconds that they take."""
+    """The commands that these requests cause, and the seconds that they take."""
     service = Service(url)
     before, begun = commands(redis), time.monotonic()
     with ThreadPoolExecutor(8) as pool:
@@ -613,8 +603,8 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
     return commands(redis) - before, time.monotonic() - begun
 
 
-def test_a_request_asks_no_more_of_redis_than_with_the_size_set(tmp_path: Path, record_property: Record) -> None:
-    """But for what each web process looks up once a second."""
+def test_learning_the_size_costs_no_command_per_request(tmp_path: Path, record_property: Record) -> None:
+    """Each web process only looks it up once a second."""
     port, images = free_port(), photos(20) * 20
     where: Any = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
     size: Any = {"IMAGE_WIDTH": "224", "IMAGE_HEIGHT": "224", "IMAGE_CHANS": "3"}
@@ -631,5 +621,5 @@ def test_a_request_asks_no_more_of_redis_than_with_the_size_set(tmp_path: Path, 
     assert with_size["rpush"] >= len(images)
     assert 2 <= extra["get"] <= WEB_PROCESSES * (seconds + 2)
     assert extra.total() <= 2 * WEB_PROCESSES * (seconds + 2)
-    assert len(images) > 4 * WEB_PROCESSES * (seconds + 2)  # so that one command a request would show
-    record_property("figures", f"{extra.total()} commands more for {len(images)} requests in {seconds:.1f} s")
+    assert len(images) > 4 * WEB_PROCESSES * (seconds + 2)  # so that one command per request would be noticed
+    record_property("figures", f"{extra.total()} more commands for {len(images)} requests in {seconds:.1f} s")

@@ -35,7 +35,7 @@ def test_the_web_never_imports_keras() -> None:
 
 
 def test_the_model_side_never_imports_flask() -> None:
-    modules = imported_by("import run_model_server, model_server.classifier")
+    modules = imported_by("import run_model_server, model_server.applications, model_server.model_loading")
 
     assert "keras" in modules
     assert not modules & {"flask", "run_web_server"}

@@ -16,10 +16,9 @@ from conftest import Service, free_port, run_apache, run_redis, running, wait_un
 from redis import Redis
 from test_model_server import MeanClassifier, push
 
-from helpers import notify_systemd
 from image_queue import ServerQueue
 from model_server.classifier import Classifier
-from run_model_server import ModelServer
+from model_server.loop import ModelServer, notify_systemd
 
 LONG = 2.0  # seconds without a word that count as silence: idle there are four in each
 

@@ -1,0 +1,61 @@
+"""What Keras downloads: where it keeps it, and why a download failed. Only fetch() imports Keras."""
+
+import http.client
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import settings
+from helpers import StartupError
+from model_server.keras_import import import_keras
+from model_server.model_file import first_line
+
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait forever
+# What a download may raise besides the errors of urllib, which Keras turns into lines that name the address.
+CUT_OFF = (TimeoutError, ConnectionError, http.client.HTTPException)
+
+
+def keras_downloads() -> Path:
+    """Return the folder where Keras keeps its downloads, found as Keras finds it: asking Keras itself takes seconds."""
+    home = os.path.expanduser("~")  # stays "~" where there is no home
+    default = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")  # noqa: S108 - Keras' choice
+    base = Path(os.path.expanduser(os.environ.get("KERAS_HOME", default)))
+    existing = next(each for each in (base, *base.parents) if each.exists())
+    return (base if os.access(existing, os.W_OK) else Path("/tmp/.keras")) / "models"  # noqa: S108
+
+
+def fetch() -> None:
+    """Download what MODEL needs with its ImageNet weights, unless Keras has it cached; exit with the reason if not."""
+    try:
+        import_keras()
+        from model_server import applications  # noqa: PLC0415 - imports Keras
+
+        applications.load()
+    except Exception as error:
+        raise SystemExit(why_not_fetched(error.__cause__ or error)) from None
+
+
+def download(call: Callable[[], Any]) -> Any:
+    """Return call(), which lets Keras download what is not cached, with a timeout. Raises StartupError."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return call()
+    except Exception as error:
+        url = next((word.rstrip(":") for word in str(error).split() if word.startswith(("https:", "http:"))), "")
+        if not (url or isinstance(error, CUT_OFF) or "corrupted file" in str(error)):
+            raise
+        raise StartupError(
+            f"{url or f'What MODEL={settings.MODEL} needs'} can't be fetched ({why_not_fetched(error)}): get it where "
+            f"there is internet and put it in {keras_downloads()}/, or set MODEL=models/efficientnet_lite0.keras, "
+            "which needs nothing."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def why_not_fetched(error: BaseException) -> str:
+    """Return only the reason: Keras puts the address and " -- " before it."""
+    return first_line(error).rpartition(" -- ")[2]

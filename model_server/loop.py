@@ -1,0 +1,225 @@
+"""The model server's loop: takes batches from the queue, computes them, and hands out the answers."""
+
+import logging
+import os
+import socket
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import FrameType
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from redis.exceptions import RedisError
+
+import settings
+from helpers import Pixels, Shape, base64_decode_image, pauses
+from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, failed
+from model_server import metrics
+from model_server.batching import BATCHES_AT_ONCE
+from model_server.classifier import Classifier, Probabilities
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = failed("The image did not arrive as it was sent: IMAGE_* must be the same for web and model server.")
+BROKEN = failed("The model could not classify this image; try another.")
+
+
+class Computed(NamedTuple):
+    """A computed batch: a result for each image that could be decoded, in order, and the seconds that it took."""
+
+    batch: Batch
+    results: list[Probabilities | Exception]
+    seconds: float
+
+
+class ModelServer:
+    """A model server at work; each step() takes one batch.
+
+    The main thread takes and decodes batches, BATCHES_AT_ONCE threads compute them, and one thread hands out the
+    answers in the order in which the batches were taken. So computing never waits for Redis while there is work.
+    """
+
+    def __init__(self, classifier: Classifier, queue: ServerQueue) -> None:
+        self.classifier = classifier
+        self.queue = queue
+        self.stopping = False
+        self._computing = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="compute")
+        self._answering = ThreadPoolExecutor(1, thread_name_prefix="answer")
+        self._in_flight: deque[Future[None]] = deque()  # each done when its batch is answered; oldest first
+        self._unsent: deque[Computed] = deque()  # the first is being handed out, or Redis failed when it was
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        """Signal handler: finish the batches being computed, then leave."""
+        self.stopping = True
+
+    def run(self) -> None:
+        """Serve until stop() is called; survive every loss of Redis."""
+        self._join()
+        while not self.stopping:
+            try:
+                self.step()
+            except HeartbeatExpired:
+                log.warning("The heartbeat lapsed: joining again")
+                self._join()
+            except RedisError as error:
+                self.queue.log_redis_error(error, 0)
+                self._join()
+        notify_systemd("STOPPING=1")
+        self._leave()
+
+    def step(self) -> None:
+        """Take a batch and start computing it, or wait SERVER_SLEEP for one.
+
+        Raises HeartbeatExpired and RedisError, also those met while earlier batches were answered.
+        """
+        self.queue.beat()
+        notify_systemd("WATCHDOG=1")
+        self.settle(BATCHES_AT_ONCE)
+        batch = self._take(self.classifier.batch_size, settings.SERVER_SLEEP)
+        if not batch.entries:
+            self.settle()  # a suspect may be waiting, which is taken only when nothing else is in flight
+            return
+        if len(self._in_flight) == BATCHES_AT_ONCE:
+            self.settle(BATCHES_AT_ONCE - 1)
+            batch += self._take(self.classifier.batch_size - len(batch.jobs))  # fill up with what came meanwhile
+            self.queue.count("expired", batch.drop_expired())
+        if self.stopping:
+            return  # _leave() requeues what was taken
+        computing = self._computing.submit(self._classify, batch)
+        self._in_flight.append(self._answering.submit(self._answer, batch, computing))
+        if batch.suspect:
+            self.settle()
+
+    def settle(self, most: int = 0) -> None:
+        """Wait until at most `most` batches are in flight. Raises HeartbeatExpired and RedisError of their answers."""
+        while self._in_flight and (len(self._in_flight) > most or self._in_flight[0].done()):
+            self._in_flight.popleft().result()
+
+    def _take(self, most: int, wait: float = 0) -> Batch:
+        batch = self.queue.take(most, wait, ahead=bool(self._in_flight))
+        batch.images = [self._decode(job) for job in batch.jobs]
+        return batch
+
+    def _decode(self, job: Job) -> Pixels | None:
+        try:
+            pixels = base64_decode_image(job.image, settings.IMAGE_DTYPE, job.shape or self.classifier.shape)
+        except ValueError as error:
+            log.error("The image of request %s can't be decoded: %s", job.request or job.id, error)
+            return None
+        return resized(pixels, self.classifier.shape)
+
+    def _classify(self, batch: Batch) -> Computed:
+        images = [image for image in batch.images if image is not None]
+        if not images:
+            return Computed(batch, [], 0.0)
+        stacked = np.stack(images)
+        names = [job.request for job in batch.jobs]
+        log.info("* Batch size: %s of requests %s", stacked.shape, " ".join(names), extra={"requests": names})
+        metrics.BATCHES.observe(len(stacked))
+        begun = time.monotonic()
+        results = self.classifier.classify(stacked)
+        seconds = time.monotonic() - begun
+        metrics.COMPUTE.observe(seconds)
+        return Computed(batch, results, seconds)
+
+    def _answer(self, batch: Batch, computing: Future[Computed]) -> None:
+        self._unsent.append(computing.result())
+        if len(self._unsent) == 1:  # otherwise an earlier batch, at the head of the taken list, could not be sent
+            self._send_oldest(batch.entries)
+
+    def _send_oldest(self, entries: int) -> None:
+        """Hand out the answers to the oldest unsent batch, and remove so many `entries` from the taken list."""
+        batch, results, seconds = self._unsent[0]
+        each = iter(results)
+        pairs = zip(batch.jobs, batch.images, strict=True)
+        timing = {"compute_s": seconds, "batch": len(results)}
+        answers = [UNREADABLE if image is None else self._answer_to(job, next(each), timing) for job, image in pairs]
+        try:
+            self.queue.answer(batch.jobs, answers, entries)
+        except HeartbeatExpired:  # the answers went out all the same
+            self._sent(answers)
+            raise
+        self._sent(answers)
+
+    def _sent(self, answers: list[Answer]) -> None:
+        self._unsent.popleft()
+        for answer in answers:
+            outcome = "unreadable" if answer is UNREADABLE else "model_failed" if answer is BROKEN else "classified"
+            metrics.OUTCOMES.labels(outcome).inc()
+
+    def _answer_to(self, job: Job, result: Probabilities | Exception, timing: Answer) -> Answer:
+        if isinstance(result, Exception):
+            log.error("The image of request %s broke the model", job.request, exc_info=result)
+            return BROKEN
+        decoded = self.classifier.decode(result, job.top)
+        predictions = [{"label": label, "probability": probability} for label, probability in decoded]
+        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, **timing}
+
+    def _join(self) -> None:
+        """Finish what is in flight, hand out unsent answers, and write a new heartbeat; wait for Redis if need be."""
+        while self._in_flight:
+            self._in_flight.popleft().exception()  # only wait: _send_late() sends what could not be sent
+        for pause in pauses():
+            if self.stopping:
+                return
+            notify_systemd("WATCHDOG=1")  # a restart would not bring Redis back
+            try:
+                self._send_late()
+                self.queue.join()
+                log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
+                notify_systemd("READY=1")
+                return
+            except RedisError as error:
+                self.queue.log_redis_error(error, pause)
+                self._sleep(pause)
+
+    def _send_late(self) -> None:
+        """Hand out answers to jobs that came through a lost connection, or from a Redis that has restarted."""
+        while self._unsent:
+            jobs = self._unsent[0].batch.jobs
+            with suppress(HeartbeatExpired):  # expected: this server is about to join again
+                self._send_oldest(entries=0)  # they are no longer in a taken list of ours
+            log.info("Answered %d images late", len(jobs))
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self.stopping and time.monotonic() < until:
+            time.sleep(0.05)  # short, because the signal handler only sets a flag
+
+    def _leave(self) -> None:
+        self._computing.shutdown()
+        self._answering.shutdown()
+        try:
+            self._send_late()
+            self.queue.leave()
+        except RedisError as error:
+            self.queue.log_redis_error(error, 0, "what was taken goes back when the heartbeat lapses")
+
+
+def resized(pixels: Pixels, shape: Shape) -> Pixels:
+    """Return `pixels`, 0..255 in any shape, in this `shape`.
+
+    They differ where a job was queued for another model, or before the web knew this one's shape.
+    """
+    if pixels.shape == shape:
+        return pixels
+    height, width, channels = shape
+    levels = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0])
+    image = image.convert("RGB" if channels == 3 else "L")
+    small = image.resize((width, height), Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
+    return np.asarray(small, dtype=settings.IMAGE_DTYPE).reshape(shape)
+
+
+def notify_systemd(state: str) -> None:
+    """Send a state to systemd, such as READY=1 (sd_notify(3)); does nothing without NOTIFY_SOCKET."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+        messenger.settimeout(1)  # never hang on a systemd that does not listen
+        messenger.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+        messenger.send(state.encode())

@@ -1,0 +1,83 @@
+"""Gives up root, since root never parses untrusted input."""
+
+import ctypes
+import encodings
+import importlib
+import logging
+import os
+import pkgutil
+import pwd
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
+
+import settings
+from helpers import StartupError
+
+log = logging.getLogger(__name__)
+
+PR_SET_NO_NEW_PRIVS = 38  # prctl.h
+UNPRIVILEGED = ("www-data", "nobody")
+TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")  # options of REDIS_URL
+
+
+def give_up_root() -> None:
+    """Become an ordinary user if started as root. Raises StartupError.
+
+    The code, Python itself and the model may be readable only by root, for example under /root. So all files that would
+    be read later are read first.
+    """
+    if os.geteuid() != 0:
+        return
+    _read_ahead()
+    try:
+        user = _unprivileged_user()
+        os.setgroups([])
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    except OSError as error:
+        message = f"Root can't become {UNPRIVILEGED[0]} ({error}): start the model server as another user."
+        raise StartupError(message) from None
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl:
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no program that it starts can become root either
+    log.info("Root has become %s", user.pw_name)
+
+
+def _read_ahead() -> None:
+    """Read the files that serving would open later: Python's encodings, and the TLS files of each Redis connection.
+
+    The model is warmed up, so it needs no more files.
+    """
+    try:
+        raise LookupError
+    except LookupError:
+        traceback.format_exc()  # imports what the log needs for a traceback
+    for module in pkgutil.iter_modules(encodings.__path__, "encodings."):
+        with suppress(ImportError):  # some are for Windows
+            importlib.import_module(module.name)
+    address, _, options = settings.REDIS_URL.partition("?")
+    if options:
+        pairs = parse_qsl(options, keep_blank_values=True)
+        kept = [(name, _in_memory(value) if name in TLS_FILES else value) for name, value in pairs]
+        settings.REDIS_URL = f"{address}?{urlencode(kept)}"
+
+
+def _in_memory(path: str) -> str:
+    """Return the path of an in-memory copy of the file at `path`, which only this process can open."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return path  # the Redis client reports it at each attempt, until the file is there
+    copy = os.memfd_create(Path(path).name)
+    with open(copy, "wb", closefd=False) as file:
+        file.write(content)
+    return f"/proc/self/fd/{copy}"
+
+
+def _unprivileged_user() -> pwd.struct_passwd:
+    for name in UNPRIVILEGED:
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise OSError("there is no such user")
