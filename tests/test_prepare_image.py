@@ -15,6 +15,7 @@ from samples import colours, saved
 
 import settings
 from helpers import Pixels
+from web import image_colors
 from web import image_preparation as preparation
 
 TARGET = (224, 224)
@@ -526,7 +527,7 @@ def test_large_images_are_resized_in_strips_to_the_same_pixels(monkeypatch: pyte
     files = [sample.data for sample in samples.samples()]
     whole = [prepare(data) for data in files]
 
-    monkeypatch.setattr(preparation, "STRIP_PIXELS", 20_000)
+    monkeypatch.setattr(image_colors, "STRIP_PIXELS", 20_000)
 
     for expected, data in zip(whole, files, strict=True):
         assert np.abs(prepare(data).astype(int) - expected).max() <= 1
