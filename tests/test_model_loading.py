@@ -17,7 +17,7 @@ import sample_models as models
 from conftest import wait_until
 from PIL import Image
 from redis import Redis
-from samples import colours, saved
+from samples import colors, saved
 
 import run_model_server
 import run_web_server
@@ -26,7 +26,7 @@ from image_queue import ServerQueue
 from model_server import classifier
 from run_model_server import ModelServer
 
-PICTURE = Image.fromarray(colours(1, (40, 30)))
+PICTURE = Image.fromarray(colors(1, (40, 30)))
 
 
 @pytest.fixture(scope="session")

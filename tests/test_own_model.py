@@ -38,7 +38,7 @@ from conftest import (
 from PIL import Image
 from redis import Redis
 from redis.exceptions import RedisError
-from samples import colours, saved
+from samples import colors, saved
 
 import image_queue
 import settings
@@ -358,7 +358,7 @@ def test_a_job_keeps_its_shape_when_its_server_dies() -> None:
 
 
 def test_resizing_is_bicubic_and_mixes_up_neither_sides_nor_colours() -> None:
-    pixels = colours(0, (90, 60))
+    pixels = colors(0, (90, 60))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
 
     assert (fitted(pixels, (20, 30, 3)) == expected).all()
@@ -500,7 +500,7 @@ def test_a_look_that_fails_leaves_what_was_known(redis: Redis, monkeypatch: pyte
 
 def photos(count: int) -> list[bytes]:
     """Pictures of several sizes, the later ones darker, that the model tells apart."""
-    pixels = [colours(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
+    pixels = [colors(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
     return [saved(Image.fromarray(each.astype(np.uint8)), "PNG") for each in pixels]
 
 
