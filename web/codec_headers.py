@@ -93,8 +93,8 @@ def av1_sizes(header: bytes) -> list[tuple[int, int]]:
         skip_operating_points(bits)
     width_bits, height_bits = bits.take(4) + 1, bits.take(4) + 1
     width, height = bits.take(width_bits) + 1, bits.take(height_bits) + 1
-    # A frame of a film may state another size in as many bits, and the decoder does not compare the two. Encoders use
-    # no more bits than they need, so a good frame is at most four times as large.
+    # A frame of a sequence may state another size in as many bits, and the decoder does not compare the two. Encoders
+    # use no more bits than they need, so a good frame is at most four times as large.
     return [(width, height)] if is_still else [(width, height), (2 ** (width_bits - 1), 2 ** (height_bits - 1))]
 
 

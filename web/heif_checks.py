@@ -17,12 +17,12 @@ MAX_DECODED = 2.5  # times the pixel limit, in all tiles and alphas together
 
 METADATA_ITEMS = (b"Exif", b"mime", b"uri ")
 CODECS = {b"hvc1": "HEIC", b"av01": "AVIF"}
-# The brands of films, and those of still images that replace them.
-FILMS = {b"avis": b"avif", b"msf1": b"mif1", b"hevc": b"heic", b"hevx": b"heix", b"hevm": b"heim", b"hevs": b"heis"}
+# The brands of image sequences, and those of still images that replace them.
+BRANDS = {b"avis": b"avif", b"msf1": b"mif1", b"hevc": b"heic", b"hevx": b"heix", b"hevm": b"heim", b"hevs": b"heis"}
 
 
 def strip_heif(data: bytes, max_pixels: int) -> tuple[bytes, str]:
-    """Return the file with metadata and films hidden, and its format: HEIC or AVIF.
+    """Return the file with metadata and image sequences hidden, and its format: HEIC or AVIF.
 
     Raises Bomb, TooManyPixels, and what HeifFile does if the file is damaged or in another codec.
     """
@@ -104,11 +104,11 @@ def hevc_units(file: HeifFile, item: int, budget: Budget) -> Iterator[bytes]:
 
 
 def hiding_patches(file: HeifFile) -> dict[int, bytes]:
-    """Return the patches that hide films, and metadata, whose orientation must not count."""
+    """Return the patches that hide image sequences and metadata: the orientation in its EXIF must not count."""
     patches = {box.kind_at: b"free" for box in file.found[b"moov"]}
     for box in file.found[b"ftyp"]:
-        brands = [at for at in range(box.body, box.end - 3, 4) if file.data[at : at + 4] in FILMS]
-        patches |= {at: FILMS[file.data[at : at + 4]] for at in brands}
+        brands = [at for at in range(box.body, box.end - 3, 4) if file.data[at : at + 4] in BRANDS]
+        patches |= {at: BRANDS[file.data[at : at + 4]] for at in brands}
     for box in file.found[b"infe"]:
         _, at = file.item_type(box)
         if file.data[at : at + 4] in METADATA_ITEMS:

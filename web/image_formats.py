@@ -51,7 +51,7 @@ START_BYTES = 1000  # that are examined to name an unsupported file
 
 # Keys in the `info` of a JPEG: strip_jpeg's bytes_at_any_scale, and whether only the end marker is missing.
 BYTES_AT_ANY_SCALE = "bytes kept for each pixel at any scale"
-LACKS_END = "complete but for the end marker"
+LACKS_END = "complete except for the end marker"
 
 # Python keeps the text of each warning it has shown, and one file can cause thousands.
 warnings.filterwarnings("ignore", module="PIL")

@@ -32,8 +32,7 @@ class Jpeg(NamedTuple):
 def strip_jpeg(data: bytes) -> Jpeg:
     """Return the JPEG without its metadata. Raises Bomb if its first image has too many segments or scans.
 
-    Pillow joins EXIF segments one by one, so many small ones would take minutes, and it parses tables that libjpeg does
-    not use.
+    Pillow would take minutes to join many small EXIF segments, and it parses tables that libjpeg does not use.
     """
     cuts, exif, tables = list[tuple[int, int]](), [0], [0]
     frame, scans, has_end = b"", list[bytes](), False

@@ -4,7 +4,7 @@ import struct
 
 from samples import saved
 
-from hostile.heif import av1_pixels, avif_item, exif_item, film, ispe, make_heif
+from hostile.heif import av1_pixels, avif_item, exif_item, ispe, make_heif, sequence
 from hostile.parts import CLAIM, SMALL, Maker, replaced, written
 
 
@@ -24,10 +24,10 @@ READABLE: dict[str, Maker] = {
     ),
     "animated": written("RGB", "AVIF", speed=10, save_all=True, append_images=[SMALL.rotate(90)]),
 }  # fmt: skip
-BROKEN: dict[str, Maker] = {"film": lambda: film(b"avis")}
+BROKEN: dict[str, Maker] = {"image sequence only": lambda: sequence(b"avis")}
 BOMBS: dict[str, Maker] = {
     "50,000 x 50,000 pixels": lambda: make_avif(ispe(CLAIM, CLAIM)),
     "codec header larger than the boxes say": lambda: make_avif(pixels=av1_pixels(16_000, 16_000)),
     "4 million OBUs": lambda: make_avif(pixels=b"\x12\0" * 4_000_000),
 }
-HARMLESS_BOMBS: dict[str, Maker] = {"film that claims 2 billion frames": billions_of_frames}
+HARMLESS_BOMBS: dict[str, Maker] = {"image sequence that claims 2 billion frames": billions_of_frames}

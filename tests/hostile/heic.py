@@ -2,7 +2,19 @@
 
 import struct
 
-from hostile.heif import box, coded, exif_item, film, full_box, grid, grid_data, heic_item, hevc_header, ispe, make_heif
+from hostile.heif import (
+    box,
+    coded,
+    exif_item,
+    full_box,
+    grid,
+    grid_data,
+    heic_item,
+    hevc_header,
+    ispe,
+    make_heif,
+    sequence,
+)
 from hostile.jpeg import make_jpeg
 from hostile.parts import CLAIM, Maker, written
 
@@ -59,7 +71,7 @@ BROKEN: dict[str, Maker] = {
     "coded as JPEG": lambda: make_heif((b"jpeg", [ispe(60, 40)], make_jpeg())),
     "uncompressed pixels": lambda: make_heif((b"unci", [ispe(60, 40)], b"\0" * 9999)),
     "grid with too few tiles": lambda: make_heif(grid(2, 2, 120, 80), heic_item(), links=[(b"dimg", 1, [2])]),
-    "film": lambda: film(b"hevc", b"msf1"),
+    "image sequence only": lambda: sequence(b"hevc", b"msf1"),
     "MP4": lambda: box(b"ftyp", b"isom\0\0\0\0mp42") + box(b"moov", b"\0" * 100),
 }
 BOMBS: dict[str, Maker] = {

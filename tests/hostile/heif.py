@@ -125,6 +125,6 @@ def exif_item(data: bytes = b"") -> Item:
     return b"Exif", [], data
 
 
-def film(brand: bytes, compatible: bytes = b"") -> bytes:
-    """A file with a film and no still image."""
+def sequence(brand: bytes, compatible: bytes = b"") -> bytes:
+    """A file with an image sequence and no still image."""
     return box(b"ftyp", brand, b"\0\0\0\0", brand, compatible) + box(b"moov", box(b"mvhd", b"\0" * 100))
