@@ -116,7 +116,7 @@ def start_browser() -> Chrome:
 
 
 def save(browser: Chrome, path: Path, size: dict[str, Any]) -> None:
-    """Save the whole page, in as many colours as a small file has."""
+    """Save the whole page, in as many colors as a small file has."""
     height = browser.execute_script("return document.documentElement.scrollHeight")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": height})
     picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")

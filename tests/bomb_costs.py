@@ -1,6 +1,6 @@
-"""Print what each bomb of hostile.py costs the web, one JSON object a line: seconds of CPU, megabytes of memory.
+"""Print what each bomb costs the web, one JSON object a line: seconds of CPU, megabytes of memory.
 
-Other load on a machine makes even CPU time up to twice as long; a fixed piece of work beside it takes that out.
+Other load on a machine can double even CPU time, so the seconds are divided by the slowness of a fixed piece of work.
 """
 
 import ctypes
@@ -24,33 +24,24 @@ from helpers import ServiceError  # noqa: E402
 from web.image_preparation import open_image, prepare_image  # noqa: E402
 from web.process import limit_malloc  # noqa: E402
 
-QUIET = 0.022  # seconds
+QUIET = 0.022  # seconds that slowness() takes on the machine of the limit, when idle
 NOTABLE = 0.05  # seconds
 
 
 def main() -> None:
     limit_malloc()
-    for form in (
-        "PNG",
-        "JPEG",
-        "GIF",
-        "WEBP",
-        "BMP",
-        "TIFF",
-        "HEIF",
-        "AVIF",
-    ):  # whose decoders are imported when first used
-        outcome(samples.saved(hostile.SMALL, form))
-    for name, make in hostile.BOMBS.items():
+    for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "HEIF", "AVIF"):
+        outcome(samples.saved(hostile.SMALL, form))  # imports its decoder
+    for name, make in (hostile.BOMBS | hostile.HARMLESS_BOMBS).items():
         data = make()
         costs = [in_a_child(partial(cost, data))]
-        if costs[0]["seconds"] > NOTABLE:  # the least of three, since what else the machine does only adds to it
+        if costs[0]["seconds"] > NOTABLE:  # take the least of three: other load only adds to it
             costs += [in_a_child(partial(cost, data)) for _ in range(2)]
         print(json.dumps({"name": name} | min(costs, key=lambda cost: cost["seconds"])), flush=True)
 
 
 def in_a_child(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `measure` returns in a process that nothing else was measured in."""
+    """Return what `measure` returns in a new process."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -64,8 +55,8 @@ def in_a_child(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def cost(data: bytes) -> dict[str, Any]:
-    ctypes.CDLL(None).malloc_trim(0)  # so that what was free before is not used unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory freed earlier is not reused unseen
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = peak_megabytes(), time.process_time()
     end = outcome(data)
     seconds = time.process_time() - started
@@ -73,14 +64,14 @@ def cost(data: bytes) -> dict[str, Any]:
 
 
 def slowness() -> float:
-    """How much longer than on the quiet machine that the limit is for a fixed piece of Python takes now; 1 or more."""
+    """Return how many times longer than QUIET a fixed piece of work takes now; at least 1."""
     started = time.process_time()
     sum(number % 7 for number in range(500_000))
     return max(1.0, (time.process_time() - started) / QUIET)
 
 
 def outcome(data: bytes) -> str:
-    with tempfile.SpooledTemporaryFile(500 * 1024) as upload:  # as Werkzeug has it
+    with tempfile.SpooledTemporaryFile(500 * 1024) as upload:  # as in Werkzeug
         upload.write(data)
         upload.seek(0)
         try:

@@ -25,6 +25,8 @@ import requests
 from redis import Redis
 from redis.exceptions import RedisError
 
+pytest.register_assert_rewrite("browser")  # before it is imported
+
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 START_LIMIT = 240  # seconds that a model server may take to start on a busy machine

@@ -1213,8 +1213,8 @@ def test_the_stress_test_draws_what_it_measured(serve: Serve, image: Path, tmp_p
     with Image.open(tmp_path / "load.png") as picture:
         assert picture.width > picture.height > 300
         blue, red = (31, 119, 180), (214, 39, 40)  # of what was answered and of what failed
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
-        assert {blue, red} <= colours
+        colors = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
+        assert {blue, red} <= colors
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def test_every_variable_of_compose_is_a_setting_with_its_default(name: str) -> N
 
 READ_BY = {
     "web": ["run_web_server.py", "web/*.py", "image_queue/*.py"],
-    "model": ["run_model_server.py", "model_server/**/*.py", "image_queue/*.py", "web/image_preparation.py"],
+    "model": ["run_model_server.py", "model_server/**/*.py", "image_queue/*.py", "web/image_*.py"],
 }
 
 

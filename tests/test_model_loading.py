@@ -17,7 +17,7 @@ import sample_models as models
 from conftest import wait_until
 from PIL import Image
 from redis import Redis
-from samples import colours, saved
+from samples import colors, saved
 
 import run_model_server
 import settings
@@ -26,7 +26,7 @@ from model_server import check, classifier, pipeline
 from model_server.loop import ModelServer
 from run_web_server import create_app
 
-PICTURE = Image.fromarray(colours(1, (40, 30)))
+PICTURE = Image.fromarray(colors(1, (40, 30)))
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from conftest import (
 from PIL import Image
 from redis import Redis
 from redis.exceptions import RedisError
-from samples import colours, saved
+from samples import colors, saved
 
 import image_queue
 import settings
@@ -352,7 +352,7 @@ def test_a_job_keeps_its_shape_when_its_server_dies() -> None:
 
 
 def test_resizing_is_bicubic_and_keeps_sides_and_colors_apart() -> None:
-    pixels = colours(0, (90, 60))
+    pixels = colors(0, (90, 60))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
 
     assert (resized(pixels, (20, 30, 3)) == expected).all()
@@ -490,7 +490,7 @@ def test_a_failed_refresh_keeps_the_cached_size(redis: Redis, monkeypatch: pytes
 
 def photos(count: int) -> list[bytes]:
     """Pictures of several sizes, each darker than the one before, that the model can tell apart."""
-    pixels = [colours(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
+    pixels = [colors(i, (150 + i, 100 + 2 * i)) * (1 - i / count) for i in range(count)]
     return [saved(Image.fromarray(each.astype(np.uint8)), "PNG") for each in pixels]
 
 

@@ -37,10 +37,10 @@ from conftest import (
 )
 from PIL import Image
 from redis import Redis
-from samples import colours, saved
+from samples import colors, saved
 from train_digits import render, split
 
-PNG = saved(Image.fromarray(colours(0)), "PNG")
+PNG = saved(Image.fromarray(colors(0)), "PNG")
 
 
 @pytest.fixture(scope="session")
@@ -407,7 +407,7 @@ def test_simple_client_prints_the_tutorials_lines(service: Service) -> None:
 
 def test_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
     """Uses new web processes, since other tests may have enlarged those of `service`."""
-    photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
+    photo = np.asarray(Image.fromarray(colors(0)).resize((375, 500))).astype(int)
     noisy = (photo + np.random.default_rng(0).integers(-20, 20, photo.shape)).clip(0, 255).astype(np.uint8)
 
     with run_apache(IMAGE_QUEUE=service.queue) as url:
@@ -420,7 +420,7 @@ def test_web_process_stays_small_under_load(service: Service, record_property: C
 
 
 def test_queued_images_are_not_kept_in_memory(redis: Redis, record_property: Callable[[str, object], None]) -> None:
-    image, queue = saved(Image.fromarray(colours(0)), "PNG"), f"queue-{free_port()}"
+    image, queue = saved(Image.fromarray(colors(0)), "PNG"), f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="15") as url, ThreadPoolExecutor(256) as pool:
         before = max(map(resident_bytes, web_processes(url)))
         asked = [pool.submit(Service(url).post, image) for _ in range(256)]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import hostile
 import pytest
 from conftest import ROOT, Service, resident_bytes, wait_until, web_processes
+from hostile.png import header, make_png
 
 import settings
 from helpers import cgroup_quota
@@ -174,7 +174,7 @@ def test_six_largest_images_at_once_take_less_than_a_gigabyte(
     """RGBA of 49 megapixels, the costliest kind: transparency is blended onto white. Both web processes together."""
     side, most = 7000, list[int]()
     rows = (b"\0" + b"\x20\x40\x60\x80" * side) * side
-    image = hostile.png(hostile.header(side, side, colour=6), rows=rows)
+    image = make_png(header(side, side, color=6), rows=rows)
     del rows
     with ThreadPoolExecutor(6) as clients:
         answers = [clients.submit(service.post, image) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""Which files are images that the service takes, and what the others are: opened with nothing decoded."""
+"""Open an image of a supported format without decoding it, or say what else the file is."""
 
 import io
 import math
@@ -11,19 +11,15 @@ from PIL import AvifImagePlugin, Image, TiffTags
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from web.heif_checks import heif_pixels
-from web.image_checks import (
-    MAX_READS,
-    MAX_RLE_PIXELS,
-    Bomb,
-    gif_pixels,
-    jpeg_pixels,
-    png_pixels,
-    tiff_pixels,
-    webp_pixels,
-)
+from web.heif_checks import strip_heif
+from web.image_checks import Bomb, strip_gif, strip_png, strip_tiff, strip_webp
+from web.jpeg_checks import strip_jpeg
 
-HEIF = "HEIC or AVIF"  # until it is known which
+MAX_READS = 50_000  # calls of read for a header, which Pillow parses in Python: a microsecond each
+MAX_RLE_PIXELS = 2**21  # full HD, of a run-length encoded BMP, which Pillow decodes in Python
+RLE = (1, 2)  # values of a BMP's compression field
+
+HEIF = "HEIC or AVIF"  # the two share their signatures
 SIGNATURES = [
     (re.compile(pattern, re.DOTALL), form)
     for pattern, form in (
@@ -32,10 +28,10 @@ SIGNATURES = [
         (rb"....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1|avi[fs])", HEIF),
     )
 ]  # fmt: skip
-# What may stand ahead of an XML or HTML file's first element. Nothing in it is matched twice, which could take minutes.
+# What may precede the first element of XML or HTML. No byte is matched twice: backtracking could take minutes.
 BLANK = rb"(?:\xef\xbb\xbf)?(?>\s+|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>)*+"
-# What people send besides, as the error names it.
-OTHERS = [
+# Other files that people send, as the error names them.
+OTHER_FILES = [
     (re.compile(pattern, re.DOTALL | re.IGNORECASE), name)
     for pattern, name in (
         (rb"%PDF", "a PDF document"), (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file"),
@@ -51,102 +47,84 @@ OTHERS = [
         (rb"(?:\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\d]", "JSON"), (rb"\s*<", "XML"),
     )
 ]  # fmt: skip
-LOOKED_AT = 1000  # bytes, to say what a file is that is not taken
-RLE = (1, 2)  # of a BMP's ways of compression
+START_BYTES = 1000  # that are examined to name an unsupported file
 
-# What is known of a JPEG, in the `info` of its image.
-IN_FULL = "bytes kept for each pixel at any scale"
-UNFINISHED = "has all scans, and no end"
+# Keys in the `info` of a JPEG: strip_jpeg's bytes_at_any_scale, and whether only the end marker is missing.
+BYTES_AT_ANY_SCALE = "bytes kept for each pixel at any scale"
+LACKS_END = "complete except for the end marker"
 
-# Python keeps the text of each warning that it has shown, and a file can make thousands of them.
+# Python keeps the text of each warning it has shown, and one file can cause thousands.
 warnings.filterwarnings("ignore", module="PIL")
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each core has an image of its own
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each core decodes an image of its own
 
 
-class NotTaken(Exception):
-    """The file is of no format that is taken; the text is what it is, with its article, or nothing."""
+class UnsupportedFormat(Exception):
+    """The file is of no supported format; the text says what it is, with its article, or is empty."""
 
 
-class FewReads(io.BytesIO):
-    """A file that is read MAX_READS times at most, so that a header of a million parts is given up."""
+class LimitedReads(io.BytesIO):
+    """A file that allows MAX_READS reads, to stop at a header with a million parts."""
 
     reads_left: float = MAX_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes, as a file does. Raises Bomb."""
+        """Return the next bytes. Raises Bomb."""
         self.reads_left -= 1
         if self.reads_left < 0:
             raise Bomb("a header of too many parts")
         return super().read(size)
 
 
-def open_frugally(data: bytes, formats: Collection[str], max_pixels: int) -> Image.Image:
-    """Return the image whose file is `data`, of one of `formats`, with nothing decoded and without its metadata.
+def open_safely(data: bytes, formats: Collection[str], max_pixels: int) -> Image.Image:
+    """Return the image in `data`, in one of `formats`, not decoded and without its metadata.
 
-    Raises NotTaken, Bomb, TooManyPixels (for HEIC and AVIF, whose size only we look for), and whatever Pillow does.
+    Raises UnsupportedFormat, Bomb, TooManyPixels (only for HEIC and AVIF) and any exception of Pillow.
     """
     form = next((form for pattern, form in SIGNATURES if pattern.match(data)), "")
     if form == HEIF and {"HEIC", "AVIF"}.isdisjoint(formats):
         form = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC"
     elif form == HEIF:
-        data, form = heif_pixels(data, max_pixels)
+        data, form = strip_heif(data, max_pixels)
     if form not in formats:
-        raise NotTaken(f"{'an' if form == 'AVIF' else 'a'} {form} image" if form else name_of(data))
-    image = OPENERS.get(form, open_with_pillow)(data, form)
-    for key in ("xmp", "XML:com.adobe.xmp"):  # in which Pillow would look for an orientation
+        raise UnsupportedFormat(f"{'an' if form == 'AVIF' else 'a'} {form} image" if form else describe(data))
+    image = OPENERS[form](data)
+    for key in ("xmp", "XML:com.adobe.xmp"):  # Pillow would take an orientation from XMP
         image.info.pop(key, None)
     return image
 
 
-def name_of(data: bytes) -> str:
-    """Return what a file is that is not taken, with its article, or nothing where that can't be told."""
-    start = data[:LOOKED_AT]
-    known = next((name for pattern, name in OTHERS if pattern.match(start)), "")
+def describe(data: bytes) -> str:
+    """Return what an unsupported file is, with its article; an empty string if unknown."""
+    start = data[:START_BYTES]
+    known = next((name for pattern, name in OTHER_FILES if pattern.match(start)), "")
     return known or ("text" if is_text(start) else "")
 
 
 def is_text(start: bytes) -> bool:
-    """Whether a file that begins so can be read by people."""
-    text = start.decode(errors="ignore")  # its last letter may be cut
+    """Return whether the start of a file is readable text."""
+    text = start.decode(errors="ignore")  # the last letter may be cut off
     return len(text.encode()) > len(start) - 4 and all(sign.isprintable() or sign.isspace() for sign in text)
 
 
 def open_with_pillow(data: bytes, form: str) -> Image.Image:
-    """Return the PNG, GIF or BMP."""
-    file = FewReads(PIXELS.get(form, bytes)(data))
-    del data  # it is twice in the memory else
+    """Return the image in `data`, in the format `form`."""
+    file = LimitedReads(data)
     image = Image.open(file, formats=[form])
-    file.reads_left = math.inf  # pixels may come in small pieces
-    if form == "BMP" and image.info["compression"] in RLE and image.width * image.height > MAX_RLE_PIXELS:
+    file.reads_left = math.inf  # the pixels may be in small pieces
+    return image
+
+
+def open_bmp(data: bytes) -> Image.Image:
+    """Return the BMP in `data`. Raises Bomb if it is large and run-length encoded."""
+    image = open_with_pillow(data, "BMP")
+    if image.info["compression"] in RLE and image.width * image.height > MAX_RLE_PIXELS:
         raise Bomb("run-length encoding that takes seconds")
     return image
 
 
-PIXELS: dict[str, Callable[[bytes], bytes]] = {
-    "PNG": png_pixels, "GIF": gif_pixels, "TIFF": tiff_pixels,
-}  # fmt: skip
-
-
-class FirstFrame(WebPImageFile):
-    """A WebP whose decoder goes when it has given its first frame: it keeps eight bytes for each pixel."""
-
-    def _get_next(self) -> tuple[bytes, int, int]:
-        frame = super()._get_next()
-        del self._decoder
-        return frame
-
-
-def open_webp(data: bytes, _form: str) -> Image.Image:
-    """Return the WebP."""
-    file = io.BytesIO(webp_pixels(data))
-    del data
-    return FirstFrame(file)
-
-
-def open_tiff(data: bytes, form: str) -> Image.Image:
-    """Return the TIFF."""
-    image = open_with_pillow(data, form)
-    # Its plugin would read the camera's own directories when it loads, and fail where they are odd.
+def open_tiff(data: bytes) -> Image.Image:
+    """Return the TIFF in `data`, without the directories of EXIF, which Pillow would parse and may fail on."""
+    image = open_with_pillow(strip_tiff(data), "TIFF")
     image.info.pop("xmp", None)
     exif = image.getexif()
     for directory in set(TiffTags.TAGS_V2_GROUPS) & set(exif):
@@ -154,22 +132,30 @@ def open_tiff(data: bytes, form: str) -> Image.Image:
     return image
 
 
-def open_jpeg(data: bytes, _form: str) -> Image.Image:
-    """Return the JPEG, with IN_FULL and UNFINISHED in its info.
+def open_jpeg(data: bytes) -> Image.Image:
+    """Return the JPEG in `data`, with BYTES_AT_ANY_SCALE and LACKS_END in its info.
 
-    Not by Image.open(), which counts the pixels of the whole: a large one is decoded smaller.
+    Image.open() would limit the pixels of the full size, but a large JPEG is decoded at a smaller one.
     """
-    jpeg = jpeg_pixels(data)
-    del data
-    file = FewReads(jpeg.data)
+    jpeg = strip_jpeg(data)
+    file = LimitedReads(jpeg.data)
     image = JpegImageFile(file)
     file.reads_left = math.inf
-    image.info |= {IN_FULL: jpeg.bytes_in_full, UNFINISHED: jpeg.all_scans and not jpeg.ended}
+    image.info |= {BYTES_AT_ANY_SCALE: jpeg.bytes_at_any_scale, LACKS_END: jpeg.is_complete and not jpeg.has_end}
     return image
 
 
-def open_heic(data: bytes, _form: str) -> Image.Image:
-    """Return the HEIC."""
+class FirstFrame(WebPImageFile):
+    """A WebP that frees its decoder after the first frame: the decoder takes eight bytes for each pixel."""
+
+    def _get_next(self) -> tuple[bytes, int, int]:
+        frame = super()._get_next()
+        del self._decoder
+        return frame
+
+
+def open_heic(data: bytes) -> Image.Image:
+    """Return the HEIC in `data`."""
     from pillow_heif import HeifImageFile, options  # noqa: PLC0415 - 4 MB, which many services never need
 
     options.DECODE_THREADS = 1
@@ -177,11 +163,10 @@ def open_heic(data: bytes, _form: str) -> Image.Image:
     return cast(Image.Image, HeifImageFile(io.BytesIO(data)))  # type: ignore[no-untyped-call]
 
 
-def open_avif(data: bytes, _form: str) -> Image.Image:
-    """Return the AVIF."""
-    return AvifImagePlugin.AvifImageFile(io.BytesIO(data))
-
-
-OPENERS: dict[str, Callable[[bytes, str], Image.Image]] = {
-    "JPEG": open_jpeg, "WEBP": open_webp, "TIFF": open_tiff, "HEIC": open_heic, "AVIF": open_avif,
+OPENERS: dict[str, Callable[[bytes], Image.Image]] = {
+    "JPEG": open_jpeg, "BMP": open_bmp, "TIFF": open_tiff, "HEIC": open_heic,
+    "PNG": lambda data: open_with_pillow(strip_png(data), "PNG"),
+    "GIF": lambda data: open_with_pillow(strip_gif(data), "GIF"),
+    "WEBP": lambda data: FirstFrame(io.BytesIO(strip_webp(data))),
+    "AVIF": lambda data: AvifImagePlugin.AvifImageFile(io.BytesIO(data)),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-// What all modules of the page share: finding and making elements, telling screen readers, writing numbers.
+// What all modules of the page share: finding and making elements, announcing to screen readers, formatting numbers.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -8,7 +8,7 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// Screen readers announce a text only when it changes.
+// Announces a text. Screen readers ignore one that does not change, so a space is added to a repeated one.
 export function say(where, text) {
   $(where).textContent = $(where).textContent === text ? `${text}\u00a0` : text;
 }
@@ -20,7 +20,7 @@ export function notice(text) {
 }
 
 export const number = (value, digits = 0) =>
-  value.toLocaleString("en-GB", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 
 export const plural = (count, what) => `${number(count)} ${what}${count === 1 ? "" : "s"}`;
 
@@ -30,7 +30,7 @@ export function percent(share) {
   return share > 0 && share < 0.001 ? "< 0.1%" : `${number(Math.min(1, share) * 100, 1)}%`;
 }
 
-// MB and kB are counted by 1,024, as in the service's own messages.
+// A kB is 1,024 bytes, as in the service's own messages.
 export function bytes(count) {
   if (count >= 2 ** 20) return `${number(count / 2 ** 20, 1)} MB`;
   return count >= 1000 ? `${number(count / 2 ** 10)} kB` : plural(count, "byte");

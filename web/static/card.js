@@ -1,12 +1,12 @@
-// One image on the page: its preview and size, that it waits, its bars, its error.
+// One image on the page: its preview and size, its waiting time, its bars, its error.
 
 import { $, bytes, labelText, make, number, percent, pixels, plural } from "./basics.js";
 import { keyWanted } from "./key.js";
 
-const LONG = 8; // seconds after which somebody wonders
-const PREVIEW = 304; // pixels of its longer side: whole photos of 12 megapixels would fill a phone's memory
+const LONG = 8; // seconds after which the page explains the wait
+const PREVIEW = 304; // pixels of the longer side: full photos of 12 megapixels would fill a phone's memory
 
-// Returns what is known of an image. `state` is waiting, sent, answered or failed; `signal` ends what runs for it.
+// Returns the state of an image. `state` is waiting, sent, answered or failed; `signal` cancels its preview and request.
 export function makeCard(file, signal) {
   const element = $("result").content.firstElementChild.cloneNode(true);
   const name = file.name || "image";
@@ -43,7 +43,7 @@ async function preview(card) {
     const size = pixels(image.naturalWidth, image.naturalHeight);
     part(card.element, ".file-size").textContent = `${bytes(card.file.size)}, ${size}`;
   } catch {
-    placeTile(card); // no image, or of a format that this browser can't show
+    placeTile(card); // not an image, or a format that this browser can't show
   } finally {
     URL.revokeObjectURL(address);
   }
@@ -54,7 +54,7 @@ function load(address) {
   return new Promise((resolve, reject) => Object.assign(image, { onload: () => resolve(image), onerror: reject, src: address }));
 }
 
-// Returns the first frame, which is also what the service looks at.
+// Returns the first frame, which is also the one that the service classifies.
 function shrink(image, ariaLabel) {
   const scale = Math.min(1, PREVIEW / Math.max(image.naturalWidth, image.naturalHeight));
   const [width, height] = [image.naturalWidth, image.naturalHeight].map((side) => Math.ceil(side * scale));
@@ -79,12 +79,12 @@ export function showWaiting(card) {
   part(card.element, ".wait-text").textContent = card.state === "sent" ? sentText(seconds) : heldText();
 }
 
-const heldText = () => (keyWanted() ? "Not sent yet: a key is needed." : "Not sent yet: others of yours come first.");
+const heldText = () => (keyWanted() ? "Not sent yet: a key is needed." : "Not sent yet: your other images go first.");
 
-// Nothing tells the page how far the upload is or where in the queue the image stands.
+// The page can't know how far the upload is, or where in the queue the image is.
 function sentText(seconds) {
   if (seconds < LONG) return `Waiting for the answer, ${seconds} s`;
-  return `Still waiting, ${seconds} s: the upload is slow, or other images come first in the queue.`;
+  return `Still waiting, ${seconds} s: the upload is slow, or other images are ahead in the queue.`;
 }
 
 export function showAgain(card) {
@@ -124,7 +124,7 @@ export function showError(card) {
   card.element.classList.add("failed");
 }
 
-// Counts the seconds down until `go` may be called.
+// Counts down the seconds until the button that calls `go` is enabled.
 export function offerAgain(card, seconds, go) {
   const button = part(card.element, ".again");
   button.hidden = false;

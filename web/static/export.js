@@ -1,10 +1,10 @@
-// The results as JSON or CSV: to the clipboard, or where the browser refuses that, as text to copy or to save.
+// Copies the results to the clipboard as JSON or CSV. If the browser refuses that, shows them as text to copy or save.
 
 import { $, plural, say } from "./basics.js";
 
-const FORMULA = /^(\s*[=+\-@＝＋－＠]|[\t\r\n])/; // how a cell begins that a spreadsheet may compute
+const FORMULA = /^(\s*[=+\-@＝＋－＠]|[\t\r\n])/; // the start of a cell that a spreadsheet may run as a formula
 
-// Returns the answer that the service gives to several images, with the name of each file.
+// Returns the same JSON as the service answers to several images, with the name of each file.
 function asJson(cards) {
   const results = cards.map(({ name, answer: { predictions, error } }) =>
     predictions ? { file: name, success: true, predictions } : { file: name, success: false, error }
@@ -12,7 +12,7 @@ function asJson(cards) {
   return `${JSON.stringify({ success: results.every((each) => each.success), results }, null, 2)}\n`;
 }
 
-// Returns a line for each image: its best label first, the others at the end, as RFC 4180 has it.
+// Returns a line for each image, with its best label first and the others at the end, in the format of RFC 4180.
 function asCsv(cards) {
   const most = Math.max(1, ...cards.map(({ answer }) => answer.predictions?.length ?? 0));
   const others = Array.from({ length: most - 1 }, (_, i) => [`label_${i + 2}`, `probability_${i + 2}`]);
@@ -37,7 +37,7 @@ export async function copy(form, cards, total) {
   closeExport();
   const what = cards.length < total ? `${cards.length} of ${plural(total, "result")}` : plural(cards.length, "result");
   try {
-    await navigator.clipboard.writeText(text); // which is not there unless the page came by HTTPS or from localhost
+    await navigator.clipboard.writeText(text); // missing unless the page came by HTTPS or from localhost
     confirm(form, `Copied ${what} as ${form}.`);
   } catch {
     offer(form, text, what);
@@ -57,12 +57,12 @@ function offer(form, text, what) {
   $("export").querySelector("label").textContent =
     `The browser does not let this page copy. Here is the ${form} of ${what}: copy it yourself, or save it.`;
   const type = form === "JSON" ? "application/json" : "text/csv";
-  const mark = form === "CSV" ? "\ufeff" : ""; // by which Excel knows that a file is UTF-8
+  const mark = form === "CSV" ? "\ufeff" : ""; // tells Excel that the file is UTF-8
   $("save").href = URL.createObjectURL(new Blob([mark, text], { type: `${type};charset=utf-8` }));
   $("save").download = `results.${form.toLowerCase()}`;
   $("export-text").focus();
   $("export-text").select();
-  $("export-text").scrollTop = 0; // its beginning says more than its end
+  $("export-text").scrollTop = 0; // show the beginning, not the end
 }
 
 export function closeExport() {

@@ -1,16 +1,16 @@
-// The figures of "The service now": differences of the counters of /stats.
+// The figures of "The service now", computed from how the counters of /stats change.
 
 import { $, make, number, plural } from "./basics.js";
 
 export const POLL = 2_000; // milliseconds
-const RECENTLY = 60_000; // milliseconds that "last minute" means
-const AT_ONCE = 10_000; // milliseconds over which images a second are counted
+const RECENTLY = 60_000; // milliseconds in "the last minute"
+const AT_ONCE = 10_000; // milliseconds over which images per second are counted
 const USUAL_BATCH = 32; // images: BATCH_SIZE, unless set
 
 let samples = []; // {at, stats} of the last minute, oldest first
-let rates = []; // images a second between two samples, for the line
+let rates = []; // images per second between two samples, for the line
 
-// Counts of a time when nobody looked would make a wrong rate.
+// Called when the figures are closed: counting across the gap would give a wrong rate.
 export function forgetFigures() {
   samples = rates = [];
   $("live-state").hidden = true;
@@ -28,7 +28,7 @@ export function note(stats) {
 const restarted = (before, now) =>
   now.images < before.images || now.latency.count < before.latency.count || now.batch_size.count < before.batch_size.count;
 
-// Images a second since the sample before `count` - 1 others.
+// Images per second over the last `count` samples.
 function rateSince(count) {
   const [first, last] = [samples.at(-Math.min(count, samples.length)), samples.at(-1)];
   const seconds = (last.at - first.at) / 1000;
@@ -59,7 +59,7 @@ function drawSpark() {
   $("spark").firstElementChild.setAttribute("points", points.join(" "));
 }
 
-// Of the last minute; where that had no image, since the start.
+// Shows the last minute, or if that had no image, everything since the start.
 function showDistributions(stats) {
   const first = samples[0].stats;
   const recent = stats.latency.count > first.latency.count && stats.batch_size.count > first.batch_size.count;
@@ -76,7 +76,7 @@ function difference(now, before) {
   return { sum: now.sum - before.sum, count: now.count - before.count, buckets: Object.fromEntries(buckets) };
 }
 
-// Returns [[upper bound, how many are in the bucket]], in the order of the bounds.
+// Returns [[upper bound, count in the bucket]], sorted by bound.
 function bins(buckets) {
   const bound = (le) => (le === "+Inf" ? Infinity : Number(le));
   const sorted = Object.entries(buckets).map(([le, count]) => [bound(le), count]).sort((a, b) => a[0] - b[0]);
@@ -112,7 +112,7 @@ function showBatches(batches) {
   const most = Math.max(...counted.map(([, count]) => count), 1);
   $("batch-mean").textContent = batches.count ? `, ${number(batches.sum / batches.count, 1)} on average` : "";
   const shown = counted.map(([high, count], i) => ({ high, count, low: i ? counted[i - 1][0] : 0 }));
-  // Beyond the usual sizes only as far as there is something to see.
+  // Sizes beyond the usual ones are shown only if they occur.
   const last = Math.max(shown.findLastIndex(({ count }) => count), shown.findIndex(({ high }) => high >= USUAL_BATCH));
   $("batches").replaceChildren(...shown.slice(0, last + 1).map((each) => column(each, most)));
 }

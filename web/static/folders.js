@@ -1,12 +1,12 @@
-// Files out of what was dropped: also those in a folder.
+// Finds the dropped files, including those in folders.
 
-const DEEPEST = 8; // folders in folders
+const DEEPEST = 8; // levels of folders
 const MOST_LOOKED_AT = 5_000; // entries of dropped folders
-const IMAGE = /\.(jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif)$/i; // systems do not know each type
+const IMAGE = /\.(jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif)$/i; // by name, since operating systems do not know all types
 
-// Returns {files, folders, others}: the dropped files and the images in dropped folders, in their order, how many
-// folders were dropped, and how many files in them are no images. The browser forgets what was dropped when the event is
-// over, so nothing may be awaited before the entries are taken.
+// Returns {files, folders, others}: the dropped files and the images in dropped folders, in order, how many folders were
+// dropped, and how many files in them are not images. All entries must be read before the first await, since the browser
+// clears them when the event ends.
 export async function filesOf(transfer) {
   const items = [...transfer.items].filter((item) => item.kind === "file");
   const dropped = items.map((item) => ({ file: item.getAsFile(), entry: item.webkitGetAsEntry?.() }));
@@ -31,13 +31,13 @@ async function walk(folder, found, depth) {
 }
 
 async function take(entry, found) {
-  if (entry.name.startsWith(".")) return; // as macOS' .DS_Store and ._photo.jpg
+  if (entry.name.startsWith(".")) return; // such as .DS_Store and ._photo.jpg of macOS
   const file = await new Promise((resolve) => entry.file(resolve, () => resolve(null)));
   if (file && IMAGE.test(file.name)) found.files.push(file);
   else found.others++;
 }
 
-// A folder hands out its entries by the hundred.
+// A folder returns at most a hundred entries at a time.
 async function entriesOf(folder) {
   const reader = folder.createReader();
   const all = [];

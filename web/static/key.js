@@ -1,17 +1,17 @@
-// The API key, for a service that wants one. It is kept until the tab is closed.
+// The API key, if the service requires one. It is kept until the tab is closed.
 
 import { $ } from "./basics.js";
 
 const MISSING = "This service needs an API key. Ask the person who runs it. The key is kept until you close this tab.";
 const REFUSED = "This key is not accepted. Check it, or ask the person who runs this service for another.";
-const IMPOSSIBLE = "This can't be a key: a key has letters, digits and signs, without spaces.";
+const IMPOSSIBLE = "This can't be a key: keys have letters, digits and symbols, but no spaces.";
 
 export const currentKey = () => sessionStorage.getItem("key") ?? "";
 export const keyWanted = () => wanted;
 
 let wanted = false; // nothing is sent until a key is given
 
-// Asks for a key after a request was refused that was sent with `refused`, or with none.
+// Asks for a key after a request with the key `refused`, or with none, was refused.
 export function askForKey(refused) {
   if (refused && refused === currentKey()) sessionStorage.removeItem("key");
   if (wanted) return; // do not disturb someone who is typing
@@ -27,7 +27,7 @@ function explain(text, wrong) {
   $("key").setAttribute("aria-invalid", wrong);
 }
 
-// Calls `go` whenever a key was given.
+// Calls `go` whenever a key is entered.
 export function onKey(go) {
   $("key-form").onsubmit = (event) => {
     event.preventDefault();

@@ -1,4 +1,4 @@
-// The page at /: how photos come in. They are chosen, photographed, dropped, pasted, or one of the samples.
+// The page at /: photos are chosen, taken, dropped, pasted, or picked from the samples.
 
 import { $, notice, plural } from "./basics.js";
 import { filesOf } from "./folders.js";
@@ -34,7 +34,7 @@ $("samples").onclick = async (event) => {
 
 // Drops
 
-const hasFiles = (event) => event.dataTransfer?.types.includes("Files"); // not a text
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files"); // rather than text
 const dropping = (on) => document.documentElement.classList.toggle("dropping", on);
 
 for (const event of ["dragenter", "dragover"]) {
@@ -54,13 +54,14 @@ document.addEventListener("drop", async (event) => {
 });
 
 function folderText(images, others) {
-  if (!images) return "There is no image in this folder, so drop one that has some, or the images themselves.";
-  return `${plural(others, "file")} in the folder ${others === 1 ? "is" : "are"} no image, and left out.`;
+  if (!images) return "There are no images in this folder, so drop another one, or the images themselves.";
+  const text = others === 1 ? "is not an image and was" : "are not images and were";
+  return `${plural(others, "file")} in the folder ${text} left out.`;
 }
 
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
-  if (!files.length) return; // text, for the field of the key
+  if (!files.length) return; // text for the key field
   event.preventDefault();
   classifyAll(files);
 });

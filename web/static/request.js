@@ -1,11 +1,11 @@
-// One image, sent to /predict, and what came back.
+// Sends one image to /predict and reads the answer.
 
 import { currentKey } from "./key.js";
 
 const ANSWER_LIMIT = 300_000; // milliseconds, above the longest REQUEST_TIMEOUT
 
-// Returns {key, predictions, timing}, or {key, status, error: {code, message}, retry, wait}: whether a second try makes
-// sense, and after how many seconds. `key` is the API key that was sent.
+// Returns {key, predictions, timing}, or {key, status, error: {code, message}, retry, wait}: whether to offer another try,
+// and after how many seconds. `key` is the API key that was sent.
 export async function ask(file, name, signal) {
   const key = currentKey();
   const answer = (await unreadable(file)) ?? (await post(file, name, key, signal));
@@ -17,7 +17,7 @@ async function unreadable(file) {
   try {
     await file.slice(0, 1).arrayBuffer();
   } catch {
-    const message = "This can't be read: it may be a folder, or a file that was moved or changed. Choose it once more.";
+    const message = "This can't be read: it may be a folder, or a file that was moved or changed. Choose it again.";
     return failure("unreadable", message);
   }
 }
@@ -32,7 +32,7 @@ async function post(file, name, key, signal) {
     const limit = AbortSignal.any([signal, AbortSignal.timeout(ANSWER_LIMIT)]);
     return await understand(await fetch("predict", { method: "POST", body, headers, signal: limit }), key);
   } catch (error) {
-    if (error.name === "TimeoutError") return failure("timeout", "No answer came within 5 minutes, so try again.", true);
+    if (error.name === "TimeoutError") return failure("timeout", "There was no answer within 5 minutes, so try again.", true);
     return failure("unreachable", "The service can't be reached, so check your network and try again.", true);
   }
 }
@@ -52,11 +52,11 @@ async function understand(response, key) {
   };
 }
 
-// The service's own sentence is for programs: it names a header.
+// Replaces the service's own sentence, which names a header and is meant for programs.
 const unauthorized = (key) =>
   key ? "The key is not accepted: enter another above." : "A key is needed: enter it above.";
 
-// Returns seconds; the header has them, or a date.
+// Returns seconds; the header holds seconds or a date.
 function retryAfter(header) {
   if (!header) return 0;
   const seconds = /^\d+$/.test(header) ? Number(header) : (Date.parse(header) - Date.now()) / 1000;

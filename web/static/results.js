@@ -1,4 +1,4 @@
-// The images on the page: sends a few at a time, shows what they show, sums many up, and empties the list.
+// The images on the page: sends a few at a time, shows the results, summarizes many, and clears the list.
 
 import { $, labelText, notice, number, percent, plural, say } from "./basics.js";
 import { makeCard, offerAgain, showAgain, showError, showPredictions, showWaiting } from "./card.js";
@@ -7,18 +7,18 @@ import { askForKey, currentKey, keyWanted, onKey } from "./key.js";
 import { ask } from "./request.js";
 import { look } from "./service.js";
 
-const LANES = 4; // images under way at once: a browser keeps 6 connections, and the figures need one
+const LANES = 4; // images sent at once: a browser opens 6 connections, and the figures need one
 const MOST = 200; // images on the page
-const MANY = 6; // beyond that many, images are rows
+const MANY = 6; // more images than this are shown as rows
 const COMMON = 3; // labels in the summary
 
 let cards = []; // in the order on the page: the newest drop first, the images of one drop in their own order
-let waiting = []; // cards that are not sent yet, in the order in which they came
+let waiting = []; // cards that are not sent yet, oldest first
 let lanes = 0;
 let clock = 0;
-let stop = new AbortController(); // ends the requests of all cards
+let stop = new AbortController(); // cancels the requests of all cards
 
-// Adds the files; `remark` is what else to say of them.
+// Adds the files. `remark` is added to the notice.
 export function classifyAll(files, remark = "") {
   const added = files.slice(0, MOST - cards.length).map((file) => makeCard(file, stop.signal));
   const full = added.length < files.length ? fullText(files.length - added.length) : "";
@@ -33,7 +33,7 @@ export function classifyAll(files, remark = "") {
 }
 
 const fullText = (left) =>
-  `This page keeps ${number(MOST)} images, so ${plural(left, "image")} were left out. ` +
+  `This page holds ${number(MOST)} images, so ${plural(left, "image")} were left out. ` +
   "Copy the results that you need, press Clear, and add the others.";
 
 // Sending
@@ -61,7 +61,7 @@ async function classify(card) {
   const answer = await ask(card.file, card.name, card.signal);
   if (card.signal.aborted) return;
   card.element.removeAttribute("aria-busy");
-  if (answer.status === 401 && answer.key !== currentKey()) return sendAgain(card); // another was given meanwhile
+  if (answer.status === 401 && answer.key !== currentKey()) return sendAgain(card); // another key was entered meanwhile
   card.answer = answer;
   card.state = answer.predictions ? "answered" : "failed";
   if (answer.predictions) showPredictions(card, performance.now() - card.sentAt);
@@ -75,9 +75,9 @@ function fail(card) {
   showError(card);
   if (status === 401) {
     askForKey(key);
-    waiting.forEach(showWaiting); // which wait for the key now
+    waiting.forEach(showWaiting); // they now wait for the key
   } else if (retry) offerAgain(card, wait, () => again([card]));
-  if (status >= 500) look(); // the page may say that the model is gone
+  if (status >= 500) look(); // the line about the model may have changed
 }
 
 function sendAgain(card) {
@@ -96,7 +96,7 @@ function again(chosen) {
 
 onKey(() => again(cards.filter((card) => card.answer?.status === 401)));
 
-// Each second, while an image waits.
+// Updates the waiting times every second while an image waits.
 function tick() {
   clearTimeout(clock);
   const sent = cards.filter((card) => card.state === "sent");
@@ -104,7 +104,7 @@ function tick() {
   if (sent.length) clock = setTimeout(tick, 1000);
 }
 
-// What is shown of all
+// The summary
 
 function update() {
   const [answered, failed] = ["answered", "failed"].map((state) => cards.filter((card) => card.state === state));
@@ -141,7 +141,7 @@ function commonLabels(answered) {
   return [...counts].sort((a, b) => b[1] - a[1]).slice(0, COMMON);
 }
 
-// Of a few images each is announced; of many, only the summary once all are done.
+// Announces each of a few images; of many, only the summary once all are done.
 function announce(card) {
   if (many()) {
     if (cards.every((each) => each.answer)) say("status", $("summary").textContent);
@@ -152,7 +152,7 @@ function announce(card) {
   }
 }
 
-// On a phone the results begin below the fold, and of many there is more to see than the first.
+// On a phone the results begin below the fold, and many results should be seen from the first.
 function bringIntoView(element) {
   const atTop = many() || matchMedia("(max-width: 40rem)").matches;
   if (atTop) $("results-section").scrollIntoView({ block: "start" });

@@ -1,14 +1,14 @@
-// Asks /stats, for the line about the model and for the figures: only as long as one of them needs it.
+// Polls /stats for the line about the model and for the figures, as long as one of them needs it.
 
 import { $ } from "./basics.js";
 import { POLL, forgetFigures, note, showState } from "./figures.js";
 import { showModel } from "./model.js";
 
-const LOOK_AGAIN = 3_000; // milliseconds, until it is known which model is served
+const LOOK_AGAIN = 3_000; // milliseconds between polls until the model is known
 const LIMIT = 5_000; // milliseconds
 
 let timer = 0;
-let known = false; // which model is served
+let known = false; // whether the model is known
 
 export async function look() {
   clearTimeout(timer);
@@ -18,7 +18,7 @@ export async function look() {
   planNext();
 }
 
-// One look at a time, however often look() was called meanwhile.
+// Plans one poll, however often look() was called meanwhile.
 function planNext() {
   clearTimeout(timer);
   const { open } = $("live");
@@ -30,7 +30,7 @@ function showFigures(stats) {
   showState(stats);
 }
 
-// Returns null where no answer came.
+// Returns null if there was no answer.
 async function fetchStats() {
   try {
     const response = await fetch("stats", { signal: AbortSignal.timeout(LIMIT) });

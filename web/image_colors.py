@@ -1,0 +1,122 @@
+"""Convert an image of any Pillow mode to 8-bit RGB or gray, and resize it.
+
+A decoded image takes four bytes a pixel, a quarter of a gigabyte for a large one. To hold only one copy of it, colors
+are converted strip by strip, and each strip is at once resized to its final width.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+import settings
+from helpers import Pixels
+
+WHITE = (255, 255, 255)
+STRIP_PIXELS = 2**20
+GRAYS = ("1", "L")
+GDAL_NODATA = 42113  # the TIFF tag with the value that means no data
+MAP_TAGS = {33550, 33922, 34264, 34735}  # of a GeoTIFF
+USUAL_NODATA = (-9999.0, -32768.0)  # in maps without the tag
+MAX_FLOAT = 3.4e38  # a float this large means no data too
+
+
+class Rendering(NamedTuple):
+    """How pixel values become gray levels: `low` is black, `high` is white, and `nodata` values are black."""
+
+    low: float = 0.0
+    high: float = 65535.0
+    nodata: tuple[float, ...] = ()
+    opaque: bool = False  # whether to ignore the alpha
+
+
+def resize(image: Image.Image, size: tuple[int, int], mode: str, rendering: Rendering) -> Image.Image:
+    """Return `image` in `size` (width, height) and `mode` (RGB or L).
+
+    Pillow resizes the rows first and then the columns, so strips of rows give the same result.
+    """
+    width, height = size
+    if width > image.width and height < image.height and width * image.height > STRIP_PIXELS:
+        # A narrow tower would become wide before it becomes low: 500,000 rows would take half a gigabyte.
+        turned = resize(image.transpose(Image.Transpose.TRANSPOSE), (height, width), mode, rendering)
+        return turned.transpose(Image.Transpose.TRANSPOSE)
+    resample = Image.Resampling[settings.IMAGE_RESAMPLE.upper()]
+    if image.width * image.height <= STRIP_PIXELS or image.mode == mode:
+        return convert(image, mode, rendering).resize(size, resample).convert(mode)
+    narrow = None
+    for top, strip in strips(image):
+        strip = convert(strip, mode, rendering).resize((width, strip.height), resample)  # noqa: PLW2901
+        narrow = narrow or Image.new(strip.mode, (width, image.height))
+        narrow.paste(strip, (0, top))
+    assert narrow
+    return narrow.resize(size, resample).convert(mode)
+
+
+def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield `image` in strips of STRIP_PIXELS, each with the number of its first row."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def rendering_of(image: Image.Image) -> Rendering:
+    """Return how to render `image`.
+
+    16 bits are scaled by their full range. Floats, 32 bits and maps are stretched from their lowest to highest value.
+    """
+    if image.format == "BMP" and image.mode == "RGBA":  # clipboards write an alpha of zeros that means nothing
+        return Rendering(opaque=image.getchannel("A").getextrema() == (0, 0))
+    if not image.mode.startswith(("I", "F")):
+        return Rendering()
+    nodata = nodata_of(image)
+    if image.mode.startswith("I;16") and not nodata:
+        return Rendering()
+    low, high = math.inf, -math.inf
+    for _, strip in strips(image):
+        values = np.asarray(strip)
+        has_data = data_mask(values, nodata)
+        if has_data.any():
+            low, high = min(low, float(values[has_data].min())), max(high, float(values[has_data].max()))
+    return Rendering(low, high, nodata) if low <= high else Rendering(0.0, 0.0, nodata)
+
+
+def nodata_of(image: Image.Image) -> tuple[float, ...]:
+    """Return the values of a map that mean no data: from its tag, or the usual ones if a map has no tag."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        return (float(tags[GDAL_NODATA]),)
+    except (KeyError, ValueError, TypeError):
+        return USUAL_NODATA if MAP_TAGS & set(tags) else ()
+
+
+def data_mask(values: Pixels, nodata: tuple[float, ...]) -> npt.NDArray[np.bool]:
+    """Return which `values` are finite and do not mean no data."""
+    mask = np.abs(values) < MAX_FLOAT if values.dtype.kind == "f" else np.ones(values.shape, np.bool)
+    for value in nodata:
+        mask &= values != value
+    return cast(npt.NDArray[np.bool], mask)
+
+
+def convert(image: Image.Image, mode: str, rendering: Rendering) -> Image.Image:
+    """Return `image` in `mode` (RGB or L), with transparent parts on white. Gray stays L, a third of the work."""
+    if image.mode == "P" and image.palette is None:
+        image = image.copy()  # the copy gets a palette of grays
+    if image.mode.startswith(("I", "F")):
+        image = to_eight_bits(image, rendering)
+    if image.has_transparency_data and not rendering.opaque:
+        paper, image = Image.new("RGB", image.size, WHITE), image.convert("RGBA")
+        paper.paste(image, mask=image)
+        image = paper
+    mode = "L" if image.mode in GRAYS else mode
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_eight_bits(image: Image.Image, rendering: Rendering) -> Image.Image:
+    """Return a grayscale `image` of 16 bits, 32 bits or floats in 8 bits. Values that mean no data become black."""
+    values = np.asarray(image)
+    scaled = (values.astype(np.float64) - rendering.low) * 255 / max(rendering.high - rendering.low, 1e-9)
+    scaled[~data_mask(values, rendering.nodata) & (values != np.inf)] = 0
+    return Image.fromarray(np.rint(np.clip(scaled, 0, 255)).astype(np.uint8))
