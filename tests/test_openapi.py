@@ -52,17 +52,17 @@ def test_every_route_is_described_and_every_description_has_a_route() -> None:
     assert {(path, method) for path, methods in document()["paths"].items() for method in methods} == routes
 
 
-def test_every_route_is_in_the_readme() -> None:
-    section = (ROOT / "README.md").read_text().split("\n## API\n")[1].split("\n## ")[0]
+def test_every_route_is_in_api_md() -> None:
+    section = (ROOT / "docs/api.md").read_text().split("\n## Requests\n")[1].split("\n## ")[0]
 
     described = [path.replace("{name}", "NAME").replace("{version}", "VERSION") for path in document()["paths"]]
     assert [path for path in described if f"{path}`" not in section] == []
 
 
 @pytest.mark.parametrize("status", ["400", "401", "413", "415", "429", "500", "502", "503", "504"])
-def test_every_error_of_predict_in_the_readme_is_described(status: str) -> None:
+def test_every_predict_error_in_api_md_is_described(status: str) -> None:
     rows = [
-        line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {status} |")
+        line.split("|") for line in (ROOT / "docs/api.md").read_text().splitlines() if line.startswith(f"| {status} |")
     ]
     codes = {row[2].strip(" `") for row in rows}
 
