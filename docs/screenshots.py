@@ -4,8 +4,8 @@ Use a running service:
 
     .venv/bin/python docs/screenshots.py http://localhost:8080
 
-It needs Chromium and its driver. The service should have a model with ImageNet's classes, as bin/serve starts it. While the
-live figures are open, clients keep the service busy, so that the figures show something.
+It needs Chromium and its driver. The service should have a model with ImageNet's classes, as bin/serve starts it. While
+the live figures are open, clients keep the service busy, so that the figures show something.
 """
 
 import argparse

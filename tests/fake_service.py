@@ -33,8 +33,8 @@ BAD_ADDRESSES = [
 class Reply(NamedTuple):
     """An answer of the fake service.
 
-    `missing` bytes are announced but never sent; if `silent`, the connection then stays open. `retry_after` is the header
-    of that name.
+    `missing` bytes are announced but never sent; if `silent`, the connection then stays open. `retry_after` is the header of
+    that name.
     """
 
     status: int
@@ -163,7 +163,7 @@ def run(script: Path, *arguments: object, **variables: str) -> subprocess.Comple
 
 
 def run_with_closed_output(*command: object, errors_too: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a client whose standard output is a closed pipe, as after `head -1`; with `errors_too`, standard error too."""
+    """Run a client whose standard output is a closed pipe, as after `head -1`; if `errors_too`, its stderr too."""
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "apache2ctl configtest": "test_install.py::test_it_installs_a_service_that_answers",
     "sed -i": "test_install.py::test_it_installs_a_service_that_answers",
     "docker compose up": "test_docker.py::test_the_images_answer_hardened",
-    "bin/test": "test_docs.py::test_each_command_is_run_here_or_by_another_test",
+    "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")
 NOT_RUN = ("bin/bench", "systemctl ")  # takes minutes, and its parts have tests; no test machine runs systemd
@@ -127,7 +127,7 @@ DOCUMENTED = [command for document in DOCUMENTS if document != "docs/tutorial.md
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(DOCUMENTED))
-def test_each_command_is_run_here_or_by_another_test(command: str, service: Service, folder: Path) -> None:
+def test_every_command_is_run_here_or_by_another_test(command: str, service: Service, folder: Path) -> None:
     if command.startswith(RUN):
         printed = run(command, service.url)
         assert printed
@@ -177,7 +177,7 @@ DIGITS = "\n## 8. Another example: handwritten digits\n"
 TRAINING = (".venv/bin/pip install", ".venv/bin/python models/train_digits.py")
 
 
-def test_the_tutorial_s_digits_are_read(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_digits_of_the_tutorial_are_read(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Draws the pictures again, into another folder. The tests' service has the same model as the MODEL= command."""
     serve, curl, ask, *training, draw = commands(TUTORIAL.split(DIGITS)[1])
     monkeypatch.setattr(make_samples, "IMAGES", tmp_path)
