@@ -33,8 +33,8 @@ BAD_ADDRESSES = [
 class Reply(NamedTuple):
     """An answer of the fake service.
 
-    `missing` bytes are announced but never sent; if `silent`, the connection then stays open. `retry_after` is the header of
-    that name.
+    `missing` bytes are announced but never sent; if `silent`, the connection then stays open.
+    `retry_after` is the value of that header.
     """
 
     status: int
