@@ -1,6 +1,6 @@
 """The design of the 2018 tutorial, web side, written anew to be measured against: slow, and losing requests, as it was.
 
-float32 pixels go onto a Redis list, and a poll every 0.25 s looks for the result. See docs/tutorial-differences.md.
+float32 pixels go onto a Redis list, and a poll every 0.25 s looks for the result. See README.md, "What differs".
 """
 
 import base64

@@ -52,7 +52,7 @@ def test_every_route_is_described_and_every_description_has_a_route() -> None:
     assert {(path, method) for path, methods in document()["paths"].items() for method in methods} == routes
 
 
-def test_every_route_is_in_api_md() -> None:
+def test_api_md_lists_every_route() -> None:
     section = (ROOT / "docs/api.md").read_text().split("\n## Requests\n")[1].split("\n## ")[0]
 
     described = [path.replace("{name}", "NAME").replace("{version}", "VERSION") for path in document()["paths"]]
@@ -60,7 +60,7 @@ def test_every_route_is_in_api_md() -> None:
 
 
 @pytest.mark.parametrize("status", ["400", "401", "413", "415", "429", "500", "502", "503", "504"])
-def test_every_predict_error_in_api_md_is_described(status: str) -> None:
+def test_openapi_describes_every_documented_error(status: str) -> None:
     rows = [
         line.split("|") for line in (ROOT / "docs/api.md").read_text().splitlines() if line.startswith(f"| {status} |")
     ]
