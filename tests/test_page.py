@@ -930,7 +930,7 @@ Include /etc/apache2/mods-available/proxy_http.load
 @contextmanager
 def run_proxy(folder: Path, service: Service) -> Iterator[str]:
     """Serve the service as https://host/ai/ would be, by the line of docs/operations.md; give the address."""
-    [line] = re.findall(r"^ProxyPass .*$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    [line] = re.findall(r"^ +ProxyPass .*$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     proxy_pass = line.strip().replace("http://127.0.0.1:8080", service.url)
     assert "/ai/" in proxy_pass
     config, port = folder / "proxy.conf", free_port()
