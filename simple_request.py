@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Ask the service what images show, and print its answers, most probable first.
+"""Send images to the service and print its predictions, most probable first.
 
     simple_request.py photo.jpg
     simple_request.py photo.jpg more.png a/folder --json
     cat photo.jpg | simple_request.py -
 
-Exit code: 0 all answered, 1 some were not, 2 bad arguments.
+Exit code: 0 if all images were answered, 1 if some were not, 2 for bad arguments.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from urllib3.util import Retry
 KERAS_REST_API_URL = "http://localhost:8080/predict"
 IMAGE_PATH = Path(__file__).parent / "images" / "cat.jpg"
 STDIN = Path("-")
-# Of the images in a folder.
+# Files with these suffixes are the images in a folder.
 SUFFIXES = {f".{end}" for end in ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"]}
-LONGEST_WAIT = 60  # seconds that the service may ask to wait before another try
+LONGEST_WAIT = 60  # seconds; a longer Retry-After is cut to this
 
 
 class Output(io.FileIO):
-    """Standard output or error, where it does no harm that its reader has left, as `head -1` does after a line."""
+    """Standard output or error that ignores a closed pipe, such as one to `head -1`."""
 
     reader_left = False
 
     def write(self, data: Any) -> int:
-        """Write, or pass over what nobody would read."""
+        """Write `data`, or drop it if the pipe is closed."""
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -45,35 +45,35 @@ class Output(io.FileIO):
             return len(data)
 
 
-def bear_a_reader_that_leaves() -> None:
-    """Let standard output and error be such an Output."""
+def ignore_closed_pipes() -> None:
+    """Replace standard output and error by an Output."""
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
-        if stream:  # none where the shell has closed it
+        if stream:  # None if the shell has closed it
             raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            at_once = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.isatty(), at_once)
+            unbuffered = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.isatty(), unbuffered)
             setattr(sys, name, text)
 
 
-def somebody_reads() -> bool:
-    """Whether what was printed so far has gone to somebody."""
+def output_is_read() -> bool:
+    """Return False once the reader of standard output has closed its pipe."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return not (isinstance(raw, Output) and raw.reader_left)
 
 
 class ClientError(Exception):
-    """Carries the one sentence that tells the user what to do."""
+    """The message is one sentence that tells the user what to do."""
 
 
 def full_address(url: str) -> str:
-    """Return the address with /predict added where only the host was given."""
+    """Return the address; if it has no path, with /predict."""
     parts = urlsplit(url)
     return url if parts.path.strip("/") else parts._replace(path="/predict").geturl()
 
 
 def api_key(text: str) -> str:
-    """Return the key, without the line's end that a file or a paste may have left."""
+    """Return the key without whitespace around it, such as the newline of a file."""
     key = text.strip()
     if not (key.isascii() and key.isprintable()):
         raise argparse.ArgumentTypeError("must be letters, digits and signs on one line")
@@ -81,38 +81,38 @@ def api_key(text: str) -> str:
 
 
 class Unreachable(ClientError):
-    """There is no service, so that other images would fare no better."""
+    """The service can't be reached, so the remaining images would fail too."""
 
 
-class Patience(Retry):
-    """Tries again where the service says when to, and only there."""
+class RetryWhenTold(Retry):
+    """Retries only if the service says when to, with Retry-After."""
 
     RETRY_AFTER_STATUS_CODES = frozenset({429, 503})
 
     def sleep_for_retry(self, response: BaseHTTPResponse) -> bool:
-        """Wait as told, and say so."""
+        """Wait as the service asks, and tell the user."""
         seconds = self.get_retry_after(response)
         if seconds is not None:
             print(f"The service asks to wait {seconds:.0f} s before another try.", file=sys.stderr, flush=True)
         return super().sleep_for_retry(response)
 
 
-def patient_session(retries: int, key: str) -> requests.Session:
-    """Return a session with the key where the service wants one."""
+def session_with_retries(retries: int, key: str) -> requests.Session:
+    """Return a session that retries, and sends the key if there is one."""
     session = requests.Session()
-    patience = Patience(
+    retry = RetryWhenTold(
         retries, connect=0, read=False, redirect=False, other=False, allowed_methods=None, raise_on_status=False,
         retry_after_max=LONGEST_WAIT,
     )  # fmt: skip
     for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=patience))
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
     if key:
         session.headers["Authorization"] = f"Bearer {key}"
     return session
 
 
 def images(sources: list[Path]) -> Iterator[Path]:
-    """Yield the images that the command line names: files, those in folders, and - for standard input."""
+    """Yield the given files, the images in the given folders, and - for standard input."""
     for source in sources:
         if source.is_dir():
             yield from folder(source)
@@ -121,13 +121,13 @@ def images(sources: list[Path]) -> Iterator[Path]:
 
 
 def folder(path: Path) -> list[Path]:
-    """Return the images in a folder, by their names."""
+    """Return the images in a folder, sorted by name."""
     try:
         found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
     except OSError as error:
         raise ClientError(f"Cannot read {path} ({error.strerror}): give the path of an image.") from error
     if not found:
-        raise ClientError(f"Cannot read {path} (no image is in this folder): give the path of an image.")
+        raise ClientError(f"Cannot read {path} (this folder has no images): give the path of an image.")
     return found
 
 
@@ -142,18 +142,18 @@ def read(image: Path) -> bytes:
 def post(session: requests.Session, image: bytes, url: str, timeout: float) -> requests.Response:
     """Send the image as the form field `image`."""
     try:
-        # A followed redirect would turn the POST into a GET and hide that the address is wrong.
+        # Following a redirect would turn the POST into a GET and hide that the address is wrong.
         return session.post(full_address(url), files={"image": image}, timeout=timeout, allow_redirects=False)
     except requests.Timeout as error:
         raise Unreachable(f"No answer from {url} in {timeout:g} s: try later or raise --timeout.") from error
-    except ValueError as error:  # whatever requests finds wrong with an address is one of these
+    except ValueError as error:  # every error of requests about an address is one of these
         raise Unreachable(f"{url!r} is not an address: give --url as http://host:port.") from error
     except requests.RequestException as error:
         raise Unreachable(f"No answer from {url}: start the service there or give its --url.") from error
 
 
 def predictions(response: requests.Response) -> list[dict[str, Any]]:
-    """Return what the service says of the image."""
+    """Return the predictions in the answer. Raises ClientError if it has none."""
     try:
         answer = response.json()
         if response.status_code != 200 or answer["success"] is not True:
@@ -167,7 +167,7 @@ def predictions(response: requests.Response) -> list[dict[str, Any]]:
 
 
 def show(image: Path, found: list[dict[str, Any]], *, as_json: bool, named: bool) -> None:
-    """Print what an image shows."""
+    """Print the predictions for an image."""
     if as_json:
         print(json.dumps({"image": str(image), "predictions": found}), flush=True)
         return
@@ -176,16 +176,16 @@ def show(image: Path, found: list[dict[str, Any]], *, as_json: bool, named: bool
     print(*lines, sep="\n", flush=True)
 
 
-def complain(error: ClientError) -> None:
-    """Print the sentence on one line, whatever the service put into it."""
+def print_error(error: ClientError) -> None:
+    """Print the message on one line, even if the service's text has several."""
     print(" ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
 def ask_all(options: argparse.Namespace) -> bool:
-    """Ask about each image while somebody reads, print what can be printed; return whether all asked were answered."""
+    """Classify and print one image after another; return whether all were answered."""
     named = len(options.image) > 1 or options.image[0].is_dir()
     answered = True
-    with patient_session(options.retries, options.api_key) as session:
+    with session_with_retries(options.retries, options.api_key) as session:
         for image in images(options.image):
             try:
                 found = predictions(post(session, read(image), options.url, options.timeout))
@@ -193,29 +193,28 @@ def ask_all(options: argparse.Namespace) -> bool:
             except Unreachable:
                 raise
             except ClientError as error:
-                complain(ClientError(f"{image}: {error}") if named else error)
+                print_error(ClientError(f"{image}: {error}") if named else error)
                 answered = False
-            if not somebody_reads():
+            if not output_is_read():
                 break
     return answered
 
 
 def main() -> int:
-    """Return the exit code: 0 for an answer to each image, 1 where one has none."""
+    """Return the exit code: 0 if every image was answered, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", nargs="*", type=Path, default=[IMAGE_PATH],
                         help=f"files, folders of images, or - for standard input (default: {IMAGE_PATH})")  # fmt: skip
     parser.add_argument("--url", default=KERAS_REST_API_URL, help="default: %(default)s")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds of silence to bear (%(default)s)")
-    parser.add_argument(
-        "--retries", type=int, default=3, help="tries more where the service says when to (%(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print a line of JSON an image")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds of silence before giving up (%(default)s)")
+    parser.add_argument("--retries", type=int, default=3,
+                        help="how often to retry if the service says when to (%(default)s)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
     key = os.environ.get("API_KEY", "")
-    parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment's API_KEY")
+    parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment variable API_KEY")
     options = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label may have characters that the terminal lacks
     if not 0 < options.timeout <= 86400:
         parser.error("--timeout takes seconds, more than 0 and at most 86400")
     if not 0 <= options.retries <= 1000:
@@ -223,10 +222,10 @@ def main() -> int:
     try:
         return 0 if ask_all(options) else 1
     except ClientError as error:
-        complain(error)
+        print_error(error)
         return 1
 
 
 if __name__ == "__main__":
-    bear_a_reader_that_leaves()
+    ignore_closed_pipes()
     sys.exit(main())

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Send images many times at once, count what comes back, and print the figures.
+"""Send images many times at once, count the answers, and print throughput and latencies.
 
     stress_test.py                     500 threads, one started every 0.05 s, one request each
     stress_test.py --interval 0        500 threads that send at the same instant
     stress_test.py --concurrency 32    32 clients, each sending its next request after its last answer
-    stress_test.py --image photos --plot load.png    the images of a folder by turns, and a picture of the latencies
+    stress_test.py --image photos --plot load.png    the images of a folder in turn, and a chart of the latencies
 
-A request counts as answered when its status is 200 and its JSON says success. Its latency runs from before it
+A request counts as answered if its status is 200 and its JSON says success. Its latency is the time from before it
 connects (a client of --concurrency connects once) to the end of the answer. Percentiles are nearest-rank: the
-smallest measured latency that at least so many per cent of the answered requests did not exceed. A line per
-request names its thread; with --concurrency, where a thread sends many, the number of the request.
+smallest measured latency that at least that percentage of the answered requests did not exceed. Each request is
+printed on a line with its thread, or with its number if --concurrency is set, as a thread then sends many.
 
-Exit code: 0 all answered, 1 some were not, 2 bad arguments, 130 stopped by Ctrl-C.
+Exit code: 0 if all were answered, 1 if some were not, 2 for bad arguments, 130 after Ctrl-C.
 """
 
 import argparse
@@ -43,39 +43,39 @@ NUM_REQUESTS = 500
 SLEEP_COUNT = 0.05  # seconds between two starts
 
 TIMEOUT = 120.0  # seconds one request may take
-DAY = 86400.0  # seconds; beyond some such limit the system's own time functions overflow
-START_LIMIT = 60.0  # seconds a thread waits for the others before all send at once
-GRACE = 5.0  # seconds a thread may need to report after its time limit
+DAY = 86400.0  # seconds; much larger values overflow the system's time functions
+START_LIMIT = 60.0  # seconds that a thread waits for the others, so that all send at once
+GRACE = 5.0  # seconds that a thread may need to report after its time limit
 TICK = 0.1  # seconds until Ctrl-C is noticed
-STACK_BYTES = 512 * 1024  # the usual 8 MiB times 500 is refused where address space is limited
+STACK_BYTES = 512 * 1024  # the default, 8 MiB times 500, fails where address space is limited
 BATCH = re.compile(r'desc="batch of (\d{1,6})"')
-# Of the images in a folder.
+# Files with these suffixes are the images in a folder.
 SUFFIXES = {f".{end}" for end in ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"]}
-SPARE_FILES = 64  # open files besides the connections
+SPARE_FILES = 64  # open files other than the connections
 
 
-# --- figures: pure functions --------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one request; `code` is None when it was answered, `status` when no answer came."""
+    """The outcome of one request; `code` is None if it was answered, `status` is None if no answer came."""
 
     thread: int
     started_s: float
     latency_s: float
     status: int | None
     code: str | None
-    batch: int | None = None  # images that the service computed together with this one, itself included
+    batch: int | None = None  # images in the batch that the service computed, including this one
 
     @property
     def ended_s(self) -> float:
-        """The moment the answer was complete, or the request had failed."""
+        """The time when the answer was complete or the request failed."""
         return self.started_s + self.latency_s
 
     @property
     def failure(self) -> str:
-        """The name a failure is counted under, such as `503 queue_full` or `timeout`."""
+        """The name of the failure, such as `503 queue_full` or `timeout`."""
         return " ".join(str(part) for part in (self.status, self.code) if part is not None)
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Figures:
-    """The summary of a run; `unfinished` are requests that had no outcome when the run ended."""
+    """The summary of a run; `unfinished` requests had no outcome when it ended."""
 
     requests: int
     answered: int
@@ -100,12 +100,12 @@ class Figures:
 
 def percentile(ascending: Sequence[float], percent: int) -> float:
     """Return the nearest-rank percentile of values sorted in ascending order."""
-    rank = -(-percent * len(ascending) // 100)  # rounded up, in integers: 0.07 * 100 is more than 7
+    rank = -(-percent * len(ascending) // 100)  # rounded up; in integers, as 0.07 * 100 is more than 7
     return ascending[max(rank, 1) - 1]
 
 
 def latency_figures(answered: Sequence[Result]) -> dict[str, float] | None:
-    """Return the percentiles in milliseconds, None where nothing was answered."""
+    """Return the percentiles in milliseconds, or None if nothing was answered."""
     if not answered:
         return None
     ascending = sorted(result.latency_s * 1000 for result in answered)
@@ -114,16 +114,16 @@ def latency_figures(answered: Sequence[Result]) -> dict[str, float] | None:
 
 
 def seconds_until_last(results: Sequence[Result], first_start: float) -> float:
-    """Return the time from the first start to the last end among `results`."""
+    """Return the time from `first_start` to the last end among `results`."""
     return max((result.ended_s for result in results), default=first_start) - first_start
 
 
-def summarise(results: Sequence[Result], asked: int) -> Figures:
-    """Return the figures of a run that was asked to send so many requests."""
+def summarize(results: Sequence[Result], asked: int) -> Figures:
+    """Return the figures of a run that was to send `asked` requests."""
     answered = [result for result in results if result.code is None]
     failures = Counter(result.failure for result in results if result.code is not None)
     first_start = min((result.started_s for result in results), default=0.0)
-    # Up to the last answer: a request that hangs until its time limit says nothing about the others' rate.
+    # Until the last answer, since a request that hangs until its time limit says nothing about throughput.
     answering_s = seconds_until_last(answered, first_start)
     return Figures(
         requests=asked,
@@ -138,7 +138,7 @@ def summarise(results: Sequence[Result], asked: int) -> Figures:
 
 
 def summary_lines(figures: Figures) -> Iterator[str]:
-    """Return the figures as a person reads them."""
+    """Yield the lines of the printed summary."""
     yield f"[INFO] {figures.requests} requests: {figures.answered} answered, {figures.failed} failed" + (
         f", {figures.unfinished} unfinished" if figures.unfinished else ""
     )
@@ -150,7 +150,7 @@ def summary_lines(figures: Figures) -> Iterator[str]:
 
 
 def as_json(figures: Figures, results: Sequence[Result]) -> str:
-    """Return the figures and every request, with starts counted from the first one."""
+    """Return the figures and every request as JSON, with start times relative to the first."""
     first_start = min((result.started_s for result in results), default=0.0)
     ordered = sorted(results, key=lambda result: result.thread)
     listed = [asdict(result) | {"started_s": result.started_s - first_start} for result in ordered]
@@ -158,8 +158,8 @@ def as_json(figures: Figures, results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw the latency of each request over time, how the latencies are distributed, and the batches they were in."""
-    import matplotlib as mpl  # noqa: PLC0415 - only who wants a picture needs it
+    """Draw the latency of each request over time, the distribution of latencies, and the batch sizes."""
+    import matplotlib as mpl  # noqa: PLC0415 - needed only for --plot
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
@@ -168,11 +168,11 @@ def plot(results: Sequence[Result], path: Path) -> None:
     answered = [result for result in results if result.code is None]
     failed = [result for result in results if result.code is not None]
     first_start = min((result.started_s for result in results), default=0.0)
-    drawing, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=(2, 1, 1))
-    for some, colour, label in ((answered, "tab:blue", "answered"), (failed, "tab:red", "failed")):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=(2, 1, 1))
+    for some, color, label in ((answered, "tab:blue", "answered"), (failed, "tab:red", "failed")):
         if some:
             starts = [result.started_s - first_start for result in some]
-            axes[0].scatter(starts, [1000 * result.latency_s for result in some], s=8, color=colour, label=label)
+            axes[0].scatter(starts, [1000 * result.latency_s for result in some], s=8, color=color, label=label)
     axes[0].set(xlabel="seconds from the first start", ylabel="latency, ms", ylim=(0, None))
     axes[0].legend(frameon=False)
     ascending = sorted(1000 * result.latency_s for result in answered)
@@ -183,20 +183,20 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes[2].set(xlabel="images in a batch", ylabel="batches")
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
-    drawing.savefig(path, dpi=120)
-    plt.close(drawing)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # --- one request --------------------------------------------------------------------------------------------
 
 
 def answer_code(response: requests.Response) -> str | None:
-    """Return None for an answer with success, else the code of the failure."""
+    """Return None for an answer with success, otherwise the error code."""
     try:
         answer = json.loads(response.content)
         if response.status_code == requests.codes.ok and answer["success"] is True:
             return None
-        return " ".join(str(answer["error"]["code"]).split())  # on one line, whatever it was
+        return " ".join(str(answer["error"]["code"]).split())  # on one line, whatever it contains
     except ValueError:
         return "not_json"
     except (KeyError, TypeError):
@@ -204,19 +204,19 @@ def answer_code(response: requests.Response) -> str | None:
 
 
 def batch_size(response: requests.Response) -> int | None:
-    """Return how many images were computed together, where the service says so."""
+    """Return the size of the batch, or None if the answer does not say."""
     found = BATCH.search(response.headers.get("Server-Timing", ""))
     return int(found[1]) if found else None
 
 
 def fault_code(error: BaseException) -> str:
-    """Name what kept a request from getting any answer."""
+    """Return a name for the error that left a request without an answer."""
     cause: BaseException | None = error
-    # Silence in the middle of an answer is a TimeoutError, but deep inside a requests.ConnectionError.
+    # A timeout in the middle of an answer is a TimeoutError nested in a requests.ConnectionError.
     while cause is not None:
         if isinstance(cause, TimeoutError | requests.Timeout):
             return "timeout"
-        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:  # this machine's limit, no refusal
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:  # the limit of this machine
             return "too_many_open_files"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
@@ -226,7 +226,7 @@ def fault_code(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """What the threads send, by turns: encoded once, as 500 encodings would take time from the sending."""
+    """The requests that the threads send in turn, encoded once: encoding 500 would slow down the sending."""
 
     encoded: Sequence[requests.PreparedRequest]
     timeout: float
@@ -234,19 +234,19 @@ class Target:
 
     @classmethod
     def prepare(cls, address: str, images: Sequence[bytes], timeout: float, key: str = "") -> "Target":
-        """Encode the requests, and look up here once what requests would look up in every thread."""
+        """Encode the requests, and read the proxy settings once instead of in every thread."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with requests.Session() as session:
             encoded = [
                 session.prepare_request(requests.Request("POST", address, files={"image": image}, headers=headers))
                 for image in images
             ]
-            # Proxies and certificates named by the environment, as requests.post would use them.
+            # Proxies and certificates from the environment, as requests.post would use them.
             environment = session.merge_environment_settings(encoded[0].url or address, {}, False, None, None)
         return cls(encoded, timeout, dict(environment))
 
     def post(self, session: requests.Session, thread: int) -> Result:
-        """Send one request; whatever happens becomes a result."""
+        """Send one request and return its result, whatever happens."""
         started = time.perf_counter()
         try:
             response = self.send(session, thread)
@@ -256,7 +256,7 @@ class Target:
             return Result(thread, started, time.perf_counter() - started, None, fault_code(error))
 
     def send(self, session: requests.Session, thread: int) -> requests.Response:
-        """Return the whole answer; a redirect is not followed, as it would become a GET of something else."""
+        """Return the whole answer. A redirect is not followed, since it would turn the POST into a GET."""
         request = self.encoded[thread % len(self.encoded)]
         return session.send(request, timeout=self.timeout, allow_redirects=False, **self.environment)
 
@@ -266,9 +266,9 @@ class Target:
 
 @dataclass
 class StressTest:
-    """The main thread starts the others and alone prints and counts what they put into the inbox.
+    """Only the main thread prints and counts; the threads that send put their results into the inbox.
 
-    The others are daemons that never print, so one that hangs holds no lock and can be left behind.
+    They are daemons and never print, so one that hangs holds no lock and can be left behind.
     """
 
     target: Target
@@ -279,11 +279,11 @@ class StressTest:
     stopped: bool = False
 
     def stop(self, *_: object) -> None:
-        """Handle Ctrl-C: a flag only, as the signal may come while the bar is being drawn."""
+        """Handle Ctrl-C. Sets a flag only, as the signal may come while the progress bar is drawn."""
         self.stopped = True
 
     def run(self, interval: float, clients: int | None) -> None:
-        """Send all requests and report them; comes back in limited time, whatever the service does."""
+        """Send all requests and report them, in limited time, whatever the service does."""
         if clients is not None:
             self.closed_loop(clients)
         elif interval == 0:
@@ -293,7 +293,7 @@ class StressTest:
         self.gather()
 
     def paced(self, interval: float) -> None:
-        """Start one thread per interval, as the tutorial does; by the clock, so that delays do not add up."""
+        """Start one thread per interval, as the tutorial does. Uses the clock, so that delays do not add up."""
         first = time.perf_counter()
         for thread in range(self.total):
             while (wait := first + thread * interval - time.perf_counter()) > 0 and not self.stopped:
@@ -303,7 +303,7 @@ class StressTest:
             self.start(self.send_one, thread)
 
     def at_once(self) -> None:
-        """Let all threads send at the same instant or, where the system has not that many, none."""
+        """Let all threads send at the same instant; if one can't be started, none sends."""
         barrier = threading.Barrier(self.total)
         for thread in range(self.total):
             if self.stopped:
@@ -312,7 +312,7 @@ class StressTest:
                 barrier.abort()
 
     def closed_loop(self, clients: int) -> None:
-        """Let so many clients share out the requests, each waiting for its answer before it sends again."""
+        """Share the requests among `clients` threads, each sending its next after its last answer."""
         rest: SimpleQueue[int] = SimpleQueue()
         for thread in range(clients, self.total):
             rest.put(thread)
@@ -320,8 +320,8 @@ class StressTest:
             self.start(self.send_many, thread, rest)
 
     def start(self, send: Callable[..., None], thread: int, *arguments: object) -> bool:
-        """Start a thread; where the system has no more of them, count that and return False."""
-        arguments = (requests.Session(), thread, *arguments)  # made here: the threads are for sending only
+        """Start a thread; if the system allows no more, count that and return False."""
+        arguments = (requests.Session(), thread, *arguments)  # made here, so that the threads only send
         try:
             threading.Thread(target=send, args=arguments, daemon=True).start()
         except RuntimeError:
@@ -330,16 +330,16 @@ class StressTest:
         return True
 
     def not_sent(self, thread: int, code: str) -> None:
-        """Count a request that could not even be sent."""
+        """Count a request that could not be sent."""
         self.inbox.put(Result(thread, time.perf_counter(), 0.0, None, code))
 
     def send_one(self, session: requests.Session, thread: int) -> None:
-        """Send one request on a connection of its own."""
+        """Send one request on a new connection."""
         with session:
             self.inbox.put(self.target.post(session, thread))
 
     def send_together(self, session: requests.Session, thread: int, barrier: threading.Barrier) -> None:
-        """Send one request as soon as every other thread is ready to."""
+        """Send one request as soon as all threads are ready."""
         try:
             barrier.wait(START_LIMIT)
         except threading.BrokenBarrierError:
@@ -348,14 +348,14 @@ class StressTest:
             self.send_one(session, thread)
 
     def send_many(self, session: requests.Session, thread: int, rest: "SimpleQueue[int]") -> None:
-        """Send requests on one kept connection until none is left."""
+        """Send requests on one connection until none is left."""
         with session, suppress(Empty):
             while not self.stopped:
                 self.inbox.put(self.target.post(session, thread))
                 thread = rest.get_nowait()
 
     def take(self, wait_s: float) -> bool:
-        """Report the next result; False where none came in time."""
+        """Report the next result; return False if none came in time."""
         try:
             result = self.inbox.get(timeout=wait_s)
         except Empty:
@@ -366,24 +366,24 @@ class StressTest:
         return True
 
     def gather(self) -> None:
-        """Report results until all are there, or for too long none came; what is missing stays unfinished."""
-        silence_limit = 2 * self.target.timeout + GRACE  # requests limits connecting and silence, each
-        last_news = time.perf_counter()
-        while not self.finished() and time.perf_counter() - last_news < silence_limit:
+        """Report results until all have come, or none came for too long; the missing ones stay unfinished."""
+        silence_limit = 2 * self.target.timeout + GRACE  # requests applies it to connecting and to silence
+        last_result = time.perf_counter()
+        while not self.finished() and time.perf_counter() - last_result < silence_limit:
             if self.take(TICK):
-                last_news = time.perf_counter()
+                last_result = time.perf_counter()
         while self.take(0):
-            pass  # what came back just before Ctrl-C
+            pass  # results that came just before Ctrl-C
 
     def finished(self) -> bool:
-        """Tell whether there is nothing left to wait for."""
+        """Return whether there is nothing left to wait for."""
         return self.stopped or len(self.results) >= self.total
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files, 256 on some systems, as far as the system lets it."""
+    """Raise this process's limit of open files (256 on some systems) as far as the system allows."""
     with suppress(ImportError, ValueError, OSError):
-        import resource  # noqa: PLC0415 - neither the module nor the limit exists on Windows
+        import resource  # noqa: PLC0415 - Windows has neither the module nor the limit
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft not in (-1, resource.RLIM_INFINITY) and soft < count:
@@ -391,24 +391,24 @@ def allow_open_files(count: int) -> None:
 
 
 class Output(io.FileIO):
-    """Standard output or error, where it does no harm that its reader has left, as `head -1` does after a line."""
+    """Standard output or error that ignores a closed pipe, such as one to `head -1`."""
 
     def write(self, data: Any) -> int:
-        """Write, or pass over what nobody would read."""
+        """Write `data`, or drop it if the pipe is closed."""
         try:
             return super().write(data)
         except BrokenPipeError:
             return len(data)
 
 
-def bear_a_reader_that_leaves() -> None:
-    """Let standard output and error be such an Output."""
+def ignore_closed_pipes() -> None:
+    """Replace standard output and error by an Output."""
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
-        if stream:  # none where the shell has closed it
+        if stream:  # None if the shell has closed it
             raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            at_once = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.isatty(), at_once)
+            unbuffered = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.isatty(), unbuffered)
             setattr(sys, name, text)
 
 
@@ -416,7 +416,7 @@ def bear_a_reader_that_leaves() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Complains in one line; the usage is a --help away."""
+    """Prints errors on one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -445,18 +445,18 @@ def time_limit(text: str) -> float:
 
 
 def address(text: str) -> str:
-    """Return the address, with /predict added where only the host was given."""
+    """Return the address; if it has no path, with /predict."""
     try:
         parts = urlsplit(text)
         full = text if parts.path.strip("/") else parts._replace(path="/predict").geturl()
         requests.Session().get_adapter(requests.Request("POST", full).prepare().url or "")
-    except ValueError as error:  # whatever requests finds wrong with an address is one of these
+    except ValueError as error:  # every error of requests about an address is one of these
         raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://host:port") from error
     return full
 
 
 def api_key(text: str) -> str:
-    """Return the key, without the line's end that a file or a paste may have left."""
+    """Return the key without whitespace around it, such as the newline of a file."""
     key = text.strip()
     if not (key.isascii() and key.isprintable()):
         raise argparse.ArgumentTypeError("must be letters, digits and signs on one line")
@@ -464,7 +464,7 @@ def api_key(text: str) -> str:
 
 
 def image_files(text: str) -> list[bytes]:
-    """Return the image, or those of a folder, read once for all threads."""
+    """Return the contents of the image, or of those in a folder, read once for all threads."""
     path = Path(text)
     try:
         if not path.is_dir():
@@ -473,21 +473,21 @@ def image_files(text: str) -> list[bytes]:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot read {text} ({error.strerror})") from error
     if not images:
-        raise argparse.ArgumentTypeError(f"cannot read {text} (no image is in this folder)")
+        raise argparse.ArgumentTypeError(f"cannot read {text} (this folder has no images)")
     return images
 
 
-def picture(text: str) -> Path:
-    """Return the path of a picture that can be drawn, tried before the load rather than after it."""
+def chart(text: str) -> Path:
+    """Return the path of a chart. Checks before the test, not after it, that it can be drawn."""
     if not importlib.util.find_spec("matplotlib"):
-        raise argparse.ArgumentTypeError("needs matplotlib: install it, as in .venv/bin/pip install matplotlib")
+        raise argparse.ArgumentTypeError("needs matplotlib: .venv/bin/pip install matplotlib")
     if Path(text).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, not {text}")
     return writable(text)
 
 
 def writable(text: str) -> Path:
-    """Return the path of a file that can be written, tried before the load rather than after it."""
+    """Return the path of a file. Checks before the test, not after it, that it can be written."""
     try:
         Path(text).open("a").close()
     except OSError as error:
@@ -500,20 +500,20 @@ def command_line() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--url", type=address, default=KERAS_REST_API_URL, help="default: %(default)s")
-    add("--image", type=image_files, default=str(IMAGE_PATH), help="or a folder of them; default: %(default)s")
-    add("--requests", type=count, default=NUM_REQUESTS, help="how many in all (%(default)s)")
-    add("--interval", type=interval, default=SLEEP_COUNT, help="seconds between two starts (%(default)s)")
-    add("--concurrency", type=count, metavar="N", help="N clients share out the requests; no --interval then")
-    add("--timeout", type=time_limit, default=TIMEOUT, metavar="SECONDS", help="per request (%(default)s)")
+    add("--image", type=image_files, default=str(IMAGE_PATH), help="a file or folder; default: %(default)s")
+    add("--requests", type=count, default=NUM_REQUESTS, help="total number of requests (%(default)s)")
+    add("--interval", type=interval, default=SLEEP_COUNT, help="seconds between starts (%(default)s)")
+    add("--concurrency", type=count, metavar="N", help="share the requests among N clients; --interval is then ignored")
+    add("--timeout", type=time_limit, default=TIMEOUT, metavar="SECONDS", help="limit for each request (%(default)s)")
     key = os.environ.get("API_KEY", "")
-    add("--api-key", type=api_key, default=key, metavar="KEY", help="default: the environment's API_KEY")
-    add("--json", type=writable, metavar="FILE", help="write the figures and every request there")
-    add("--plot", type=picture, metavar="FILE", help="draw latencies and batch sizes there")
+    add("--api-key", type=api_key, default=key, metavar="KEY", help="default: the environment variable API_KEY")
+    add("--json", type=writable, metavar="FILE", help="write the figures and every request to this file")
+    add("--plot", type=chart, metavar="FILE", help="draw latencies and batch sizes to this file")
     return parser.parse_args()
 
 
 def exit_code(figures: Figures, stopped: bool) -> int:
-    """Return 130 for Ctrl-C, as a shell does; else 0 only where every request was answered."""
+    """Return 130 after Ctrl-C, as shells do; otherwise 0 if every request was answered, 1 if not."""
     if stopped:
         return 130
     return 0 if figures.answered == figures.requests else 1
@@ -523,7 +523,7 @@ def main() -> int:
     """Run the test and return the exit code."""
     options = command_line()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have characters that the terminal lacks
     threading.stack_size(STACK_BYTES)
     allow_open_files(min(options.requests, options.concurrency or options.requests) + SPARE_FILES)
     target = Target.prepare(options.url, options.image, options.timeout, options.api_key)
@@ -531,7 +531,7 @@ def main() -> int:
         test = StressTest(target, options.requests, bar)
         signal.signal(signal.SIGINT, test.stop)
         test.run(options.interval, options.concurrency)
-    figures = summarise(test.results, options.requests)
+    figures = summarize(test.results, options.requests)
     print(*summary_lines(figures), sep="\n")
     if options.plot:
         plot(test.results, options.plot)
@@ -543,5 +543,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    bear_a_reader_that_leaves()
+    ignore_closed_pipes()
     sys.exit(main())

@@ -54,7 +54,7 @@ def choose() -> str:
     print(
         f"* Serving the bundled model EfficientNet-Lite0, which recognises {recognises}. ResNet50's weights can't be "
         f"fetched ({reason}) and are not complete in {keras_downloads()}. To serve ResNet50, put "
-        f'{" and ".join(RESNET50_FILES)} there, as README.md says under "ResNet50 with ImageNet weights".',
+        f'{" and ".join(RESNET50_FILES)} there, as docs/models.md says under "ResNet50 with ImageNet weights".',
         flush=True,
     )
     return BUNDLED_MODEL

@@ -1,11 +1,11 @@
-"""Makes the pictures of the page, in light, in dark and on a phone.
+"""Take the screenshots of the page: light, dark, and on a phone.
 
-Of a service that is running:
+Use a running service:
 
     .venv/bin/python docs/screenshots.py http://localhost:8080
 
-It needs Chromium and its driver. The service should have a model of ImageNet's classes, as bin/serve starts it. It is
-kept busy while the figures are open, so that they have something to show.
+It needs Chromium and its driver. The service should have a model with ImageNet's classes, as bin/serve starts it. While
+the live figures are open, clients keep the service busy, so that the figures show something.
 """
 
 import argparse
@@ -32,9 +32,9 @@ CLIENTS = 8
 
 
 class Picture(NamedTuple):
-    """A file of a page that is `width` pixels wide, with the predictions of so many images.
+    """A screenshot `width` pixels wide, with the predictions for the first `images` of IMAGES.
 
-    Where `busy` is not 0, the figures are open, and have been for so many seconds.
+    If `busy` is not 0, it is taken that many seconds after the live figures were opened.
     """
 
     name: str
@@ -52,9 +52,9 @@ PICTURES = (
 
 
 def main() -> None:
-    """Take them all."""
-    parser = argparse.ArgumentParser(description="Make the pictures of the page.")
-    parser.add_argument("url", help="where the service is")
+    """Take all screenshots."""
+    parser = argparse.ArgumentParser(description="Take the screenshots of the page.")
+    parser.add_argument("url", help="the address of the service")
     url = parser.parse_args().url
     for picture in PICTURES:
         with clients(url, CLIENTS if picture.busy else 0):
@@ -63,7 +63,7 @@ def main() -> None:
 
 @contextmanager
 def clients(url: str, count: int) -> Iterator[None]:
-    """Keep the service busy with so many clients."""
+    """Keep the service busy with `count` clients."""
     stop = threading.Event()
     with ThreadPoolExecutor(max(1, count)) as pool:
         for _ in range(count):
@@ -75,14 +75,14 @@ def clients(url: str, count: int) -> Iterator[None]:
 
 
 def keep_busy(url: str, stop: threading.Event) -> None:
-    """Post images at uneven intervals, one at a time or several."""
+    """Post one or several images at random intervals."""
     while not stop.wait(random.expovariate(0.5)):
         files = [("image", random.choice(IMAGES).read_bytes()) for _ in range(random.choice([1, 1, 2, 3, 6, 12]))]
         requests.post(f"{url}/predict", files=files, timeout=60)
 
 
 def take(url: str, picture: Picture) -> None:
-    """Save a picture of the page."""
+    """Save a screenshot of the page."""
     name, width, scheme, images, busy = picture
     browser = start_browser()
     try:
@@ -99,24 +99,24 @@ def take(url: str, picture: Picture) -> None:
         browser.find_element(By.ID, "files").send_keys("\n".join(map(str, IMAGES[:images])))
         best = (By.CSS_SELECTOR, ".bars li:first-child")
         WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(*best)) == images)
-        time.sleep(1)  # until the bars have grown
+        time.sleep(1)  # the bars grow for a moment
         save(browser, HERE / name, size)
     finally:
         browser.quit()
 
 
 def start_browser() -> Chrome:
-    """Return a Chromium that has no window."""
+    """Return a headless Chromium."""
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
-    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # root can't have one
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium can't sandbox as root
     for argument in ("--headless=new", "--disable-dev-shm-usage", "--hide-scrollbars", *sandbox):
         options.add_argument(argument)
     return Chrome(options, ChromeService("/usr/bin/chromedriver"))
 
 
 def save(browser: Chrome, path: Path, size: dict[str, Any]) -> None:
-    """Save the whole page, in as many colors as a small file has."""
+    """Save the whole page, reduced to 256 colors for a small file."""
     height = browser.execute_script("return document.documentElement.scrollHeight")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": height})
     picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")

@@ -101,8 +101,8 @@ def test_without_the_internet_the_bundled_model_is_served_and_the_line_says_why(
     assert DESCRIPTION in line
     assert f"put {WEIGHTS} and {CLASSES} there" in line
     assert f"complete in {keras_downloads()}" in line
-    [section] = re.findall('README.md says under "(.*?)"', line)
-    assert f"\n### {section}\n" in (ROOT / "README.md").read_text()
+    [section] = re.findall('docs/models.md says under "(.*?)"', line)
+    assert f"\n## {section}\n" in (ROOT / "docs/models.md").read_text()
 
 
 @pytest.mark.parametrize("asleep", ["the server", "the host's name"])

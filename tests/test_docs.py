@@ -1,4 +1,4 @@
-"""What the documents say is so: each command in them works, each link leads somewhere, each metric is listed."""
+"""The documents match the product: every command works, every link has a target, every metric is listed."""
 
 import os
 import re
@@ -14,18 +14,17 @@ from conftest import AS_INSTALLED, ROOT, Process, Service, free_port, running, w
 from model_server import metrics as server_metrics
 from web import metrics as web_metrics
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/operations.md",
-             "docs/architecture.md"]  # fmt: skip
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
-# Commands that other tests run, by what they begin with, and one such test.
+# Commands that other tests run, by their beginning, with one such test each.
 ELSEWHERE = {
     "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
-    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_preprocessing_and_weights",
+    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
-    "curl -O https://": "test_classifier.py::test_without_internet_the_error_says_which_file_to_put_where",
+    "curl -O https://": "test_classifier.py::test_without_internet_the_line_says_which_file_to_put_where",
     "API_KEYS=0f3b... bin/serve": "test_doors.py::test_each_of_two_keys_is_accepted",
     "bin/install": "test_install.py::test_it_installs_a_service_that_answers",
     "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": "test_install.py::test_it_installs_a_service_that_answers",
@@ -34,12 +33,12 @@ ELSEWHERE = {
     "apache2ctl configtest": "test_install.py::test_it_installs_a_service_that_answers",
     "sed -i": "test_install.py::test_it_installs_a_service_that_answers",
     "docker compose up": "test_docker.py::test_the_images_answer_hardened",
-    "bin/test": "test_docs.py::test_each_command_is_run_here_or_by_another_test",
+    "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")
-NOT_RUN = ("bin/bench", "systemctl ")  # it takes minutes, and its parts have tests; and no test has a systemd
-# What the commands leave in the project's folder.
-LEFT = ["load.png", "train_shapes.py", *(f"{shape}.png" for shape in ("circle", "square", "triangle")),
+NOT_RUN = ("bin/bench", "systemctl ")  # takes minutes, and its parts have tests; no test machine runs systemd
+# Files that the commands create in the project's folder.
+LEFT = ["train_shapes.py", *(f"{shape}.png" for shape in ("circle", "square", "triangle")),
         "models/shapes.keras", "models/shapes.json"]  # fmt: skip
 
 
@@ -54,16 +53,29 @@ def commands(text: str) -> list[str]:
             if line.strip().startswith(("$ ", "# "))]  # fmt: skip
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_link_to_a_file_leads_there(document: str) -> None:
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "images/README.md"])
+def test_every_relative_link_and_anchor_exists(document: str) -> None:
     text = text_of(document)
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+    links += [(source, "") for source in re.findall(r'<img src="([^"]+)"', text)]
 
-    assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
+    for name, anchor in links:
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
 
 
-def test_every_document_is_found_from_the_readme() -> None:
-    assert [name for name in DOCUMENTS[1:] if f"]({name})" not in text_of("README.md")] == []
+def test_every_document_is_linked_from_the_readme() -> None:
+    others = [name for name in DOCUMENTS if name != "README.md"]
+
+    assert [name for name in others if f"]({name})" not in text_of("README.md")] == []
 
 
 def test_every_metric_is_listed_in_operations() -> None:
@@ -90,7 +102,7 @@ def test_every_alert_says_what_to_do() -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """The project's folder, which is afterwards as it was."""
+    """The project's folder; files that the commands create are removed afterwards."""
     assert [name for name in LEFT if (ROOT / name).exists()] == []
     yield ROOT
     for name in LEFT:
@@ -98,10 +110,11 @@ def folder() -> Iterator[Path]:
 
 
 def run(command: str, url: str) -> str:
-    """What `command` prints, at the service at `url` instead of the one that it names."""
+    """Return what `command` prints, run against the service at `url` instead of the one it names."""
     command = command.replace("http://localhost:8080", url)
     command = re.sub(r"(simple_request|stress_test)\.py", rf"\1.py --url {url}/predict", command)
-    # The README says that --plot needs matplotlib, which the service does not have.
+    command = command.replace("stress_test.py", "stress_test.py --requests 100")  # unless the document says how many
+    # --plot needs matplotlib, which is not among the service's packages (README.md says so).
     environment = os.environ if "--plot" in command else os.environ | AS_INSTALLED
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -110,14 +123,14 @@ def run(command: str, url: str) -> str:
     return done.stdout
 
 
-TOLD = [command for document in DOCUMENTS if "tutorial" not in document for command in commands(text_of(document))
-        if not command.startswith(NOT_RUN)]  # fmt: skip
+DOCUMENTED = [command for document in DOCUMENTS if document != "docs/tutorial.md"
+              for command in commands(text_of(document)) if not command.startswith(NOT_RUN)]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(TOLD))
-def test_each_command_is_run_here_or_by_another_test(command: str, service: Service, folder: Path) -> None:
+@pytest.mark.parametrize("command", dict.fromkeys(DOCUMENTED))
+def test_every_command_is_run_here_or_by_another_test(command: str, service: Service, tmp_path: Path) -> None:
     if command.startswith(RUN):
-        printed = run(command, service.url)
+        printed = run(command.replace("load.png", str(tmp_path / "load.png")), service.url)
         assert printed
         assert '"success":false' not in printed
         return
@@ -135,15 +148,16 @@ def bin_serve(command: str, port: int, log: Path) -> Iterator[Process]:
         yield process
 
 
+@pytest.mark.alone("trains a model and writes into the project's folder")
 @pytest.mark.timeout(600)
 def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Path) -> None:
-    """Every command of it but the first, and those of production, which tests/test_install.py runs."""
-    told = commands(TUTORIAL.split(DIGITS)[0])
+    """Runs every command except the first and those of production, which tests/test_install.py runs."""
+    listed = commands(TUTORIAL.split(DIGITS)[0])
     [program] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
     (folder / "train_shapes.py").write_text(program, encoding="utf-8")
     port = free_port()
     url = f"http://localhost:{port}"
-    first, train, check, serve, *asking, stress = [each for each in told if not each.startswith(PRODUCTION)]
+    first, train, check, serve, *asking, stress = [each for each in listed if not each.startswith(PRODUCTION)]
 
     right = float(run(train, url).rpartition("right:")[2])
     checked = run(check, url)
@@ -161,12 +175,12 @@ def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Pat
 
 PRODUCTION = ("bin/install", "cp models/", "systemctl ")
 DIGITS = "\n## 8. Another example: handwritten digits\n"
-# Not run: the packages are those that run the tests, and to train takes 14 minutes.
+# Not run: the tests already have these packages, and training takes 14 minutes.
 TRAINING = (".venv/bin/pip install", ".venv/bin/python models/train_digits.py")
 
 
-def test_the_tutorial_s_digits_are_read(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With its pictures drawn anew, in another folder. What MODEL= serves, the tests' service serves too."""
+def test_the_digits_of_the_tutorial_are_read(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Draws the pictures again, into another folder. The tests' service has the same model as the MODEL= command."""
     serve, curl, ask, *training, draw = commands(TUTORIAL.split(DIGITS)[1])
     monkeypatch.setattr(make_samples, "IMAGES", tmp_path)
     assert Path(os.environ["MODEL"]) == ROOT / re.findall("MODEL=(.*) bin/serve", serve)[0]

@@ -166,7 +166,7 @@ def check_tls(system: Chroot, folder: Path) -> None:
     certificates = make_certificates(folder)
     for name, place in (("certificate", "example.pem"), ("key", "example.key"), ("ca", "example.ca")):
         shutil.copy(certificates[name], system.root / "etc/ssl" / place)
-    [told] = re.findall(r"^- TLS, beside.*?(?=^- )", OPERATIONS, re.MULTILINE | re.DOTALL)
+    [told] = re.findall(r"^### TLS\n.*?(?=^### )", OPERATIONS, re.MULTILINE | re.DOTALL)
     steps = [line.replace("systemctl restart apache2", "true") for line in commands(told)]  # no systemd runs there
     assert [line.split()[0] for line in steps] == ["apt-get", "cp", "a2enmod", "a2ensite", "apache2ctl",
                                                    "sed", "sed", "apache2ctl"]  # fmt: skip

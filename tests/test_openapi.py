@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import ignored_auth
 
 from run_web_server import create_app
 
-API = ROOT / "README.md"  # the document that describes the API
+API = ROOT / "docs/api.md"
 IMAGES = [path.read_bytes() for path in sorted((ROOT / "models/digits").iterdir())]
 
 schemathesis.openapi.format("binary", st.sampled_from(IMAGES))

@@ -1,11 +1,8 @@
-"""What the README says is so."""
+"""README.md is short, and the tables of the documents list exactly what exists."""
 
 import ast
-import json
-import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -15,38 +12,25 @@ from helpers import ServiceError
 from web.errors import status_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGES = ("image_queue", "web", "model_server")
 
 
-def table(heading: str) -> list[list[str]]:
-    """The rows of the first table under a heading, cells without back quotes."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| `")]
-    return [[cell.strip("`") for cell in re.split(r" *\| *", row)[1:-1]] for row in rows]
+def section(document: str, heading: str) -> str:
+    """The text below a heading of the second level."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def defaults() -> dict[str, str]:
-    """Every setting with its default, as a program without an environment has it."""
-    code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
-    bare = {"PATH": os.environ["PATH"]}
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, timeout=60)
-    return {name: "" if value is None else str(value).removesuffix(".0") for name, value in json.loads(printed).items()}
-
-
-def test_every_setting_is_in_the_table_with_its_default() -> None:
-    documented = {row[0]: row[1] for row in table("Settings")}
-
-    assert documented == {name: value for name, value in defaults().items() if name != "EXIT_BAD_SETTING"}
-
-
-ERRORS = ROOT / "README.md"  # the document that has the table of errors
+def test_the_readme_stays_short() -> None:
+    assert README.count("\n") <= 130
 
 
 def subclasses(kind: type[ServiceError]) -> list[type[ServiceError]]:
     return [kind, *(each for child in kind.__subclasses__() for each in subclasses(child))]
 
 
-def test_every_error_of_the_service_is_in_the_table() -> None:
-    documented = set(re.findall(r"^\| (\d+) \| `(\w+)` \|", ERRORS.read_text(encoding="utf-8"), re.MULTILINE))
+def test_the_errors_table_has_every_error() -> None:
+    documented = set(re.findall(r"^\| (\d+) \| `(\w+)` \|", section("api.md", "Errors"), re.MULTILINE))
 
     kinds = subclasses(ServiceError)
     site = (ROOT / "deploy/apache/service.conf").read_text(encoding="utf-8")
@@ -56,36 +40,42 @@ def test_every_error_of_the_service_is_in_the_table() -> None:
     assert documented == {(str(status_of(kind)), kind.code) for kind in kinds} | apaches
 
 
-def test_every_test_of_the_faults_table_is_there_and_every_fault_is_in_it() -> None:
-    tests = "\n".join(re.findall(r"^def (test_\w+)", (ROOT / "tests/test_faults.py").read_text(), re.MULTILINE))
+def test_the_faults_table_has_every_fault_with_its_test() -> None:
+    files = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_faults*.py"))
+    tests = "\n".join(re.findall(r"^def (test_\w+)", files, re.MULTILINE))
     others = (ROOT / "tests/test_hostile_input.py").read_text()
-    names = re.findall(r"\| `(\w+)` \|$", README.split("\n## When things die\n")[1].split("\n## ")[0], re.MULTILINE)
+    names = re.findall(r"\| `(\w+)` \|$", section("reliability.md", "Faults and their tests"), re.MULTILINE)
 
     for name in names:
         assert tests.count(name) == 1 or re.search(rf"def test_\w*{name}", others), name
     assert sum(name in tests for name in names) == tests.count("test_")
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "bin/serve",
-        "bin/test",
-        "bin/audit",
-        "simple_request.py",
-        "stress_test.py",
-        "models/convert_efficientnet_lite.py",
-    ],
-)
-def test_the_commands_that_it_names_are_there(script: str) -> None:
-    assert script in README
-    assert (ROOT / script).is_file()
+def files_of_the_table() -> list[str]:
+    rows = re.findall(r"^\| (`[^|]+`) \|", section("architecture.md", "Files"), re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
 
-def test_every_file_of_its_table_is_there() -> None:
-    for names in re.findall(r"^\| ((?:`[\w/.]+`(?:, )?)+) \|", README.split("## How it works")[1], re.MULTILINE):
-        for name in re.findall(r"`([^`]+)`", names):
-            assert (ROOT / name).exists(), name
+def test_every_file_of_the_table_exists() -> None:
+    listed = files_of_the_table()
+
+    assert len(listed) > 20
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+
+
+def test_the_table_has_every_module_of_the_product() -> None:
+    files = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+    modules = {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
+
+    assert sorted(modules - set(files_of_the_table())) == []
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_every_program_named_in_a_document_exists(document: Path) -> None:
+    named = set(re.findall(r"(?<![\w/.-])(?:bin|deploy|benchmarks|tests|models)/[\w./-]*\w", document.read_text()))
+    by_the_tutorial = {"models/shapes", "models/shapes.keras", "models/shapes.json"}
+
+    assert [name for name in sorted(named - by_the_tutorial) if not (ROOT / name).exists()] == []
 
 
 def test_the_names_of_the_tutorial_are_kept() -> None:

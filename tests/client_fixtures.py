@@ -1,0 +1,40 @@
+"""Fixtures of the clients' tests, which name this module in pytest_plugins."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_service import IMAGE, Behavior, FakeService, Serve
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    services: list[FakeService] = []
+
+    def start(behavior: Behavior) -> FakeService:
+        services.append(FakeService(behavior))
+        threading.Thread(target=services[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.closing.set()
+        service.shutdown()
+        service.server_close()
+
+
+@pytest.fixture
+def unused_url() -> Iterator[str]:
+    """An address where nothing listens; the port stays bound, so that nothing else can."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{unheard.getsockname()[1]}"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "some image.png"
+    path.write_bytes(IMAGE)
+    return path
