@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import requests
-from conftest import ROOT, wait_until
+from harness import ROOT, wait_until
 from PIL import Image
 from redis import Redis
 from samples import saved
