@@ -131,7 +131,7 @@ from typing import NoReturn  # noqa: E402
 
 from harness import *  # noqa: E402, F403
 
-__all__ = ["images_are_wanted", "missing", "AS_INSTALLED", "PATH", "ROOT", "START_LIMIT", "Missing", "Process", "Serve", "Service", "answers", "apache_of", "assert_error", "command_line", "descendants", "free_port", "make_certificates", "model_servers", "need", "own_keys", "parent", "processes_with", "raw_answer", "ready", "resident_bytes", "responds", "run_apache", "run_model_server", "run_redis", "run_serve", "run_service", "running", "variables", "wait_until", "web_processes"]  # noqa: F405, E501  # fmt: skip
+__all__ = ["images_are_wanted", "missing", "AS_INSTALLED", "PATH", "ROOT", "START_LIMIT", "Missing", "Process", "Serve", "Service", "answers", "apache_of", "assert_error", "command_line", "descendants", "free_port", "make_certificates", "model_servers", "need", "own_keys", "parent", "processes_with", "raw_answer", "ready", "resident_bytes", "responds", "run_apache", "run_model_server", "run_redis", "run_serve", "run_service", "running", "variables", "wait_until", "web_processes"]  # noqa: F405, E501, RUF022  # fmt: skip
 
 
 def missing(reason: str) -> NoReturn:
