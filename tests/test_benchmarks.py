@@ -94,7 +94,7 @@ def test_plumbing_is_measured_and_reported(tmp_path: Path) -> None:
     printed = subprocess.check_output(command, cwd=ROOT, timeout=280, text=True)
 
     figures = json.loads((tmp_path / "bench.json").read_text())["plumbing"]
-    assert all(row["failed"] == 0 and row["per_s"] > 0 for row in figures.values())
+    assert all(row["failed"] == 0 and row["requests"] > 0 for row in figures.values())
     busy = figures["service, png-432kB x 64"]
     assert {"Apache", "Redis", "model server", "web"} <= set(busy["cores"])
     assert 20 < busy["peak_mb"]["web"] < 200
