@@ -100,7 +100,9 @@ def test_each_module_imports_only_those_below_it(module: str) -> None:
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "settings"])
 def test_importing_a_module_starts_nothing_and_sets_no_variable(module: str) -> None:
     found = imported(module)
-    keras = imported("keras") if "keras" in found["modules"] else {"variables": {}, "threads": 0, "pools": []}
+    keras: dict[str, Any] = {"variables": {}, "threads": 0, "pools": []}
+    if "keras" in found["modules"]:
+        keras = imported("keras")
 
     assert found["variables"].items() <= keras["variables"].items()
     assert found["threads"] <= keras["threads"]

@@ -34,7 +34,8 @@ def need(program: str) -> str:
 
 def free_port() -> int:
     """Return a free port outside the range that the system gives to outgoing connections."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):  # a test may have set the usual seed
+    first = 20_000 + 3_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # apart by worker
+    for port in random.SystemRandom().sample(range(first, first + 3_000), 100):  # a test may have set the usual seed
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
