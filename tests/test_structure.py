@@ -22,11 +22,13 @@ LAYERS: dict[str, set[str]] = {
 }
 KERAS = {"keras", "tensorflow", "torch", "jax"}
 
-# Imports what its argument names; prints what that changed. NumPy comes first because it starts threads for BLAS.
+# Imports what its argument names; prints what that changed. NumPy comes first because it starts threads for BLAS, and
+# mod_wsgi is there because some modules do more below Apache.
 IMPORT = """
 import gc, importlib, json, os, sys
 from concurrent.futures import Executor
 import numpy, redis
+sys.modules["mod_wsgi"] = sys
 def threads(): return len(os.listdir("/proc/self/task"))
 environment, before = dict(os.environ), threads()
 importlib.import_module(sys.argv[1])
@@ -44,7 +46,6 @@ def imported(module: str) -> dict[str, Any]:
     """Return what the import of a module loads and changes in a new interpreter."""
     environment = {**AS_INSTALLED, "PATH": os.environ["PATH"]}
     environment["PYTHONPATH"] += f":{ROOT}"
-    environment["PROMETHEUS_MULTIPROC_DIR"] = "/proc/nowhere"  # create_app() removes it, not an import
     command = [sys.executable, "-c", IMPORT, module]
     printed = subprocess.check_output(command, cwd=ROOT, env=environment, timeout=120)
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
