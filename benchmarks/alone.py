@@ -1,14 +1,14 @@
-"""What the hardware allows, each measured in a process of its own: printed as a line of JSON.
+"""Measure the limits of the hardware, one in each process; print a line of JSON.
 
-    alone.py model SIZE WAY    images/s of ResNet50 alone in batches of SIZE; WAY is plain, xla, predict, frozen or
-                               frozen-twice, which is as the model server has it: two batches at once
+    alone.py model SIZE WAY    images/s of ResNet50 in batches of SIZE; WAY is plain, xla, predict, frozen or
+                               frozen-twice (two batches at once, as in the model server)
     alone.py prepare IMAGE SECONDS
-                               images/s of decoding and resizing alone on all cores; ms of one, and of a full decode
-    alone.py answer IMAGE      ms of decoding, resizing and classifying one image after the other
-    alone.py served            images/s of the model server's model (MODEL), in its batches, two at once
-    alone.py load              seconds that the model server's model takes to load and to warm up
+                               images/s of decoding and resizing on all cores; ms of one, and of a full decode
+    alone.py answer IMAGE      ms of decoding, resizing and classifying, one image at a time
+    alone.py served            images/s of the model server's model (MODEL) at its batch size, two batches at once
+    alone.py load              seconds for the model server's model to load and to warm up
 
-The model is untrained, which costs the same.
+ResNet50 is untrained, which costs the same.
 """
 
 import io
@@ -28,12 +28,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SECONDS = 8.0  # that each measurement lasts
+SECONDS = 8.0  # of each measurement
 TARGET = (224, 224)
 
 
 def rate(call: Callable[[], object], seconds: float = SECONDS) -> float:
-    """Return the median seconds of a call, after two that warm up."""
+    """Return the median seconds of a call, after two warm-up calls."""
     call()
     call()
     times: list[float] = []
@@ -46,7 +46,7 @@ def rate(call: Callable[[], object], seconds: float = SECONDS) -> float:
 
 
 def model(size: int, way: str) -> dict[str, float]:
-    """Return images/s of ResNet50 in batches of `size`, raw pixels in, probabilities out."""
+    """Return images/s of ResNet50 in batches of `size`, from raw pixels to probabilities."""
     from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - only here
     from model_server.keras_import import import_keras  # noqa: PLC0415
 
@@ -64,7 +64,7 @@ def model(size: int, way: str) -> dict[str, float]:
 
 
 def at_once(call: Callable[[], object], threads: int) -> float:
-    """Return the calls a second of so many threads that call again and again."""
+    """Return the calls a second when `threads` threads call in a loop."""
     call()
     call()
     counts = [0] * threads
@@ -81,7 +81,7 @@ def at_once(call: Callable[[], object], threads: int) -> float:
 
 
 def decode(data: bytes, draft: bool = True) -> npt.NDArray[np.uint8]:
-    """Decode a file and resize it, with nothing around it; return its pixels."""
+    """Decode and resize an image file; return its pixels (height, width, 3)."""
     image = Image.open(io.BytesIO(data))
     if draft:
         image.draft(None, TARGET)
@@ -89,7 +89,7 @@ def decode(data: bytes, draft: bool = True) -> npt.NDArray[np.uint8]:
 
 
 def count_decodes(data: bytes, start: float, seconds: float) -> int:
-    """Return how many are done in so many seconds from `start` on, of time.time()."""
+    """Return the number of decodes within `seconds` from `start` (time.time()) on."""
     time.sleep(max(0.0, start - time.time()))
     done = 0
     while time.time() < start + seconds:
@@ -99,7 +99,7 @@ def count_decodes(data: bytes, start: float, seconds: float) -> int:
 
 
 def prepare(path: str, seconds: float) -> dict[str, float]:
-    """Return images/s on all cores at once, and ms of one image by itself, in draft mode and without."""
+    """Return images/s on all cores at once, and ms of a single image with JPEG draft mode and without."""
     data = Path(path).read_bytes()
     cores = os.cpu_count() or 1
     one = rate(lambda: decode(data), seconds / 4)
@@ -110,7 +110,7 @@ def prepare(path: str, seconds: float) -> dict[str, float]:
 
 
 def answer(path: str) -> dict[str, float]:
-    """Return ms of one image from its file to its probabilities, one after the other: a service without a service."""
+    """Return ms of one image from file to probabilities, in one process: what a service without overhead would take."""
     from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - only here
     from model_server.keras_import import import_keras  # noqa: PLC0415
 
@@ -120,7 +120,7 @@ def answer(path: str) -> dict[str, float]:
 
 
 def served() -> dict[str, float]:
-    """Return images/s of the model that the settings name, as the model server computes it, and its batch size."""
+    """Return images/s of the settings' model, computed as in the model server, and its batch size."""
     from model_server import classifier  # noqa: PLC0415 - reads the settings
 
     network = classifier.load()
@@ -144,7 +144,7 @@ def load() -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the measurement named on the command line."""
     what, *words = sys.argv[1:]
     if what == "model":
         figures = model(int(words[0]), words[1])

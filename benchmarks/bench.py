@@ -1,11 +1,11 @@
-"""Measure everything in one run on this machine, and write what came out as Markdown, JSON and charts.
+"""Measure everything in one run on this machine, and report it as Markdown, JSON and charts.
 
     bin/bench                       all parts, about 30 minutes
     bin/bench limits plumbing       some of them
-    bin/bench --seconds 60          each load for longer, on a noisy machine
+    bin/bench --seconds 60          longer loads, for a noisy machine
 
-What is compared is measured within one run, and given as a ratio: the same machine is up to twice as fast an hour
-later. The load comes from the same cores (closed_loop.py), as cheaply as it can.
+Figures are compared as ratios within one run, because the same machine can be twice as fast an hour later. The load
+comes from the same cores (closed_loop.py), as cheaply as it can.
 """
 
 import argparse
@@ -17,30 +17,36 @@ import resource
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import report
+import requests
 from redis import Redis
 from system import (
+    AS_INSTALLED,
     ROOT,
-    Service,
+    START_LIMIT,
+    Measured,
+    Missing,
+    Process,
     apache,
     application,
     child,
     cpu_seconds,
     directory,
-    free_port,
     redis_server,
     responds,
+    run_serve,
     running,
     service,
+    service_in,
     wait_until,
 )
+from targets import PHOTO, serial_limit
 from tqdm import tqdm
 
 from images import write_images
@@ -51,10 +57,9 @@ DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
 HERE = ROOT / "benchmarks"
 LIMITS_SIZES = (1, 8, 32)
 CLIENTS = (1, 8, 64, 256)
-PHOTO = "png-432kB"  # the tutorial's kind of upload, on which the targets are
 OVERLOAD = 1.75
-PREPARE_SECONDS = 8.0  # at most, that decoding alone is measured for
-FIXED_SECONDS = 5.0  # of work for each server of fixed cost
+PREPARE_SECONDS = 8.0  # at most, for measuring decoding alone
+FIXED_SECONDS = 5.0  # of work for each fixed-cost server
 FIRST_ANSWER_LIMIT = 120  # seconds; the service itself gives up after REQUEST_TIMEOUT
 FAST_GPU = {"MODEL_MS": "2", "BATCH_SIZE": "32"}  # a model as fast as a GPU: 16,000 images/s
 FAST_JOBS = 8000
@@ -63,7 +68,7 @@ Figures = dict[str, Any]
 
 
 class Bench:
-    """One run: its pictures, how long each load lasts, and what was measured so far."""
+    """One run: its images, the length of each load, and the figures so far."""
 
     def __init__(self, scratch: Path, seconds: float, progress: "tqdm[Any]") -> None:
         self.seconds = seconds
@@ -73,28 +78,28 @@ class Bench:
         self._progress = progress
 
     def say(self, what: str) -> None:
-        """Show what is being measured."""
+        """Show what is being measured now."""
         self._progress.set_description(what)
         self._progress.update()
 
     def load(self, url: str, image: str, clients: int, seconds: float | None = None) -> Figures:
-        """Return what clients in a closed loop get."""
+        """Return the throughput and latencies of clients in a closed loop."""
         self.say(f"{clients} clients, {image}")
         words = [url, str(self.images[image]), str(clients), str(seconds or self.seconds)]
         return dict(child("closed_loop.py", *words))
 
-    def watched(self, running_service: Service, image: str, clients: int, seconds: float | None = None) -> Figures:
-        """Return what clients get, and what it cost the service."""
-        before, sent = running_service.cpu_seconds(), running_service.redis_bytes()
-        logged, begun = running_service.log.stat().st_size, time.monotonic()
-        figures = self.load(running_service.url, image, clients, seconds)
+    def watched(self, ours: Measured, image: str, clients: int, seconds: float | None = None) -> Figures:
+        """Return the same, with what it cost the service."""
+        before, sent, batches = ours.cpu_seconds(), ours.redis_bytes(), len(ours.server.batches)
+        begun = time.monotonic()
+        figures = self.load(ours.url, image, clients, seconds)
         took = time.monotonic() - begun
-        after = running_service.cpu_seconds()
+        after = ours.cpu_seconds()
         return figures | {
             "cores": {name: (after[name] - before.get(name, 0.0)) / took for name in sorted(after)},
-            "peak_mb": running_service.peak_mb(),
-            "redis_mb_per_request": (running_service.redis_bytes() - sent) / figures["requests"] / 1e6,
-            "batches": batch_sizes(running_service.log, logged),
+            "peak_mb": ours.peak_mb(),
+            "redis_mb_per_request": (ours.redis_bytes() - sent) / figures["requests"] / 1e6,
+            "batches": batch_sizes(ours.server.batches[batches:]),
         }
 
     def limits(self) -> None:
@@ -113,10 +118,10 @@ class Bench:
 
     def resnet50(self) -> None:
         """Measure the whole service with ResNet50."""
-        with service(RESNET50) as ours:
+        with service(**RESNET50) as ours:
             rows = {}
             for clients in CLIENTS:
-                # What this is compared with is measured right before and right after, when the service is idle.
+                # Its baseline is measured right before and right after, while the service is idle.
                 before = self._beside(clients)
                 rows[f"{PHOTO} x {clients}"] = self.watched(ours, PHOTO, clients, self._long(clients))
                 self.figures |= {name: (before[name] + each) / 2 for name, each in self._beside(clients).items()}
@@ -129,7 +134,7 @@ class Bench:
             }
 
     def _beside(self, clients: int) -> dict[str, float]:
-        """Return what the load of so many clients is compared with."""
+        """Return the baseline for this number of clients."""
         if clients == 1:
             self.say("decode and predict in one process")
             return {"in_process_ms": child("alone.py", "answer", str(self.images[PHOTO]))["one_ms"]}
@@ -140,28 +145,25 @@ class Bench:
         return {}
 
     def _intervals(self) -> list[float]:
-        """Return the seconds between the requests of each burst: the tutorial's, none, and one that overloads for sure.
+        """Return the seconds between requests for each burst: the tutorial's, none, and an overload on any machine.
 
-        On a fast machine the tutorial's 20 a second leave no backlog that could be measured. Where they were 1.75 times
-        what two cores could do, they made the target.
+        The target was set where the tutorial's 20 requests a second were 1.75 times what two cores could serve. On a
+        faster machine no backlog builds up at that rate, so the third interval is needed.
         """
         overload = []
         if {"model", "prepare"} <= self.figures.keys():
-            overload = [1 / (OVERLOAD * report.serial_limit(self.figures, PHOTO))]
+            overload = [1 / (OVERLOAD * serial_limit(self.figures, PHOTO))]
         return [0.05, 0, *(interval for interval in overload if interval < 0.05)]
 
-    def _by_clients(self, running_service: Service, counts: Iterable[int]) -> Figures:
-        return {f"{PHOTO} x {n}": self.watched(running_service, PHOTO, n, self._long(n)) for n in counts}
-
     def _long(self, clients: int) -> float:
-        # Each of 256 clients needs several answers of a model that gives a dozen a second.
+        # With a dozen answers a second, 256 clients need longer for several answers each.
         return self.seconds * (1 if clients <= 64 else 2)
 
-    def _burst(self, running_service: Service, interval: float) -> Figures:
+    def _burst(self, ours: Measured, interval: float) -> Figures:
         self.say(f"stress_test.py --interval {interval:g}")
         written = self.scratch / "burst.json"
-        logged = running_service.log.stat().st_size
-        command = [sys.executable, str(ROOT / "stress_test.py"), "--url", f"{running_service.url}/predict"]
+        batches = len(ours.server.batches)
+        command = [sys.executable, str(ROOT / "stress_test.py"), "--url", f"{ours.url}/predict"]
         command += ["--image", str(self.images[PHOTO]), "--interval", str(interval), "--json", str(written)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, capture_output=True, check=False)
@@ -171,16 +173,16 @@ class Bench:
         return figures | {
             "interval_s": interval,
             "client_cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-            "batches": batch_sizes(running_service.log, logged),
+            "batches": batch_sizes(ours.server.batches[batches:]),
         }
 
     def bundled(self) -> None:
-        """Measure the bundled photo model beside ResNet50: alone, through the service, its memory and its start."""
+        """Compare the bundled photo model with ResNet50: alone, through the service, memory, start-up."""
         models = {"EfficientNet-Lite0": BUNDLED, "ResNet50": RESNET50}
         alone = {name: self._served(name, model) for name, model in models.items()}
         prepare = self._prepare(PHOTO)["per_s"]
         rows = {name: self._in_service(model) for name, model in models.items()}
-        # Again and in the other order, since a machine that others share is not the same for minutes.
+        # Again in reverse order: the speed of a shared machine drifts within minutes.
         for name, model in reversed(models.items()):
             per_s = (alone[name]["per_s"] + self._served(name, model)["per_s"]) / 2
             limit = 1 / (1 / per_s + 1 / prepare)
@@ -195,8 +197,8 @@ class Bench:
         return dict(child("alone.py", "served", environment=model))
 
     def _in_service(self, model: dict[str, str]) -> Figures:
-        """Return images/s of 64 clients, the latency of one, and the memory of the model server in MB."""
-        with service(model) as ours:
+        """Return images/s of 64 clients, the latency of one client, and the model server's memory in MB."""
+        with service(**model) as ours:
             busy = self.watched(ours, PHOTO, 64)
             idle = self.load(ours.url, PHOTO, 1)
             return {
@@ -208,24 +210,24 @@ class Bench:
             }
 
     def tutorial(self) -> None:
-        """Measure the tutorial's design, rebuilt."""
+        """Measure a reconstruction of the tutorial's design."""
         with application(loads("tutorial_web")) as root:
             (root / "run_model_server.py").symlink_to(HERE / "tutorial_server.py")
-            with service({}, root=root, APACHE_DEFINES="WEB_PROCESSES=1 WEB_THREADS=10") as theirs:
-                self.figures["tutorial"] = self._by_clients(theirs, (1, 64))
+            with service_in(root, APACHE_DEFINES="WEB_PROCESSES=1 WEB_THREADS=10") as theirs:
+                self.figures["tutorial"] = {f"{PHOTO} x {n}": self.watched(theirs, PHOTO, n) for n in (1, 64)}
 
     def plumbing(self) -> None:
-        """Measure the service around a model that costs nothing, and decoding alone behind the same Apache."""
+        """Measure the service with a model that costs nothing, and decoding alone behind the same Apache."""
         model = self.scratch / "costless.keras"
         subprocess.run([sys.executable, str(HERE / "costless.py"), str(model)], check=True, capture_output=True)
         rows: Figures = {}
         with (
-            service({"MODEL": str(model)}) as ours,
+            service(MODEL=str(model)) as ours,
             application(loads("decode_only")) as root,
             directory() as logs,
-            apache(root, os.environ, logs / "apache") as url,
+            apache(root, logs / "apache") as url,
         ):
-            # By turns, since they are compared, and a machine that others share is not the same for minutes.
+            # Alternate, because they are compared and the speed of a shared machine drifts within minutes.
             self.figures["decode_ms"] = self._prepare(PHOTO)["one_ms"]
             for name, clients in [(PHOTO, 1), *((name, 64) for name in self.images), (PHOTO, 64)]:
                 for row, figures in (
@@ -236,7 +238,7 @@ class Bench:
         self.figures["plumbing"] = rows
 
     def servers(self) -> None:
-        """Measure 1, 2, 4 and 8 model servers of fixed cost, from a queue that is full, and one as fast as a GPU."""
+        """Measure 1, 2, 4 and 8 fixed-cost model servers on a full queue, and one as fast as a GPU."""
         slow = {"MODEL_MS": "20", "BATCH_SIZE": "1"}
         self.figures["servers"] = {
             str(count): self._drain(count, slow, int(count * FIXED_SECONDS / 0.02))["per_s"] for count in (1, 2, 4, 8)
@@ -244,27 +246,29 @@ class Bench:
         self.figures["fast server"] = self._drain(1, FAST_GPU, FAST_JOBS)
 
     def _drain(self, servers: int, model: dict[str, str], jobs: int) -> Figures:
-        """Return images/s of so many servers of a `model` of fixed cost, and the cores that each program used."""
+        """Return images/s of fixed-cost servers, and the cores that each program used."""
         self.say(f"{servers} model servers of {model['MODEL_MS']} ms a batch")
-        with directory() as logs, redis_server(logs / "redis") as redis:
-            port = str(redis.connection_pool.connection_kwargs["port"])
-            environment = {**os.environ, "REDIS_PORT": port, "REDIS_HOST": "127.0.0.1", **model}
-            log = logs / "model-servers"
-            with fixed_cost_servers(servers, environment, log) as their_pids:
-                wait_until(lambda: log.read_text().count("* Joined the queue") == servers, f"they join; see {log}", 60)
-                fill(redis, jobs)
-                pids = {"model server": their_pids, "Redis": [redis.info("server")["process_id"]]}
-                before = {name: sum(map(cpu_seconds, each)) for name, each in pids.items()}
-                begun = time.perf_counter()
-                # Nothing is left but answers and heartbeats; counting the answers themselves takes Redis' time.
-                wait_until(lambda: redis.dbsize() == jobs + servers and results(redis) == jobs, "all are answered", 120)
-                took = time.perf_counter() - begun
-                used = {name: sum(map(cpu_seconds, each)) - before[name] for name, each in pids.items()}
-                cores = {name: seconds / took for name, seconds in used.items()}
-                return {"per_s": jobs / took, "cores": cores, "batches": batch_sizes(log, 0)}
+        with (
+            directory() as logs,
+            redis_server(logs / "redis") as (redis, where),
+            fixed_cost_servers(servers, logs, **where, **model) as processes,
+        ):
+            for process in processes:
+                process.wait_for_log("* Joined the queue")
+            fill(redis, jobs)
+            programs = {"model server": [each.popen.pid for each in processes]}
+            programs["Redis"] = [redis.info("server")["process_id"]]
+            before = {name: cpu_seconds(pids) for name, pids in programs.items()}
+            begun = time.perf_counter()
+            # DBSIZE first, answers and heartbeats only: counting the answers takes Redis' time.
+            wait_until(lambda: redis.dbsize() == jobs + servers and results(redis) == jobs, "all are answered", 120)
+            took = time.perf_counter() - begun
+            cores = {name: (cpu_seconds(pids) - before[name]) / took for name, pids in programs.items()}
+            sizes = [size for process in processes for size in process.batches]
+            return {"per_s": jobs / took, "cores": cores, "batches": batch_sizes(sizes)}
 
     def precision(self) -> None:
-        """Measure what other ways to compute gain and cost."""
+        """Measure the speed and accuracy of other number formats and of XLA."""
         self.figures["precision"] = {
             f"{name}, {policy}{', XLA' if xla else ''}": self._computed(name, model, policy, xla=xla)
             for name, model in (("ResNet50", RESNET50), ("digits", DIGITS))
@@ -276,25 +280,22 @@ class Bench:
         return dict(child("precision.py", policy, str(xla), environment=model))
 
     def start(self) -> None:
-        """Measure how long bin/serve takes to the first answer, and the model and the web alone."""
+        """Measure the time from bin/serve to the first answer, and the model's share of it."""
         self.say("start-up")
         started = self._start(RESNET50)
-        self.figures["start"] = started | child("alone.py", "load", environment=RESNET50)
+        self.figures["start"] = started | child("alone.py", "load", environment=RESNET50 | AS_INSTALLED)
 
     def _start(self, model: dict[str, str]) -> Figures:
-        """Return the seconds from bin/serve to the first page, to the first answer and to its line that it is ready."""
-        port, redis_port = free_port(), free_port()
-        ports = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}
+        """Return the seconds from bin/serve to the first page, to the first answer and to its ready line."""
         log = self.scratch / "serve.log"
         log.write_text("")
         begun = time.perf_counter()
-        with running([str(ROOT / "bin/serve")], {**os.environ, **model, **ports}, log):
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: responds(f"{url}/livez"), f"the web answers; see {log}")
+        with run_serve(log, **model) as serve:
+            wait_until(lambda: responds(serve.url), f"the web answers; see {log}", START_LIMIT)
             web = time.perf_counter() - begun
-            wait_until(lambda: classified(f"{url}/predict"), f"a photo is classified; see {log}")
+            wait_until(lambda: classified(serve.url), f"a photo is classified; see {log}", START_LIMIT)
             answered = time.perf_counter() - begun
-            wait_until(lambda: "* Ready" in log.read_text(), f"it is ready; see {log}", 60)
+            serve.process.wait_for_log("* Ready")
             return {"first_answer_s": answered, "web_s": web, "ready_s": time.perf_counter() - begun}
 
 
@@ -311,24 +312,24 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 
 @contextmanager
-def fixed_cost_servers(count: int, environment: dict[str, str], log: Path) -> Iterator[list[int]]:
-    """Run so many model servers whose model sleeps; give their pids."""
+def fixed_cost_servers(count: int, logs: Path, **environment: str) -> Iterator[list[Process]]:
+    """Run model servers whose model only sleeps."""
     command = [sys.executable, str(HERE / "fixed_cost_server.py")]
     with ExitStack() as stack:
-        yield [stack.enter_context(running(command, environment, log)).pid for _ in range(count)]
+        yield [stack.enter_context(running(command, logs / f"server-{n}", **environment)) for n in range(count)]
 
 
 def classified(url: str) -> bool:
-    """Send a photo and return whether its predictions came; a request waits for the model server to be ready."""
+    """Whether a photo is classified; the request waits until the model server is ready."""
     photo = (ROOT / "images/cat.jpg").read_bytes()
-    request = urllib.request.Request(url, photo, {"Content-Type": "image/jpeg"})  # noqa: S310 - an address of ours
-    with suppress(OSError), urllib.request.urlopen(request, timeout=FIRST_ANSWER_LIMIT):  # noqa: S310
-        return True
-    return False
+    try:
+        return requests.post(f"{url}/predict", files={"image": photo}, timeout=FIRST_ANSWER_LIMIT).ok
+    except requests.RequestException:
+        return False
 
 
 def fill(redis: Redis, jobs: int) -> None:
-    """Put so many jobs onto the queue, all at once."""
+    """Put jobs onto the queue, all at once."""
     pending = json.dumps({"image": "A" * 200_704, "deadline": time.time() + 600})
     with redis.pipeline(transaction=True) as together:
         for number in range(jobs):
@@ -337,18 +338,17 @@ def fill(redis: Redis, jobs: int) -> None:
 
 
 def loads(module: str) -> str:
-    """Return a .wsgi file that serves the app of a module of this folder."""
+    """Return the text of a .wsgi file that serves the app of a module of this folder."""
     return f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom {module} import app as application\n"
 
 
 def results(redis: Redis) -> int:
-    """Return how many answers are there."""
+    """Return the number of answers in Redis."""
     return sum(1 for _ in redis.scan_iter("image_queue:result:*", count=10_000))
 
 
-def batch_sizes(log: Path, start: int) -> dict[str, Any]:
-    """Return the mean and the most images of a batch, of the lines after byte `start` of a model server's log."""
-    sizes = [int(size) for size in re.findall(r"\* Batch size: \((\d+),", log.read_bytes()[start:].decode())]
+def batch_sizes(sizes: list[int]) -> dict[str, Any]:
+    """Return the mean, the largest and the most common size of these batches."""
     if not sizes:
         return {}
     common = Counter(sizes).most_common(3)
@@ -356,27 +356,30 @@ def batch_sizes(log: Path, start: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were taken on."""
+    """Return the processor, its cores and the version of Python."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine(), "python": platform.python_version()}
 
 
 def main() -> None:
-    """Run the parts that are asked for, and write the report after each."""
+    """Run the requested parts, and write the report after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--seconds", type=float, default=30, help="that each load lasts (default: %(default)s)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--seconds", type=float, default=30, help="length of each load (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder to write to (default: %(default)s)")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}, but {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with directory() as scratch, tqdm(unit=" measured", disable=not sys.stderr.isatty()) as progress:
         bench = Bench(scratch, arguments.seconds, progress)
         bench.figures["machine"] = machine()
         for name in arguments.parts or PARTS:
-            PARTS[name](bench)
+            try:
+                PARTS[name](bench)
+            except (Missing, TimeoutError, RuntimeError) as error:
+                sys.exit(str(error))
             report.write(bench.figures, arguments.out)
     print((arguments.out / "bench.md").read_text())
 

@@ -1,10 +1,10 @@
-"""Clients in a closed loop, cheap enough to share the cores with what they measure: one process, plain sockets.
+"""Clients in a closed loop, cheap enough to run on the cores under test: one process, plain sockets.
 
-    load.py URL IMAGE CLIENTS SECONDS
+    closed_loop.py URL IMAGE CLIENTS SECONDS
 
-Each client keeps its connection and sends its next request when it has its answer. A request costs this program about
-0.2 ms of CPU, where 64 threads of `requests` take 2 ms, of the same two cores that serve it. The first fifth of the
-time warms up and counts for nothing. Prints a line of JSON; latencies in ms.
+Each client keeps its connection open and sends its next request when the last one is answered. A request costs 0.2 ms
+of CPU here; 64 threads with `requests`, as in tests/load.py, cost 2 ms. The first fifth of the time is warm-up and does
+not count. Prints a line of JSON; latencies in ms.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stress_test import percentile
 
 BOUNDARY = "yardstick"
-LIMIT = 120.0  # seconds that an answer may take
+LIMIT = 120.0  # seconds for an answer
 WARM_UP = 0.2  # share of the time
 
 
 def request(host: str, image: bytes) -> bytes:
-    """Return the bytes of a POST of `image` to /predict, as curl -F makes it."""
+    """Return a POST of `image` to /predict, as sent by curl -F."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="image"\r\n\r\n'
     body = head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
     return (
@@ -35,7 +35,7 @@ def request(host: str, image: bytes) -> bytes:
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[bool, bool]:
-    """Read an answer; return whether it is a prediction, and whether the connection ends with it (Apache's 100th)."""
+    """Read a response; return whether it is a prediction, and whether Apache closes the connection (every 100th)."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     length = int(head.split("content-length:")[1].split("\r\n")[0])
     body = await reader.readexactly(length)
@@ -43,7 +43,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[bool, bool]:
 
 
 async def client(host: str, data: bytes, until: float, ends: list[tuple[float, float]], failures: list[str]) -> None:
-    """Send one request after the other until `until`; put (end, latency) of each into `ends`, in seconds."""
+    """Send one request after another until `until`; append (end, latency) in seconds to `ends`."""
     name, _, port = host.partition(":")
     reader = writer = None
     while time.perf_counter() < until:
@@ -81,7 +81,7 @@ async def closed_loop(url: str, image: bytes, clients: int, seconds: float) -> d
             group.create_task(client(host, data, begun + seconds, ends, failures))
     cpu = time.process_time() - cpu
     everything = len(ends) + len(failures)
-    # Those that are answered while all clients ask: not the warm-up, and not the last ones, whom nobody follows.
+    # Leave out the warm-up, and what is answered at the end, when fewer and fewer clients are still asking.
     counted = [(end, latency) for end, latency in ends if begun + seconds * WARM_UP < end <= begun + seconds]
     return summary(counted) | {"failed": len(failures), "requests": everything, "client_ms": 1000 * cpu / everything}
 
@@ -89,20 +89,20 @@ async def closed_loop(url: str, image: bytes, clients: int, seconds: float) -> d
 def summary(counted: list[tuple[float, float]]) -> dict[str, float]:
     """Return throughput per second and latencies in ms of requests (end, latency) in seconds.
 
-    The throughput is from the first end to the last, since a batch's answers come all at once.
+    The answers of a batch arrive all at once, so throughput is counted from the first end to the last.
     """
     ends = sorted(end for end, _ in counted)
     latencies = sorted(1000 * latency for _, latency in counted)
     if not ends:
         return {"per_s": 0.0}
-    first = sum(end < ends[0] + 0.05 for end in ends)  # the answers of the batch that the time begins with
+    first = sum(end < ends[0] + 0.05 for end in ends)  # answers of the first batch
     span = ends[-1] - ends[0]
     ranks = {f"p{rank}": percentile(latencies, rank) for rank in (50, 95, 99)}
     return {"per_s": (len(ends) - first) / span if span else 0.0, "mean": fmean(latencies), **ranks}
 
 
 def main() -> None:
-    """Run the load that the command line asks for."""
+    """Run the load named on the command line."""
     url, image, clients, seconds = sys.argv[1:]
     print(json.dumps(asyncio.run(closed_loop(url, Path(image).read_bytes(), int(clients), float(seconds)))))
 

@@ -1,8 +1,8 @@
-"""Write a model that costs nothing: one layer, of which one pixel's channels are the probabilities.
+"""Write a model that costs nothing: its probabilities are the softmax of one pixel's channels.
 
     costless.py FILE.keras
 
-Its labels go beside it.
+The labels go beside it.
 """
 
 import sys

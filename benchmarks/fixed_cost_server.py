@@ -1,6 +1,6 @@
-"""A model server whose model takes 20 ms a batch and no CPU, as a GPU would: what is left is what the service costs.
+"""run_model_server.py with a model that only sleeps, like a GPU to the CPU: what remains is the service's own cost.
 
-All of run_model_server.py but for the network, which is a stand-in here: it sleeps. MODEL_MS is its time a batch.
+MODEL_MS is the time for a batch.
 """
 
 import os
@@ -23,7 +23,7 @@ SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
 
 
 class Sleeper:
-    """A classifier of one class that waits for its answer."""
+    """A classifier with one class that sleeps before it answers."""
 
     shape = settings.image_shape(USUAL_SHAPE)
     slowest = SECONDS
@@ -34,7 +34,7 @@ class Sleeper:
         """Do nothing: there is nothing to compile."""
 
     def classify(self, images: Any) -> Any:
-        """Return the one class' probability for each image, after the time that a batch takes."""
+        """Sleep for the time of a batch; return a probability of 1 for each image."""
         time.sleep(SECONDS)
         return [ONE for _ in images]
 

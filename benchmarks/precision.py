@@ -1,9 +1,9 @@
-"""What another way to compute (DTYPE_POLICY, XLA) gains in speed and costs in accuracy: printed as a line of JSON.
+"""Measure speed and accuracy with a DTYPE_POLICY and XLA; print a line of JSON.
 
-    precision.py POLICY XLA    as in precision.py mixed_bfloat16 False; MODEL and the like are read from the environment
+    precision.py POLICY XLA    for example precision.py mixed_bfloat16 False; the model comes from the environment
 
-models/digits.keras is asked for the 450 held-out digits in each of their four presentations. Other models are untrained
-here: their probabilities would say nothing, so that only their speed is measured.
+Accuracy is measured for models/digits.keras only, on 450 held-out digits in four presentations each. Other models are
+untrained here, so their probabilities mean nothing.
 """
 
 import json
@@ -23,7 +23,7 @@ from model_server import classifier
 
 
 def load(policy: str, xla: bool) -> classifier.Classifier:
-    """Return the classifier of the settings, computing this way, warmed up."""
+    """Return the settings' model with this policy, warmed up."""
     settings.DTYPE_POLICY, settings.XLA = policy, xla
     loaded = classifier.load()
     loaded.warm_up()
@@ -31,13 +31,13 @@ def load(policy: str, xla: bool) -> classifier.Classifier:
 
 
 def probabilities(model: classifier.Classifier, pixels: Pixels) -> classifier.Probabilities:
-    """Return what the model makes of `pixels` (n, height, width, channels): (n, classes)."""
+    """Return the probabilities (n, classes) for `pixels` (n, height, width, channels)."""
     rows = [row for start in range(0, len(pixels), 90) for row in model.classify(pixels[start : start + 90])]
     return np.array(rows, float)
 
 
 def accuracy(model: classifier.Classifier) -> dict[str, float]:
-    """Return the share of digits that `model` reads right, and how far its probabilities are from float32's at most."""
+    """Return the share of digits read right, and the largest difference of a probability from float32."""
     from train_digits import PRESENTATIONS, SEED, render, served, split  # noqa: PLC0415 - needs scikit-learn
 
     _, (digits, classes) = split()
@@ -49,7 +49,7 @@ def accuracy(model: classifier.Classifier) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure the way that the command line asks for."""
+    """Measure what the command line names."""
     policy, xla = sys.argv[1:]
     model = load(policy, xla == "True")
     batch = np.random.default_rng(0).integers(0, 256, (model.batch_size, *model.shape)).astype(np.uint8)

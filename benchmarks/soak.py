@@ -1,12 +1,12 @@
-"""Run the service at a share of its capacity for a long time, and see whether anything grows.
+"""Run the service at a share of its capacity for a long time, and check that nothing grows.
 
     .venv/bin/python benchmarks/soak.py                    20 minutes at 80% of capacity, models/digits.keras
     MODEL=ResNet50 MODEL_WEIGHTS=random .venv/bin/python benchmarks/soak.py --minutes 60
 
-It starts a bin/serve of its own, measures the capacity in a closed loop, then sends at a fixed rate whatever happens,
-and counts each latency from the moment at which the request was due, so that a stall shows in all of those it holds up.
-A line a minute: what was answered, p50 and p99 in ms, the resident size of each process in MB, and Redis' keys (mean of
-a sample a second). The end is compared with minute 2, when caches and pools are warm.
+Starts a bin/serve, measures its capacity in a closed loop, then sends requests at a fixed rate. Latencies count from
+the time at which a request was due, so that a stall shows in every request that it delays. Prints a line a minute:
+requests answered and lost, p50 and p99 in ms, Redis' keys (mean of a sample a second), the resident memory of each
+process in MB. The end is compared with minute 2, when caches and pools are warm.
 
 Exit code: 0 nothing grew and nothing was lost, 1 otherwise.
 """
@@ -16,21 +16,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
 import requests
-from redis import Redis
-from system import ROOT, START_LIMIT, command_line, descendants, free_port, resident_mb, role
+from system import ROOT, Serve, command_line, descendants, resident_bytes, role, run_serve
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -39,17 +36,17 @@ from stress_test import percentile
 
 DIGITS = str(ROOT / "models/digits.keras")
 IMAGES = [(ROOT / f"models/digits/{name}", label) for name, label in (("three.png", "3"), ("seven.jpg", "7"))]
-CLIENTS = 256  # requests that may be in flight, in the closed loop that measures the capacity as in the open one
+CLIENTS = 256  # requests in flight at most
 CAPACITY_SECONDS = 40.0
-TIMEOUT = 120.0  # seconds of one request
-GROWTH = 0.05  # share by which the end may exceed minute 2
-FEW_KEYS = 5  # keys: with so few in flight a share says nothing
-DRIFT = 1.25  # p99 of the last third against that of the first: below it is noise of the machine
+TIMEOUT = 120.0  # seconds for a request
+GROWTH = 0.05  # the end may exceed minute 2 by this share
+FEW_KEYS = 5  # this many more keys are noise
+DRIFT = 1.25  # p99 of the last third over that of the first: less is measurement noise
 
 
 @dataclass
 class Minute:
-    """What was seen within one minute."""
+    """The figures of one minute."""
 
     number: int
     answered: int = 0
@@ -62,7 +59,7 @@ class Minute:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request: the second after the start at which it was due, the seconds from then, and what was wrong."""
+    """One request: when it was due in seconds after the start, its latency in seconds, and what was wrong."""
 
     due: float
     seconds: float
@@ -70,34 +67,14 @@ class Outcome:
 
     @property
     def ended(self) -> float:
-        """The second after the start at which the answer was there."""
+        """When it was answered, in seconds after the start."""
         return self.due + self.seconds
 
 
-@contextmanager
-def service(log: Path) -> Iterator[tuple[str, int, int]]:
-    """Run bin/serve; give its URL, its pid and the port of its Redis."""
-    port, redis_port = free_port(), free_port()
-    environment = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}
-    environment = {"MODEL": DIGITS} | os.environ | environment
-    with log.open("w") as output:
-        process = subprocess.Popen([str(ROOT / "bin/serve")], env=environment, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + START_LIMIT
-        while "* Ready on port" not in log.read_text(errors="replace"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"bin/serve did not start:\n{log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/predict", process.pid, redis_port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
-
-
 def post(url: str, number: int, check: bool) -> str:
-    """Send one of the images on a connection of its own, as curl does; return what was wrong, "" if nothing.
+    """Send one of the images on a new connection, like curl; return what was wrong, or "".
 
-    With `check` the label must be right, else any will do.
+    `check` compares the label as well.
     """
     path, label = IMAGES[number % len(IMAGES)]
     try:
@@ -111,7 +88,7 @@ def post(url: str, number: int, check: bool) -> str:
 
 
 def capacity(url: str, check: bool) -> float:
-    """Return the requests a second of CLIENTS in a closed loop, of its second half: the first one warms up."""
+    """Return the requests a second of CLIENTS in a closed loop, after a first half that warms up."""
     ends: list[float] = []
     begun = time.monotonic()
 
@@ -127,7 +104,7 @@ def capacity(url: str, check: bool) -> float:
 
 
 class OpenLoop:
-    """Sends at a fixed rate, whatever the answers do."""
+    """Sends at a fixed rate, however long the answers take."""
 
     def __init__(self, url: str, rate: float, seconds: float, check: bool) -> None:
         self.outcomes: list[Outcome] = []
@@ -138,13 +115,13 @@ class OpenLoop:
         self._begun = time.monotonic()
 
     def run(self) -> None:
-        """Send all and wait for the answers."""
+        """Send all requests and wait for their answers."""
         with ThreadPoolExecutor(CLIENTS) as pool:
             for _ in range(CLIENTS):
                 pool.submit(self._send)
 
     def stop(self) -> None:
-        """Send no more."""
+        """Send no more requests."""
         self.count = 0
 
     def _send(self) -> None:
@@ -161,35 +138,35 @@ class OpenLoop:
 
 
 def sizes_mb(serve: int) -> dict[str, float]:
-    """Return the resident megabytes of each process of the service, by what it is and its pid.
+    """Return the resident memory of each process in MB, by program and pid.
 
-    Apache starts and ends workers as it sees fit, so they count together.
+    Apache's workers come and go, so they count together.
     """
     sizes: dict[str, float] = {}
     for pid in descendants(serve):
         with suppress(OSError):
-            kind, size = role(command_line(pid)), resident_mb(pid)
+            kind, size = role(command_line(pid)), resident_bytes(pid) / 2**20
             name = kind if kind == "Apache" else f"{kind} {pid}"
             sizes[name] = sizes.get(name, 0) + size
     return sizes
 
 
-def watch(loop: OpenLoop, serve: int, redis: Redis, minutes: int) -> list[Minute]:
-    """Return what was seen, a Minute each, while `loop` runs; print each as it ends."""
+def watch(loop: OpenLoop, serve: Serve, minutes: int) -> list[Minute]:
+    """Return the figures of each minute while `loop` runs; print each as it ends."""
     seen = []
     begun = time.monotonic()
     progress = tqdm(total=minutes * 60, unit="s", disable=not sys.stderr.isatty())
     for number in range(1, minutes + 1):
         keys = []
         while time.monotonic() < begun + 60 * number:
-            keys.append(redis.dbsize())
+            keys.append(serve.redis.dbsize())
             time.sleep(max(0.0, min(1.0, begun + 60 * number - time.monotonic())))
             progress.update(int(time.monotonic() - begun) - progress.n)
         ended = [outcome for outcome in list(loop.outcomes) if 60 * (number - 1) <= outcome.ended < 60 * number]
         ascending = sorted(outcome.seconds for outcome in ended) or [0.0]
         right = sum(not outcome.wrong for outcome in ended)
         p50, p99 = (percentile(ascending, percent) * 1000 for percent in (50, 99))
-        seen.append(Minute(number, right, len(ended) - right, p50, p99, fmean(keys), sizes_mb(serve)))
+        seen.append(Minute(number, right, len(ended) - right, p50, p99, fmean(keys), sizes_mb(serve.process.popen.pid)))
         tqdm.write(heading(seen[0]) + row(seen[0], seen[0]) if number == 1 else row(seen[-1], seen[0]))
     progress.close()
     return seen
@@ -203,7 +180,7 @@ def heading(first: Minute) -> str:
 
 
 def row(minute: Minute, first: Minute) -> str:
-    """Return a line of the Markdown table; processes in the order of the first one."""
+    """Return a line of the Markdown table, with the processes of the first minute."""
     sizes = " | ".join(f"{minute.resident_mb.get(name, float('nan')):.0f}" for name in sorted(first.resident_mb))
     return (
         f"| {minute.number} | {minute.answered} | {minute.lost} | {minute.p50_ms:.0f} | {minute.p99_ms:.0f} "
@@ -212,7 +189,7 @@ def row(minute: Minute, first: Minute) -> str:
 
 
 def verdicts(seen: list[Minute], sent: int, answered: int) -> list[tuple[bool, str]]:
-    """Return each thing that must hold, whether it does and with which figures. Needs four minutes or more."""
+    """Return whether each condition holds, with its figures. Needs four minutes or more."""
     base, end = seen[1], seen[-1]
     results = [(answered == sent, f"{sent} requests, {sent - answered} lost")]
     for name, before in sorted(base.resident_mb.items()):
@@ -234,14 +211,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, default=20, help="at least 4 (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.8, help="of the capacity (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     arguments = parser.parse_args()
     if arguments.minutes < 4 or not 0 < arguments.share <= 1:
         parser.error("--minutes must be at least 4, and --share between 0 and 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that bin/serve is stopped then, too
-    log = Path(f"/tmp/soak-{os.getpid()}.log")  # noqa: S108  bin/serve's, for when something goes wrong
-    with service(log) as (url, serve, redis_port):
-        check = os.environ.get("MODEL", DIGITS) == DIGITS
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops bin/serve, too
+    log = Path(f"/tmp/soak-{os.getpid()}.log")  # noqa: S108 - kept, to see what went wrong
+    with run_serve(log, MODEL=os.environ.get("MODEL", DIGITS)) as serve:
+        serve.process.wait_for_log("* Ready on port")
+        check, url = os.environ.get("MODEL", DIGITS) == DIGITS, f"{serve.url}/predict"
         most = capacity(url, check)
         rate = most * arguments.share
         print(f"capacity {most:.1f} requests/s in a closed loop of {CLIENTS}; sending {rate:.1f}/s", flush=True)
@@ -249,7 +227,7 @@ def main() -> int:
         sender = threading.Thread(target=loop.run)
         sender.start()
         try:
-            seen = watch(loop, serve, Redis(port=redis_port, socket_timeout=30), arguments.minutes)
+            seen = watch(loop, serve, arguments.minutes)
             sender.join(TIMEOUT)
         finally:
             loop.stop()

@@ -1,4 +1,4 @@
-"""The design of the 2018 tutorial, model side, written anew to be measured against: see tutorial_web.py beside it."""
+"""A reconstruction of the 2018 tutorial's design, model side, as a baseline: see tutorial_web.py."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ SLEEP = 0.25  # seconds
 
 
 def classify_process() -> None:
-    """Look at the queue every 0.25 s, and classify what is there with model.predict."""
+    """Poll the queue every 0.25 s and classify its images with model.predict."""
     db = Redis(port=int(os.environ["REDIS_PORT"]))
     model = keras.applications.ResNet50(weights=None)
     print("* Model loaded")

@@ -1,6 +1,6 @@
-"""The design of the 2018 tutorial, web side, written anew to be measured against: slow, and losing requests, as it was.
+"""A reconstruction of the 2018 tutorial's design, web side, as a baseline: as slow, and losing requests, as it was.
 
-float32 pixels go onto a Redis list, and a poll every 0.25 s looks for the result. See README.md, "What differs".
+float32 pixels go onto a Redis list, and a poll every 0.25 s looks for the result.
 """
 
 import base64
@@ -24,7 +24,7 @@ db = Redis(port=int(os.environ["REDIS_PORT"]), max_connections=1000)
 
 
 def prepare_image(data: bytes) -> np.ndarray:
-    """Decode, resize and do the model's preprocessing, as the tutorial has the web do it."""
+    """Decode, resize and apply the model's preprocessing; the tutorial does all three in the web."""
     image = Image.open(io.BytesIO(data)).convert("RGB").resize((224, 224))
     batch = np.expand_dims(np.asarray(image, np.float32), 0)
     return np.ascontiguousarray(keras.applications.imagenet_utils.preprocess_input(batch))
@@ -32,13 +32,13 @@ def prepare_image(data: bytes) -> np.ndarray:
 
 @app.get("/")
 def homepage() -> str:
-    """Say that the service is there."""
+    """Greet, as the tutorial does."""
     return "Welcome to the PyImageSearch Keras REST API!"
 
 
 @app.post("/predict")
 def predict() -> flask.Response:
-    """Queue the image, and look every 0.25 s whether it has its result."""
+    """Queue the image and poll for its result every 0.25 s."""
     pixels = prepare_image(flask.request.files["image"].read())
     job = uuid.uuid4().hex
     db.rpush(QUEUE, json.dumps({"id": job, "image": base64.b64encode(pixels.tobytes()).decode()}))

@@ -1,4 +1,4 @@
-"""A name in front of two Redis servers, for the tests of fail-over."""
+"""A name for two Redis servers, to test fail-over."""
 
 import select
 import socket
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 
 class Name(socketserver.ThreadingTCPServer):
-    """Leads new connections to the port `leads_to` and leaves the old ones open, like a virtual IP or a balancer."""
+    """Forwards new connections to the port `leads_to` and leaves old ones open, as a virtual IP or a balancer does."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -24,7 +24,7 @@ class Name(socketserver.ThreadingTCPServer):
 
 
 class Forward(socketserver.BaseRequestHandler):
-    """One connection, both ways, until either end closes it."""
+    """Forwards one connection in both directions until either end closes it."""
 
     server: Name
 

@@ -1,6 +1,7 @@
-"""Load with known answers, and the means to hurt the processes that bear it, for test_faults.py."""
+"""Load with known answers, and ways to hurt the processes under it, for test_faults_*.py."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,15 +14,16 @@ from typing import Any
 import keras
 import numpy as np
 import requests
-from conftest import ROOT, wait_until
+from harness import ROOT, Process, wait_until
 from PIL import Image
 from redis import Redis
 from samples import saved
 from train_digits import render, split
 
 CLIENTS = 32
-ALIKE = 1e-4  # probabilities closer than this count as the same
-LONGEST = 150  # seconds that any request may take
+ALIKE = 1e-4  # probabilities closer than this count as equal
+LONGEST = 150  # seconds for a request
+Record = Callable[[str, object], None]  # pytest's record_property
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Known:
 
 @cache
 def known_images(count: int = 320) -> list[Known]:
-    """Digits whose answers by the digits model all differ, so that each shows whose it is."""
+    """Return digits whose answers by the digits model all differ, so that a mixed-up answer is noticed."""
     rng = np.random.default_rng(3)
     model = keras.saving.load_model(ROOT / "models/digits.keras", compile=False)
     labels = (ROOT / "models/digits.labels.txt").read_text().split()
@@ -64,7 +66,7 @@ def known_images(count: int = 320) -> list[Known]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request: `code` is the JSON error's, or the exception where no answer came."""
+    """The result of a request: `code` is that of the JSON error, or the exception when there was no answer."""
 
     started: float
     seconds: float
@@ -79,7 +81,7 @@ class Outcome:
 
 
 def ask(url: str, image: Known, **options: Any) -> Outcome:
-    """Post one image on a connection of its own, as curl does."""
+    """Post one image on a new connection, like curl."""
     started = time.monotonic()
     status, message, retry_after = 0, "", False
     try:
@@ -96,7 +98,7 @@ def ask(url: str, image: Known, **options: Any) -> Outcome:
 
 
 class Load:
-    """Clients in a closed loop: each sends its next image when its last one is answered."""
+    """Clients in a closed loop: each sends its next image when the last one is answered."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -125,33 +127,38 @@ class Load:
             number += 1
 
     def wait_for(self, more: int, seconds: float = 120) -> None:
-        """Wait for so many answers to requests that are sent from now on, so that what is asked now is behind them."""
+        """Wait for this many answers to requests sent from now on; requests in flight now do not count."""
         now = time.monotonic()
         wait_until(lambda: sum(o.started > now for o in self.outcomes) >= more, f"{more} more answers", seconds)
 
     @property
     def failures(self) -> dict[str, int]:
-        """What was not answered rightly, counted by status and code."""
+        """The requests without a correct answer, counted by status and code."""
         return dict(Counter(f"{o.status} {o.code}" for o in self.outcomes if not o.right))
 
     @property
     def figures(self) -> str:
-        """What the README's table says of the run."""
+        """The figures for the table of faults."""
         longest = max(o.seconds for o in self.outcomes)
         return f"{len(self.outcomes)} requests, {sum(self.failures.values())} lost, longest {longest:.1f} s"
 
 
 def in_flight(redis: Redis, queue: str, server: str = "*") -> int:
-    """How many jobs model servers have taken and not yet answered."""
+    """Return the number of jobs that model servers have taken and not answered."""
     return sum(redis.llen(key) for key in redis.keys(f"{queue}:taken:{server}"))
 
 
-def freeze_in_mid_batch(pid: int, count: Callable[[], int], least: int = 4) -> int:
-    """Stop a model server at a moment when it has a batch of `least` jobs or more; return how many."""
+def name_of(server: Process) -> str:
+    """Return the name under which a model server joined last."""
+    return str(re.findall(r"Joined the queue .* as (\S+)", server.log)[-1])
+
+
+def freeze_in_mid_batch(pid: int, redis: Redis, queue: str, server: str = "*", least: int = 4) -> int:
+    """Stop a model server while it has `least` jobs or more; return how many it has."""
 
     def frozen() -> int:
         os.kill(pid, signal.SIGSTOP)
-        jobs = count()
+        jobs = in_flight(redis, queue, server)
         if jobs >= least:
             return jobs
         os.kill(pid, signal.SIGCONT)

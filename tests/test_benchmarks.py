@@ -1,4 +1,4 @@
-"""The yardstick itself: what it counts, and what it makes of it."""
+"""The benchmarks themselves: what they count and how they report it."""
 
 import json
 import subprocess
@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Service
+from harness import ROOT, Service
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import closed_loop
 import report
 import system
+import targets
 
 import images
 
@@ -37,24 +38,24 @@ def test_clients_in_a_closed_loop_are_counted(service: Service) -> None:
     assert 0 < figures["p50"] <= figures["p95"] <= figures["p99"]
 
 
-def test_an_answer_that_is_no_prediction_is_a_failure(service: Service) -> None:
+def test_response_without_a_prediction_counts_as_failed(service: Service) -> None:
     figures = closed(service.url, ROOT / "README.md", 2)
 
     assert figures["failed"] == figures["requests"] > 0
     assert figures["per_s"] == 0
 
 
-def test_throughput_does_not_count_the_batch_that_the_time_begins_with() -> None:
+def test_throughput_leaves_out_the_first_batch() -> None:
     four_a_second = [(second + place / 1000, 0.5) for second in (1.0, 2.0, 3.0) for place in range(4)]
 
     assert closed_loop.summary(four_a_second)["per_s"] == pytest.approx(4, rel=0.01)
 
 
-def test_the_serial_limit_is_of_the_best_call_and_the_decoding() -> None:
-    assert report.serial_limit(FIGURES, "png-432kB") == pytest.approx(10)  # 1 / (1/12 + 1/60)
+def test_serial_limit_combines_the_fastest_call_and_decoding() -> None:
+    assert targets.serial_limit(FIGURES, "png-432kB") == pytest.approx(10)  # 1 / (1/12 + 1/60)
 
 
-def test_a_target_is_told_where_its_parts_were_measured_and_left_out_where_not() -> None:
+def test_report_shows_only_targets_whose_parts_were_measured() -> None:
     loads = {"png-432kB x 64": {"per_s": 9.0, "failed": 0}, "png-432kB x 1": {"per_s": 7.0, "p50": 135.0, "failed": 0}}
 
     text = report.markdown(FIGURES | {"resnet50": loads})
@@ -64,7 +65,7 @@ def test_a_target_is_told_where_its_parts_were_measured_and_left_out_where_not()
     assert "8 model servers" not in text
 
 
-def test_the_bundled_model_stands_beside_resnet50() -> None:
+def test_report_compares_the_bundled_model_with_resnet50() -> None:
     ours = dict.fromkeys(report.BUNDLED, 4.0) | {"service_per_s": 45.0, "limit_per_s": 60.0, "failed": 0}
     other = dict.fromkeys(report.BUNDLED, 8.0) | {"service_per_s": 15.0, "limit_per_s": 20.0, "failed": 0}
 
@@ -77,43 +78,43 @@ def test_the_bundled_model_stands_beside_resnet50() -> None:
     assert "| failed | 0 | 0 |  |" in text
 
 
-def test_the_backlog_that_nobody_can_spare_is_the_arithmetic_s() -> None:
-    # At 10 images/s, 8 with what the clients take of the same cores, request 495, sent after 24.7 s, is answered after
-    # 61.875 s at the earliest: it waits 37.175 s.
+def test_unavoidable_backlog_matches_a_calculation_by_hand() -> None:
+    # 10 images/s, or 8 with the clients' share of the cores: request 495, sent after 24.7 s, is answered after 61.875 s
+    # at the earliest, so it waits 37.175 s.
     burst = {"latency_ms": {"p99": 2 * 37_175.0}, "failed": 0, "interval_s": 0.05, "client_cpu_s": 25.0}
 
-    ratios = {what: value for what, _, value in report.ratios(FIGURES | {"bursts": {"500 x 0.05 s": burst}})}
+    ratios = {what: value for what, _, value in targets.ratios(FIGURES | {"bursts": {"500 x 0.05 s": burst}})}
 
     assert ratios["500 at 1.75 L or 20 a second: p99 / unavoidable backlog"] == pytest.approx(2)
 
 
-def test_a_part_is_measured_and_reported(tmp_path: Path) -> None:
+def test_plumbing_is_measured_and_reported(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench.py", "plumbing", "--seconds", "2", "--out", str(tmp_path)]
 
     printed = subprocess.check_output(command, cwd=ROOT, timeout=280, text=True)
 
     figures = json.loads((tmp_path / "bench.json").read_text())["plumbing"]
-    assert all(row["failed"] == 0 and row["per_s"] > 0 for row in figures.values())
+    assert all(row["failed"] == 0 and row["requests"] > 0 for row in figures.values())
     busy = figures["service, png-432kB x 64"]
     assert {"Apache", "Redis", "model server", "web"} <= set(busy["cores"])
     assert 20 < busy["peak_mb"]["web"] < 200
-    # The pixels of one image as base64 are 0.2 MB, and go in once and out once.
+    # One image is 0.2 MB of base64, written once and read once.
     assert 0.4 < busy["redis_mb_per_request"] < 0.5
     assert busy["batches"]["most"] > 1
     assert printed.startswith("# Benchmarks")
 
 
-def test_the_pictures_are_as_large_as_they_are_called(tmp_path: Path) -> None:
+def test_images_have_the_sizes_in_their_names(tmp_path: Path) -> None:
     sizes = {name: path.stat().st_size for name, path in images.write_images(tmp_path).items()}
 
     assert sizes["png-432kB"] == pytest.approx(432_000, rel=0.1)
     assert sizes["jpeg-90kB"] == pytest.approx(90_000, rel=0.1)
 
 
-def test_a_part_that_there_is_not_is_refused_in_a_line() -> None:
+def test_unknown_part_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "benchmarks/bench.py", "nonsense"], cwd=ROOT, capture_output=True, text=True, check=False
     )
 
     assert done.returncode == 2
-    assert "there is no part nonsense" in done.stderr
+    assert "no such part: nonsense" in done.stderr

@@ -1,6 +1,6 @@
-"""Hides packages of the tests from a program under test, so that it starts as fast as it does in production.
+"""Hides the tests' packages from a program under test, so that it starts as fast as in production.
 
-TensorFlow and Keras import these where they find them, which nearly doubles the time of a start.
+TensorFlow and Keras import these packages if they are installed, which nearly doubles the start-up time.
 """
 
 import os

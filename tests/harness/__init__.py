@@ -1,0 +1,77 @@
+"""What tests and benchmarks run on: real Redis servers, Apaches and model servers on free ports.
+
+Knows nothing of pytest: a wait that ends raises TimeoutError, and a program that is not installed raises Missing.
+"""
+
+from harness.certificates import make_certificates
+from harness.processes import (
+    AS_INSTALLED,
+    PATH,
+    ROOT,
+    START_LIMIT,
+    Missing,
+    Process,
+    command_line,
+    descendants,
+    free_port,
+    need,
+    parent,
+    resident_bytes,
+    running,
+    variables,
+    wait_until,
+)
+from harness.responses import assert_error, raw_answer
+from harness.services import (
+    Serve,
+    Service,
+    answers,
+    apache_of,
+    model_servers,
+    own_keys,
+    processes_with,
+    ready,
+    responds,
+    run_apache,
+    run_model_server,
+    run_redis,
+    run_serve,
+    run_service,
+    web_processes,
+)
+
+__all__ = [
+    "AS_INSTALLED",
+    "PATH",
+    "ROOT",
+    "START_LIMIT",
+    "Missing",
+    "Process",
+    "Serve",
+    "Service",
+    "answers",
+    "apache_of",
+    "assert_error",
+    "command_line",
+    "descendants",
+    "free_port",
+    "make_certificates",
+    "model_servers",
+    "need",
+    "own_keys",
+    "parent",
+    "processes_with",
+    "raw_answer",
+    "ready",
+    "resident_bytes",
+    "responds",
+    "run_apache",
+    "run_model_server",
+    "run_redis",
+    "run_serve",
+    "run_service",
+    "running",
+    "variables",
+    "wait_until",
+    "web_processes",
+]
