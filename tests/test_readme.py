@@ -1,11 +1,7 @@
 """What the README says is so."""
 
 import ast
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -15,27 +11,6 @@ import image_queue  # noqa: F401 - its errors count
 import run_web_server  # noqa: F401 - its errors too
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def table(heading: str) -> list[list[str]]:
-    """The rows of the first table under a heading, cells without back quotes."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| `")]
-    return [[cell.strip("`") for cell in re.split(r" *\| *", row)[1:-1]] for row in rows]
-
-
-def defaults() -> dict[str, str]:
-    """Every setting with its default, as a program without an environment has it."""
-    code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
-    bare = {"PATH": os.environ["PATH"]}
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, timeout=60)
-    return {name: "" if value is None else str(value).removesuffix(".0") for name, value in json.loads(printed).items()}
-
-
-def test_every_setting_is_in_the_table_with_its_default() -> None:
-    documented = {row[0]: row[1] for row in table("Settings")}
-
-    assert documented == {name: value for name, value in defaults().items() if name != "EXIT_BAD_SETTING"}
 
 
 def test_every_error_of_the_service_is_in_the_table() -> None:
