@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from redis.exceptions import RedisError  # noqa: E402
+from redis.exceptions import RedisError
 
-from image_queue import ImageQueue, UnusableRedis  # noqa: E402
+from image_queue import ImageQueue, UnusableRedis
 
 if __name__ == "__main__":
     queue = ImageQueue()

@@ -20,7 +20,7 @@ TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
 # Commands that other tests run, by what they begin with, and one such test.
 ELSEWHERE = {
-    "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing",
+    "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "apt-get install -y ssl-cert": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
     "apache2ctl configtest": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
     "sed -i": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
-    "docker compose up": "test_docker.py::test_the_images_answer_hardened",
+    "docker compose up": "test_docker.py::test_hardened_images_answer_and_stop",
     "bin/test": "test_docs.py::test_each_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")

@@ -1,4 +1,4 @@
-"""bin/install in a bare Debian: the service answers, a second run changes nothing, and --purge leaves nothing behind."""
+"""bin/install in a bare Debian: the service answers, a second run changes nothing, --purge leaves nothing."""
 
 import os
 import re
@@ -78,7 +78,7 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
 
     # Then it says what it did and what it did not do
     assert all(line.startswith("* ") for line in first), first
-    assert any("Serving the bundled model EfficientNet-Lite0, which recognises 1,000" in line for line in first)
+    assert any("Serving the bundled model EfficientNet-Lite0, which recognizes 1,000" in line for line in first)
     assert "No systemd runs here, so nothing was started" in first[-1]
 
     # And it answers on port 80, and neither the model server nor the web runs as root
