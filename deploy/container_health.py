@@ -1,6 +1,6 @@
-"""Whether the program of this container is healthy, by the exit code: for Dockerfile's health checks.
+"""The health checks of the Dockerfile. The exit code is 0 if the program of this container is healthy.
 
-python deploy/container_health.py web|model
+container_health.py web|model
 """
 
 import os
@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def web_lives() -> bool:
-    """Whether Apache and a web process answer; not whether Redis does, which to start the web again would not mend."""
+    """Whether Apache and a web process answer. Redis does not count: restarting the web would not help it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{os.environ['APP_PORT']}/livez", timeout=4) as answer:
         return bool(answer.status == 200)
 
 
 def model_serves() -> bool:
-    """Whether a model server of this host has a heartbeat, whose name begins with the host's."""
-    from image_queue import ImageQueue  # noqa: PLC0415 - the web's check runs every few seconds
+    """Whether a model server of this host has a heartbeat. Its name begins with the host name."""
+    from image_queue import ImageQueue  # noqa: PLC0415 - the web's check must stay quick
 
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
     return any(re.fullmatch(rf"{re.escape(host)}-\w+-\d+\.\w+", name) for name in ImageQueue().live_servers())
@@ -32,6 +32,6 @@ CHECKS = {"web": web_lives, "model": model_serves}
 if __name__ == "__main__":
     try:
         healthy = CHECKS[sys.argv[1]]()
-    except Exception as error:  # whatever it is, one line of it is what `docker inspect` shows
+    except Exception as error:  # `docker inspect` shows this line
         sys.exit(f"{type(error).__name__}: {error}")
     sys.exit(0 if healthy else "no heartbeat")

@@ -1,10 +1,10 @@
-"""Which model is served where MODEL is not set: ResNet50 if its ImageNet weights can be had, else the bundled model.
+"""The model to serve if MODEL is not set: ResNet50 if its ImageNet weights are available, otherwise the bundled model.
 
-bin/serve and bin/install ask choose(). A container runs this program, which becomes the model server:
+bin/serve and bin/install call choose(). A container runs this program, which becomes the model server:
 
-    default_model.py [OPTION...]    the options are run_model_server.py's
+    default_model.py [OPTION...]    the options of run_model_server.py
 
-run_model_server.py by itself never falls back to another model.
+run_model_server.py itself never falls back to another model.
 """
 
 import hashlib
@@ -28,32 +28,32 @@ from model_server import model_file  # noqa: E402
 from model_server.downloads import keras_downloads  # noqa: E402
 
 BUNDLED_MODEL = "models/efficientnet_lite0.keras"
-# The files that Keras fetches for ResNet50, with the MD5 sums that it compares: a killed download leaves a part behind.
+# What Keras downloads for ResNet50, with the MD5 sums that it checks: a killed download leaves a partial file behind.
 RESNET50_FILES = {
     "resnet50_weights_tf_dim_ordering_tf_kernels.h5": "2cb95161c43110f7111970584f804107",
     "imagenet_class_index.json": "c2c37ea517e94d9795004a39431a14cb",
 }
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + next(iter(RESNET50_FILES))
-PROBE_LIMIT = 5  # seconds in all for the first answer; a host name may have a dozen addresses that swallow packets
+PROBE_LIMIT = 5  # seconds for the first answer, in all: a host may have many addresses, none of which answers
 FETCH = [sys.executable, "-c", "from model_server.downloads import fetch; fetch()"]
-FETCH_LIMIT = 600  # seconds for 100 MB; a slower network keeps nobody waiting for the service
+FETCH_LIMIT = 600  # seconds for 100 MB; nobody should wait longer for the service
 
 
 def choose() -> str:
-    """Return MODEL for a service whose MODEL is not set; print which it is, and why where it is the bundled model.
+    """Return the value for MODEL. Print which model it is, and why if it is the bundled one.
 
-    Takes PROBE_LIMIT and FETCH_LIMIT at most.
+    Takes at most PROBE_LIMIT plus FETCH_LIMIT.
     """
     if settings.MODEL_WEIGHTS != "imagenet":
         return settings.MODEL
-    recognises = model_file.read((APP_ROOT / BUNDLED_MODEL).with_suffix(".json")).description
+    recognizes = model_file.read((APP_ROOT / BUNDLED_MODEL).with_suffix(".json")).description
     reason = "" if cached() else in_time(probe, PROBE_LIMIT) or fetch()
     if not reason:
-        print(f"* Serving {settings.MODEL}, which recognises {recognises}", flush=True)
+        print(f"* Serving {settings.MODEL}, which recognizes {recognizes}", flush=True)
         return settings.MODEL
     print(
-        f"* Serving the bundled model EfficientNet-Lite0, which recognises {recognises}. ResNet50's weights can't be "
-        f"fetched ({reason}) and are not complete in {keras_downloads()}. To serve ResNet50, put "
+        f"* Serving the bundled model EfficientNet-Lite0, which recognizes {recognizes}. ResNet50's weights can't be "
+        f"downloaded ({reason}) and are not complete in {keras_downloads()}. To serve ResNet50, put "
         f'{" and ".join(RESNET50_FILES)} there, as docs/models.md says under "ResNet50 with ImageNet weights".',
         flush=True,
     )
@@ -61,12 +61,12 @@ def choose() -> str:
 
 
 def cached() -> bool:
-    """Whether Keras has all that ResNet50 needs, whole."""
+    """Whether Keras has every file of ResNet50, complete."""
     return all(md5(keras_downloads() / name) == digest for name, digest in RESNET50_FILES.items())
 
 
 def md5(path: Path) -> str:
-    """Return the MD5 sum of a file, in hexadecimal; nothing where it can't be read."""
+    """Return the MD5 sum of a file in hexadecimal; an empty string if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -75,7 +75,7 @@ def md5(path: Path) -> str:
 
 
 def in_time(ask: Callable[[], str], seconds: float) -> str:
-    """Return what `ask` returns, or that it took longer: looking up a host name has no limit of its own."""
+    """Return what `ask` returns, or that it took too long. A lookup of a host name has no time limit of its own."""
     answers: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
     try:
@@ -85,17 +85,17 @@ def in_time(ask: Callable[[], str], seconds: float) -> str:
 
 
 def probe() -> str:
-    """Return why the weights can't be fetched; nothing where they are there for us."""
+    """Return why the weights can't be downloaded; an empty string if they can."""
     try:
         with urllib.request.urlopen(urllib.request.Request(WEIGHTS_URL, method="HEAD"), timeout=PROBE_LIMIT):
             return ""
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the last: the address of a proxy is wrong
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a proxy with an invalid address
         return one_line(error.reason if type(error) is urllib.error.URLError else error)
 
 
 def fetch() -> str:
-    """Let Keras fetch what ResNet50 needs; return why that failed, or nothing."""
-    print("* Fetching ResNet50's ImageNet weights (100 MB)", flush=True)
+    """Let Keras download the files of ResNet50. Return why that failed, or an empty string."""
+    print("* Downloading ResNet50's ImageNet weights (100 MB)", flush=True)
     progress = None if sys.stdout.isatty() else subprocess.DEVNULL
     try:
         ended = subprocess.run(
@@ -109,15 +109,15 @@ def fetch() -> str:
     return one_line((ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1])
 
 
-def one_line(said: object) -> str:
-    """Return what an error says for the middle of a line, without what changes a terminal."""
-    text = " ".join(str(said).split()) or type(said).__name__
-    return "".join(sign for sign in text[:200] if sign.isprintable()).rstrip(".")
+def one_line(error: object) -> str:
+    """Return an error's text as part of a sentence: one line, without control characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(char for char in text[:200] if char.isprintable()).rstrip(".")
 
 
 def main() -> None:
-    """Become the model server, of the model that is chosen where MODEL is not set or empty."""
-    # The first process of a container ignores signals that it has no handler for.
+    """Choose a model if MODEL is not set or empty, then become the model server."""
+    # The first process of a container ignores a signal unless it has a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     os.chdir(APP_ROOT)
     if not os.environ.get("MODEL"):

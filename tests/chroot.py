@@ -1,7 +1,6 @@
-"""A bare Debian of the tests' own in a folder, as `debootstrap` makes it: for what installs itself into a system.
+"""A bare Debian in a folder, made by `debootstrap`, for tests that install into a system.
 
-What is mounted in it, and what runs in it, is seen and lives in namespaces of its own, which end with each command:
-nothing is left to be undone, whatever happens.
+Each command runs in namespaces of its own, so its mounts and processes end with it, whatever happens.
 """
 
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from conftest import PATH, ROOT, missing, need
 
-# Mounts what a program expects, then becomes the command in it.
+# Mount what programs expect, then become the command.
 ENTER = """
 set -eu
 root=$1; shift
@@ -36,11 +35,11 @@ PASSED_ON = r"(?i)(https?|no)_proxy|SSL_CERT_FILE|LANG"
 
 def need_root() -> None:
     if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "--net", "true"], check=False).returncode:
-        missing("it takes root, and the right to make namespaces")
+        missing("it needs root, and the right to make namespaces")
 
 
 def make_base(folder: Path) -> Path:
-    """Make the smallest system of this machine's release, which gets its packages from where this machine does."""
+    """Make a minimal system of this machine's release, with packages from this machine's mirror."""
     need_root()
     release = re.findall(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)[0]
     targets = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
@@ -54,24 +53,24 @@ def make_base(folder: Path) -> Path:
 
 
 def configure(root: Path) -> None:
-    """Let apt and pip in it use what they use here."""
+    """Let apt and pip use the same sources as on this machine."""
     shutil.copytree("/etc/apt", root / "etc/apt", dirs_exist_ok=True, symlinks=True)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
-    # ResNet50's weights can't be had, wherever the test runs.
+    # ResNet50's weights are never available, wherever the test runs.
     (root / "etc/hosts").write_text("127.0.0.1 localhost storage.googleapis.com\n")
     (root / "etc/pip.conf").write_text("[global]\n" + "".join(f"{key} = {text}\n" for key, text in pip_settings()))
     for path in named_paths():
         if path.is_file():
             (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / path.relative_to("/"))
-    # As images for containers have it: packages start nothing.
+    # Packages must not start services, as in container images.
     policy = root / "usr/sbin/policy-rc.d"
     policy.write_text("#!/bin/sh\nexit 101\n")
     policy.chmod(0o755)
 
 
 def pip_settings() -> list[tuple[str, str]]:
-    """What pip goes by on this machine, from its files and from the environment."""
+    """pip's settings on this machine, from its files and the environment."""
     listed = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
     return list(dict(re.findall(r"^(?:global|:env:|install)\.([\w-]+)='(.*)'$", listed, re.MULTILINE)).items())
 
@@ -82,7 +81,7 @@ def named_paths() -> list[Path]:
     for _, text in pip_settings():
         for word in text.split():
             if word.startswith("file://"):
-                found.append(Path(word.removeprefix("file://")).parent)  # an index, whose files lie beside it
+                found.append(Path(word.removeprefix("file://")).parent)  # an index; its files are in the same folder
             elif word.startswith("/"):
                 found.append(Path(word))
     return [path for path in found if path.exists()]
@@ -105,7 +104,7 @@ class Chroot:
     def run(
         self, script: str, *, network: bool = True, seconds: float = 300, variables: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run `script` in it; without `network` on a loopback of its own, where every port is free."""
+        """Run `script` in it. Without `network` it gets its own loopback, where every port is free."""
         spaces = ["--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
         environment = self.environment(**(variables or {}))
         if not network:
@@ -115,7 +114,7 @@ class Chroot:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
 
     def files(self, *without: str) -> dict[str, tuple[int, int, int, int]]:
-        """Every file and folder but those below `without`: its mode, owner, size and the time of its last change."""
+        """Mode, owner, size and modification time of every file and folder, except those below `without`."""
         found = {}
         for folder, folders, files in os.walk(self.root):
             inside = Path("/") / Path(folder).relative_to(self.root)
@@ -139,7 +138,7 @@ def copy_of(base: Path) -> Iterator[Chroot]:
 
 
 def copy_project(folder: Path) -> None:
-    """Put there what a clone has, with what is not committed yet."""
+    """Copy the files of a clone, including those that are not committed yet."""
     listed = subprocess.check_output(
         ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True
     )

@@ -1,4 +1,4 @@
-"""The images of the Dockerfile, built by buildah in a folder of the tests' own."""
+"""The Dockerfile's images, which buildah builds in a temporary folder."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 
 
 class Storage:
-    """Where buildah keeps images; `options` name the place."""
+    """Where buildah keeps images; `options` tell it the place."""
 
     def __init__(self, folder: Path) -> None:
         self.options = ["--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "overlay"]
         self.buildah = ["buildah", *self.options]
 
     def fill(self, debian: Path) -> list[str]:
-        """Build the images on the bare Debian in that folder; return the options."""
+        """Build the images on top of the bare Debian in that folder; return the options."""
         need_root()
         need("buildah")
         with copy_of(debian) as system:
@@ -44,7 +44,7 @@ class Storage:
 
 
 def keep_certificates(root: Path) -> None:
-    """Those of this machine count in it too, when its own package of them is installed."""
+    """Let the image trust this machine's certificates even after its own package of certificates is installed."""
     bundle = root / "etc/ssl/certs/ca-certificates.crt"
     if bundle.exists():
         kept = root / "usr/local/share/ca-certificates/this-machine.crt"

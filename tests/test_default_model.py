@@ -1,4 +1,4 @@
-"""What is served where MODEL is not set: ResNet50 where its weights can be had, else the bundled model, soon enough."""
+"""The model that is served if MODEL is not set: ResNet50 if its weights are available, otherwise the bundled one."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on a machine where nothing is set and Keras has nothing in its cache."""
+    """A machine where nothing is set and Keras' cache is empty."""
     monkeypatch.setattr(settings, "MODEL", "ResNet50")
     monkeypatch.setattr(settings, "MODEL_WEIGHTS", "imagenet")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
@@ -45,7 +45,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @contextmanager
 def answering(said: bytes, then: Callable[[], object] = bool) -> Iterator[str]:
-    """A server that says this to each client, whatever it wants, and then does that; its address."""
+    """The address of a server that sends `said` to each client, whatever it asks, and then calls `then`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -62,7 +62,7 @@ def answering(said: bytes, then: Callable[[], object] = bool) -> Iterator[str]:
 
 
 def have_cached(monkeypatch: pytest.MonkeyPatch, **wrong: bytes) -> None:
-    """Give Keras files of these sums, in place of the 100 MB that can't be had here, but `wrong` ones."""
+    """Put small files with matching sums into Keras' cache in place of the 100 MB, except for the `wrong` ones."""
     folder = keras_downloads()
     folder.mkdir(parents=True)
     for name in default_model.RESNET50_FILES:
@@ -74,7 +74,7 @@ def have_cached(monkeypatch: pytest.MonkeyPatch, **wrong: bytes) -> None:
 
 
 def told(capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that says what is served, and why not ResNet50."""
+    """The one line that says which model is served, and why not ResNet50."""
     [line] = [each for each in capfd.readouterr().out.splitlines() if "Serving" in each]
     return line
 
@@ -88,7 +88,7 @@ def told(capfd: pytest.CaptureFixture[str]) -> str:
      ("http://127.0.0.1:port/", "nonnumeric port")],
     ids=["refused", "no DNS", "403", "rubbish", "hangs up", "no port"],
 )  # fmt: skip
-def test_without_the_internet_the_bundled_model_is_served_and_the_line_says_why(
+def test_without_internet_the_bundled_model_is_served_and_the_line_says_why(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str | bytes, reason: str
 ) -> None:
     with answering(address if isinstance(address, bytes) else b"") as url:
@@ -106,12 +106,12 @@ def test_without_the_internet_the_bundled_model_is_served_and_the_line_says_why(
 
 
 @pytest.mark.parametrize("asleep", ["the server", "the host's name"])
-def test_a_network_that_swallows_everything_keeps_nobody_waiting(
+def test_network_that_drops_everything_delays_the_start_only_briefly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], asleep: str
 ) -> None:
     monkeypatch.setattr(default_model, "PROBE_LIMIT", 0.3)
     release = threading.Event()
-    if asleep != "the server":  # a resolver has limits of its own, of up to a minute
+    if asleep != "the server":  # a resolver's own limit can be a minute
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
     with answering(b"", lambda: release.wait(20)) as url:
         monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
@@ -124,25 +124,25 @@ def test_a_network_that_swallows_everything_keeps_nobody_waiting(
     assert re.search("no answer within 0.3 seconds|timed out", told(capfd))
 
 
-def test_resnet50_is_served_from_the_cache_without_a_look_at_the_network(
+def test_cached_resnet50_is_served_without_a_network(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     have_cached(monkeypatch)
     monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
 
     assert default_model.choose() == "ResNet50"
-    assert told(capfd) == f"* Serving ResNet50, which recognises {DESCRIPTION}"
+    assert told(capfd) == f"* Serving ResNet50, which recognizes {DESCRIPTION}"
 
 
 @pytest.mark.parametrize("wrong", ["weights", "classes"])
-def test_half_a_file_in_the_cache_does_not_count(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_partial_file_in_the_cache_does_not_count(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     have_cached(monkeypatch, **{wrong: b"half of"})
     monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
 
     assert default_model.choose() == BUNDLED
 
 
-def test_the_sums_are_those_that_keras_compares() -> None:
+def test_md5_sums_are_those_of_keras() -> None:
     sources = "".join(
         (Path(keras.applications.resnet.__file__).parents[2] / "src/applications" / name).read_text()
         for name in ("resnet.py", "imagenet_utils.py")
@@ -159,7 +159,7 @@ def test_the_sums_are_those_that_keras_compares() -> None:
      ("import time; time.sleep(60)", "not complete after 1 seconds")],
     ids=["cut off", "killed", "slow"],
 )  # fmt: skip
-def test_a_download_that_fails_or_takes_too_long_is_given_up(
+def test_download_that_fails_or_takes_too_long_is_given_up(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], program: str, reason: str
 ) -> None:
     monkeypatch.setattr(default_model, "FETCH", [sys.executable, "-c", program])
@@ -172,7 +172,7 @@ def test_a_download_that_fails_or_takes_too_long_is_given_up(
     assert f"({reason})" in told(capfd)
 
 
-def test_resnet50_is_served_when_it_has_been_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resnet50_is_served_after_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_model, "FETCH", [sys.executable, "-c", ""])
     with answering(OK) as url:
         monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
@@ -194,10 +194,10 @@ def test_random_weights_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None
      (b"", "closed|reset")],
     ids=["half", "another file", "stalls", "hangs up"],
 )  # fmt: skip
-def test_a_download_of_keras_that_breaks_says_what_to_do(
+def test_broken_download_by_keras_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: bytes, reason: str
 ) -> None:
-    """Whatever Keras raises: some of it has no address in it. And no half of a file is left behind."""
+    """Whatever Keras raises, even without an address in it. No partial file is left behind."""
     monkeypatch.setattr(downloads, "DOWNLOAD_TIMEOUT", 0.3)
     release = threading.Event()
     with answering(said, lambda: release.wait(5 if said.endswith(b"200 O") else 0)) as url:
@@ -211,12 +211,12 @@ def test_a_download_of_keras_that_breaks_says_what_to_do(
     assert str(refused.value).endswith(f"or set MODEL={BUNDLED}, which needs nothing.")
 
 
-def test_the_description_is_the_model_s_own() -> None:
+def test_description_is_that_of_the_bundled_model() -> None:
     assert model_file.read(ROOT / "models/efficientnet_lite0.json").description == applications.IMAGENET == DESCRIPTION
 
 
-def test_a_container_serves_the_model_that_is_chosen_and_stops_meanwhile(tmp_path: Path) -> None:
-    """By the Dockerfile's own command, which must not look for the weights where MODEL is set."""
+def test_container_serves_the_chosen_model_and_can_stop_while_choosing(tmp_path: Path) -> None:
+    """With the Dockerfile's own command, which must not look for the weights if MODEL is set."""
     stage = (ROOT / "Dockerfile").read_text().split(" AS model\n")[1]
     [command] = re.findall(r"^CMD \[(.*)\]$", stage, re.MULTILINE)
     program = [sys.executable, *re.findall(r'"(.*?)"', command)[1:]]

@@ -1,8 +1,8 @@
-"""Dockerfile and compose.yaml, without an engine: buildah builds the images, and they run as compose.yaml says.
+"""Dockerfile and compose.yaml, without Docker: buildah builds the images, and the tests run them as compose.yaml says.
 
-That is: the image's command and user, its variables and compose's, a root file system that can't be written but for
-compose's tmpfs, and no capability. Building the model server's image installs 2 GB, so it takes BUILD_ALL_IMAGES=1;
-without, the model server of this machine stands in for it.
+They use the image's command and user, its variables and compose's, a read-only file system with compose's tmpfs, and no
+capabilities. The model server's image is built only with BUILD_ALL_IMAGES=1, since that installs 2 GB. Otherwise the
+model server of this machine stands in for it.
 """
 
 import json
@@ -29,11 +29,11 @@ from redis import Redis
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
-OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
+OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # their defaults are different there
 OF_BIN_SERVE = {"PORT", "MODEL_SERVERS"}
 CAT = (ROOT / "images/cat.jpg").read_bytes()
 
-# As an engine does it: mounts and names of its own, then the user without any right, and the command.
+# Do what Docker does: separate mounts and host name, then run the command as the image's user, without capabilities.
 ENTER = """
 set -eu
 root=$1; shift
@@ -55,7 +55,7 @@ exec chroot "$root" setpriv --reuid="$user" --regid="$user" --clear-groups --no-
 
 
 class Image:
-    """An image in `storage`, and the folder that it is mounted at."""
+    """An image in `storage`, and the folder where it is mounted."""
 
     def __init__(self, storage: list[str], name: str) -> None:
         self.buildah = ["buildah", *storage]
@@ -68,7 +68,7 @@ class Image:
         return subprocess.check_output([*self.buildah, *arguments], text=True, timeout=120).strip()
 
     def entered(self, service: dict[str, Any], command: list[str], **more: str) -> tuple[list[str], dict[str, str]]:
-        """What runs `command` in it as compose.yaml says, and the environment to do so."""
+        """The command and environment that run `command` in the image as compose.yaml says."""
         inside = dict(each.split("=", 1) for each in self.config["Env"]) | defaults(service) | more
         unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private"]
         variables = [f"{name}={text}" for name, text in inside.items()]
@@ -81,17 +81,17 @@ class Image:
     @contextmanager
     def running(self, service: dict[str, Any], log: Path, **more: str) -> Iterator[Process]:
         log.touch()
-        log.chmod(0o666)  # as an engine gives the user of the container its standard error
+        log.chmod(0o666)  # the container's user writes to it
         command, about = self.entered(service, self.config["Cmd"], **more)
         with running(command, log, **about) as process:
             try:
                 yield process
             finally:
-                if process.alive:  # unshare, whose child it is, hands no signal on
+                if process.alive:  # unshare does not pass signals on to its child
                     os.kill(inner(process), signal.SIGKILL)
 
     def complaint(self, service: dict[str, Any], **more: str) -> str:
-        """What its health check, run beside its program, has against it; nothing when it is healthy."""
+        """The error of its health check; empty if it is healthy."""
         kind, *command = self.config["Healthcheck"]["Test"]
         assert kind == "CMD"
         command, about = self.entered(service, command, **more)
@@ -100,32 +100,32 @@ class Image:
 
 
 def interpolated(text: str, **given: str) -> str:
-    """A value of compose.yaml, as compose has it where somebody has set what is given."""
+    """A value of compose.yaml with the variables that are `given`."""
     return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda each: given.get(each[1]) or each[2], text)
 
 
 def defaults(service: dict[str, Any], **given: str) -> dict[str, str]:
-    """The variables of a service in compose.yaml, where nobody sets any but those given."""
+    """The environment of a service in compose.yaml, with only the variables that are `given`."""
     found = {name: given.get(name) if text is None else interpolated(str(text), **given)
              for name, text in service["environment"].items()}  # fmt: skip
     return {name: text for name, text in found.items() if text is not None}
 
 
 def inner(process: Process) -> int:
-    """The process that an engine would send its signal to: the first in the container."""
+    """The first process in the container, which Docker sends signals to."""
     children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
     return int(wait_until(lambda: children.read_text().split(), "it has begun")[0])
 
 
 @pytest.fixture(scope="module")
 def storage(images_to_come: Future[list[str]]) -> list[str]:
-    """Where buildah keeps what it makes, with the images in it."""
+    """Options for buildah that name its storage, with the images in it."""
     return images_to_come.result()
 
 
 @contextmanager
 def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[None]:
-    """That of the image, if it is built, else its command here; healthy from the moment on in which it serves."""
+    """Run the image's model server, or its command on this machine. It must become healthy when it serves."""
     if not ALL:
         [command] = re.findall(r"^CMD (.*)$", (ROOT / "Dockerfile").read_text().split(" AS model\n")[1], re.MULTILINE)
         no_weights = {"MODEL": "", "KERAS_HOME": str(log.parent), "https_proxy": "http://127.0.0.1:1"}
@@ -136,7 +136,7 @@ def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[Non
     image, service = Image(storage, "model"), SERVICES["model"]
     settings |= {"METRICS_PORT": str(free_port()), "https_proxy": "http://127.0.0.1:1"}
     assert image.complaint(service, **settings) == "no heartbeat"
-    tmpfs = [*service["tmpfs"], "/var/cache/keras-rest-api:mode=0755"]  # in place of the volume
+    tmpfs = [*service["tmpfs"], "/var/cache/keras-rest-api:mode=0755"]  # instead of the volume
     with image.running(service | {"tmpfs": tmpfs}, log, **settings) as process:
         process.wait_for_log("* Joined the queue")
         assert image.complaint(service, **settings) == ""
@@ -146,7 +146,7 @@ def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[Non
 
 
 @pytest.mark.timeout(1200)
-def test_the_images_answer_hardened_as_compose_runs_them_and_stop_when_all_is_answered(
+def test_hardened_images_answer_and_stop_when_all_is_answered(
     storage: list[str], redis_port: int, redis: Redis, tmp_path: Path
 ) -> None:
     port, name = free_port(), f"queue-{free_port()}"
@@ -161,7 +161,7 @@ def test_the_images_answer_hardened_as_compose_runs_them_and_stop_when_all_is_an
         with model_server(storage, tmp_path / "first", **settings):
             assert web.label(CAT) == "Egyptian_cat"
 
-        # What is in flight when it is told to stop is answered: there is no model server until then.
+        # Requests that wait when it is told to stop are answered, by a model server that starts only then.
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(web.label, CAT) for _ in range(8)]
             wait_until(lambda: redis.llen(name) == 8, "all are in the queue")
@@ -180,7 +180,7 @@ def refused(url: str) -> bool:
         return True
 
 
-def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s(storage: list[str]) -> None:
+def test_web_image_has_no_tensorflow_and_only_the_service_s_files(storage: list[str]) -> None:
     image = Image(storage, "web")
     packages = {path.name for path in Path(image.root).glob("opt/keras-rest-api/.venv/lib/python3*/site-packages/*")}
     files = {path.name for path in Path(image.root, "opt/keras-rest-api").iterdir()}
@@ -195,8 +195,8 @@ def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s
     assert not list(Path(image.root, "opt/keras-rest-api/deploy").glob("serve*"))
 
 
-def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_them(tmp_path: Path) -> None:
-    """Of a context with files of each kind, by the .dockerignore of the project."""
+def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path) -> None:
+    """Build an image from a context with files of each kind and the project's .dockerignore."""
     need_root()
     buildah = [need("buildah"), "--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"),
                "--storage-driver", "overlay"]  # fmt: skip
@@ -207,6 +207,7 @@ def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_
              "models/nested/own.json"}  # fmt: skip
     left = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "models/digits/three.png",
             "models/train.py", "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py",
+            "deploy/remove.sh", "deploy/copy_code.py",
             "deploy/systemd/a.service", "requirements/dev.txt", "compose.yaml", "Dockerfile"}  # fmt: skip
     context = tmp_path / "context"
     for name in taken | left:
@@ -224,7 +225,7 @@ def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_
         subprocess.run([*buildah, "rmi", "--all", "--force"], check=False, capture_output=True)
 
 
-def test_compose_s_redis_takes_its_options_and_is_healthy_by_its_check(tmp_path: Path) -> None:
+def test_redis_of_compose_starts_and_passes_its_health_check(tmp_path: Path) -> None:
     port = free_port()
     told = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["command"]]
     kind, *check = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["healthcheck"]["test"]]
@@ -236,7 +237,7 @@ def test_compose_s_redis_takes_its_options_and_is_healthy_by_its_check(tmp_path:
         assert subprocess.check_output(check) == b"PONG\n"
 
 
-def test_what_compose_names_is_there_and_only_the_web_is_published() -> None:
+def test_compose_names_existing_targets_and_publishes_only_the_web() -> None:
     targets = set(re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
     assert {each["build"]["target"] for each in SERVICES.values() if "build" in each} <= targets
     assert [name for name, each in SERVICES.items() if "ports" in each] == ["web"]
@@ -273,7 +274,7 @@ READ_BY = {
 
 
 @pytest.mark.parametrize("name", READ_BY)
-def test_every_setting_reaches_the_container_of_the_program_that_reads_it(name: str) -> None:
+def test_every_setting_reaches_the_container_that_reads_it(name: str) -> None:
     sources = [path.read_text() for pattern in READ_BY[name] for path in ROOT.glob(pattern)]
     read = {each for source in sources for each in re.findall(r"\bsettings\.([A-Z_]+)\b", source)}
     read -= {"EXIT_BAD_SETTING", "METRICS_HOST", *OF_BIN_SERVE}  # in a container it listens on all addresses
@@ -283,8 +284,8 @@ def test_every_setting_reaches_the_container_of_the_program_that_reads_it(name: 
     assert {each for each in read if composed.get(each) != "given"} == set()
 
 
-def test_together_both_programs_read_every_setting_but_those_of_bin_serve() -> None:
-    """So that the lists of files above are whole."""
+def test_both_programs_together_read_every_setting_except_bin_serve_s() -> None:
+    """This checks that READ_BY is complete."""
     passed = {each for name in READ_BY for each in SERVICES[name]["environment"]} - {"APACHE_DEFINES"}
     code = "import settings; print(*(name for name in vars(settings) if name.isupper()))"
     ours = set(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
@@ -302,7 +303,7 @@ def test_together_both_programs_read_every_setting_but_those_of_bin_serve() -> N
         ({"REDIS_HOST": "redis.example", "REDIS_URL": "redis://other.example:7000/1"}, "other.example:7000"),
     ],
 )
-def test_the_redis_that_is_set_is_the_one_that_both_programs_use(given: dict[str, str], address: str) -> None:
+def test_both_programs_use_the_redis_that_is_set(given: dict[str, str], address: str) -> None:
     composed, others = (
         {key: text for key, text in defaults(SERVICES[name], **given).items() if key.startswith("REDIS_")}
         for name in ("web", "model")
@@ -314,15 +315,15 @@ def test_the_redis_that_is_set_is_the_one_that_both_programs_use(given: dict[str
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, text=True).strip() == address
 
 
-def test_a_shorter_request_timeout_alone_is_taken() -> None:
-    """The defaults of REDIS_TIMEOUT and CLIENT_SLEEP follow from it, so compose must not set them."""
+def test_shorter_request_timeout_needs_no_other_setting_in_compose() -> None:
+    """The defaults of REDIS_TIMEOUT and CLIENT_SLEEP depend on it, so compose must not set them."""
     code = "import settings; print(settings.REDIS_TIMEOUT, settings.CLIENT_SLEEP)"
     bare = {"PATH": os.environ["PATH"], **defaults(SERVICES["web"], REQUEST_TIMEOUT="2")}
 
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, text=True) == "1.0 1.0\n"
 
 
-def test_stopping_takes_longer_than_a_request_may() -> None:
+def test_stop_grace_period_is_longer_than_a_request() -> None:
     seconds = {name: int(SERVICES[name]["stop_grace_period"].rstrip("s")) for name in ("web", "model")}
 
     assert seconds["web"] > float(defaults(SERVICES["web"])["REQUEST_TIMEOUT"])

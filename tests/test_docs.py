@@ -19,20 +19,20 @@ TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
 # Commands that other tests run, by their beginning, with one such test each.
 ELSEWHERE = {
-    "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing",
+    "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
     "curl -O https://": "test_classifier.py::test_without_internet_the_line_says_which_file_to_put_where",
     "API_KEYS=0f3b... bin/serve": "test_doors.py::test_each_of_two_keys_is_accepted",
-    "bin/install": "test_install.py::test_it_installs_a_service_that_answers",
-    "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": "test_install.py::test_it_installs_a_service_that_answers",
-    "a2en": "test_install.py::test_it_installs_a_service_that_answers",
-    "apt-get install -y ssl-cert": "test_install.py::test_it_installs_a_service_that_answers",
-    "apache2ctl configtest": "test_install.py::test_it_installs_a_service_that_answers",
-    "sed -i": "test_install.py::test_it_installs_a_service_that_answers",
-    "docker compose up": "test_docker.py::test_the_images_answer_hardened",
+    "bin/install": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "a2en": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "apt-get install -y ssl-cert": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "apache2ctl configtest": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "sed -i": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "docker compose up": "test_docker.py::test_hardened_images_answer_and_stop",
     "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")

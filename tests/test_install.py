@@ -1,9 +1,10 @@
-"""bin/install in a bare Debian: what it installs works, a second run changes nothing, and all of it goes away again."""
+"""bin/install in a bare Debian: the service answers, a second run changes nothing, --purge leaves nothing."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from chroot import Chroot, copy_of, copy_project, need_root
 from conftest import PATH, ROOT, images_are_wanted, make_certificates, need
 from test_docs import commands
 
+sys.path.insert(0, str(ROOT / "deploy"))
+
+from copy_code import project_files
+
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 TARGET = "/opt/keras-rest-api"
 INSTALL = "/srv/app/bin/install"
-APACHES_NOTES = "/var/lib/apache2"  # who has enabled what
+APACHE_STATE = "/var/lib/apache2"  # who has enabled which site and module
 NO_INDEX = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_RETRIES": "0"}
 START = """
 service redis-server start >/dev/null
@@ -35,7 +40,7 @@ cat /proc/[0-9]*/status | awk -F '\t' '/^Name:/ {name = $2} /^Uid:/ {print name 
 
 @pytest.fixture(scope="module")
 def system(debian: Path, request: pytest.FixtureRequest) -> Iterator[Chroot]:
-    """A system with the project in /srv/app; where images are wanted, too, they are built meanwhile."""
+    """A Debian with the project in /srv/app. Container images that other tests need are built at the same time."""
     if images_are_wanted(request.session):
         request.getfixturevalue("images_to_come")
     with copy_of(debian) as chroot:
@@ -44,14 +49,14 @@ def system(debian: Path, request: pytest.FixtureRequest) -> Iterator[Chroot]:
 
 
 def said(system: Chroot, command: str) -> list[str]:
-    """What a command that must succeed printed."""
+    """Run a command that must succeed; return the lines it printed."""
     done = system.run(command, seconds=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
 def mentions(system: Chroot) -> set[str]:
-    """The files and folders whose name or text has to do with the service."""
+    """The files and folders whose name or text mentions the service."""
     listed = "grep -rIls -e keras-rest-api -e model-server /etc /var /opt /usr/local /lib/systemd || true"
     named = {path for path in system.files("/srv/app") if re.search("keras|model-server", path)}
     logs = r"/var/(log|cache/apt)/|/etc/\w+-$"
@@ -59,24 +64,24 @@ def mentions(system: Chroot) -> set[str]:
 
 
 @pytest.mark.timeout(900)
-def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(system: Chroot, tmp_path: Path) -> None:
-    # Given a system in which an attempt without Python packages has failed, and was cleaned up
+def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: Path) -> None:
+    # Given a system where an install without Python packages has failed and was purged
     failed = system.run(INSTALL, seconds=300, variables=NO_INDEX)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
     said(system, f"{INSTALL} --purge")
-    bare = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
+    bare = system.files("/srv/app", "/var/log", "/root", "/run", APACHE_STATE)
     assert mentions(system) == set()
 
-    # When it is installed
+    # When the service is installed
     first = said(system, INSTALL)
 
-    # Then it says what it did, and what it did not
+    # Then it says what it did and what it did not do
     assert all(line.startswith("* ") for line in first), first
-    assert any("Serving the bundled model EfficientNet-Lite0, which recognises 1,000" in line for line in first)
+    assert any("Serving the bundled model EfficientNet-Lite0, which recognizes 1,000" in line for line in first)
     assert "No systemd runs here, so nothing was started" in first[-1]
 
-    # And it answers on port 80, its model servers and its web not as root
+    # And it answers on port 80, and neither the model server nor the web runs as root
     answer = system.run(START, network=False, seconds=200)
     assert '"label":"Egyptian_cat"' in answer.stdout.split("}")[0], answer.stdout + answer.stderr
     users = {tuple(line.split("\t")) for line in answer.stdout.splitlines()[1:]}
@@ -84,15 +89,15 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     assert ("python", account) in users
     assert not {user for user in users if user[0] in ("python", "redis-server") and user[1] == "0"}
 
-    # And its web processes are counted together
+    # And the metrics of all web processes are added up
     [counted] = (system.root / "tmp/counted").read_text().splitlines()
     assert counted.split() == ["10", 'keras_rest_api_requests_total{endpoint="/predict",status="200"}', "1.0"]
 
-    # And the model is set in its own place, once, so that the line which somebody looks for is the one that counts
+    # And the model is set where the example had it, in a single line
     lines = (system.root / TARGET[1:] / ".env").read_text().splitlines()
     assert [line for line in lines if re.match("(# )?MODEL=", line)] == ["MODEL=models/efficientnet_lite0.keras"]
 
-    # And only those who need the settings read them, and nobody of the services writes anything
+    # And only those who need the settings can read them, and the services can't write to the folder
     assert said(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]
     as_user = "setpriv --reuid={0} --regid={0} --init-groups"
     for user, may in {"www-data": "yes", "keras-rest-api": "yes", "nobody": "no"}.items():
@@ -102,13 +107,13 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
 
     # When it is run again, nothing changes
     before = system.files("/srv/app", "/var/log")
-    assert said(system, INSTALL) == ["* Nothing to do: all is as it should be"]
+    assert said(system, INSTALL) == ["* Nothing to do: everything is up to date"]
     assert before.items() ^ system.files("/srv/app", "/var/log").items() == set()
 
-    # When TLS is set up as the document says, it answers there too, with the certificate of Debian's or one's own
+    # When TLS is set up as the document says, it answers there too, with Debian's certificate or another
     check_tls(system, tmp_path)
 
-    # When the project has moved on and somebody has put in files of his own
+    # When the project has changed, and somebody has added files
     app, target = system.root / "srv/app", system.root / TARGET[1:]
     (app / "CHANGELOG.md").unlink()
     (app / "helpers.py").write_text((app / "helpers.py").read_text() + "# newer\n")
@@ -118,22 +123,22 @@ def test_it_installs_a_service_that_answers_and_takes_all_of_it_away_again(syste
     touched = (target / "keras_rest_api_app.wsgi").stat().st_mtime_ns
     assert "* Copied the code to /opt/keras-rest-api (2 files)" in said(system, INSTALL)
 
-    # Then the code is new, the web takes it up, and what is not ours stays
+    # Then the code is new, the web loads it, and files that are not ours stay
     assert (target / "helpers.py").read_text().endswith("# newer\n")
     assert not (target / "CHANGELOG.md").exists()
     assert (target / "keras_rest_api_app.wsgi").stat().st_mtime_ns > touched
     assert (target / "models/own.keras").exists()
     assert (target / ".env").read_text().endswith("TOP=1\n")
 
-    # When it is removed, all of it goes away
+    # When it is removed, nothing of it is left
     check_removal(system)
     assert mentions(system) == set()
-    after = system.files("/srv/app", "/var/log", "/root", "/run", APACHES_NOTES)
+    after = system.files("/srv/app", "/var/log", "/root", "/run", APACHE_STATE)
     assert after.keys() ^ bare.keys() == set()
 
 
 def check_removal(system: Chroot) -> None:
-    """While a program runs as the user of the service, another site needs headers, and the first run fails half-way."""
+    """Remove it while a program runs as its user. The first run fails halfway, the second finishes it."""
     other = system.root / "etc/apache2/sites-available/other.conf"
     other.write_text("<IfModule mod_headers.c>\n</IfModule>\n")
     said(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
@@ -142,19 +147,19 @@ def check_removal(system: Chroot) -> None:
     assert broken.returncode == 1
     assert broken.stderr.count("\n") == 1
     assert "'userdel keras-rest-api' failed" in broken.stderr
-    assert "* Ending the programs that run as keras-rest-api" in broken.stdout
-    assert "* Kept: Apache's module headers, which something else may need" in broken.stdout
+    assert "* Waiting for the programs of keras-rest-api to end" in broken.stdout
 
-    # Then the next run goes on, though Apache's configuration has a fault by now, and leaves the settings, for root,
-    # and what somebody else put there
+    # Then the next run goes on, although Apache's configuration has a fault by now. It keeps the settings, readable
+    # by root only, files that are not ours, and the modules that the other site needs
     other.write_text("Nonsense\n")
     kept = said(system, f"{runs} {INSTALL} --remove")
-    assert any("Kept: the packages" in line for line in kept)
+    assert any("since others may use them: the packages" in line for line in kept)
+    assert said(system, "a2query -m headers")[0].startswith("headers (enabled")
     assert any("which bin/install --purge removes" in line for line in kept)
     left = said(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
-    assert left == [f"{TARGET}/.env", f"{TARGET}/.kept", f"{TARGET}/models/own.keras", "root:600"]
+    assert left == [f"{TARGET}/.env", f"{TARGET}/.installed", f"{TARGET}/models/own.keras", "root:600"]
 
-    # And in the end nothing but the packages and what is somebody else's
+    # And --purge leaves only packages, modules and files that are not ours
     assert f"{TARGET}/models/own.keras" in said(system, f"{INSTALL} --purge")[-1]
     said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
     said(system, "a2dismod -q -f ssl socache_shmcb headers unique_id; apt-get purge -y ssl-cert")
@@ -167,7 +172,7 @@ def check_tls(system: Chroot, folder: Path) -> None:
     for name, place in (("certificate", "example.pem"), ("key", "example.key"), ("ca", "example.ca")):
         shutil.copy(certificates[name], system.root / "etc/ssl" / place)
     [told] = re.findall(r"^### TLS\n.*?(?=^### )", OPERATIONS, re.MULTILINE | re.DOTALL)
-    steps = [line.replace("systemctl restart apache2", "true") for line in commands(told)]  # no systemd runs there
+    steps = [line.replace("systemctl restart apache2", "true") for line in commands(told)]  # no systemd in the chroot
     assert [line.split()[0] for line in steps] == ["apt-get", "cp", "a2enmod", "a2ensite", "apache2ctl",
                                                    "sed", "sed", "apache2ctl"]  # fmt: skip
     for some, trust in ((steps[:5], "--insecure"), (steps[5:], "--cacert /etc/ssl/example.ca")):
@@ -177,7 +182,7 @@ def check_tls(system: Chroot, folder: Path) -> None:
 
 
 def run(script: str, app: Path = ROOT, *before: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` with the functions of bin/install, on this machine, in which they change nothing."""
+    """Run `script` with the functions of bin/install. On this machine, so it must not change anything."""
     command = [*before, "bash", "-euc", f". {app}/bin/install; {script}"]
     environment = {**os.environ, "PATH": PATH}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -193,38 +198,36 @@ def release(folder: Path, name: str, version: str) -> str:
     [("debian", "12", True), ("debian", "13", True), ("ubuntu", "24.04", True), ("ubuntu", "22.04", False),
      ("debian", "11", False), ("fedora", "44", False)],
 )  # fmt: skip
-def test_a_system_that_is_not_supported_is_named_in_one_line(
-    tmp_path: Path, name: str, version: str, taken: bool
-) -> None:
+def test_unsupported_system_is_refused_in_one_line(tmp_path: Path, name: str, version: str, taken: bool) -> None:
     done = run(f"{release(tmp_path, name, version)}; check_machine")
 
     assert (done.returncode == 0) is taken, done.stderr
     if not taken:
         [line] = done.stderr.splitlines()
-        assert f"{name} {version} is not supported: Debian 12, Ubuntu 24.04 or newer is needed" in line
+        assert f"{name} {version} is not supported: use Debian 12, Ubuntu 24.04 or newer" in line
 
 
-def test_it_takes_root_and_says_so_in_one_line() -> None:
+def test_without_root_it_stops_in_one_line() -> None:
     for option in ("", "--remove", "--purge"):
         done = run(f"id() {{ echo 1000; }}; main {option}")
 
         assert done.returncode == 1
         [line] = done.stderr.splitlines()
-        assert "this takes root: run it with sudo." in line
+        assert "this needs root: run it with sudo." in line
 
 
-def test_a_folder_that_it_has_not_made_is_left_alone(tmp_path: Path) -> None:
+def test_folder_from_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target/precious").touch()
 
     done = run(f"{release(tmp_path, 'debian', '12')}; NOTES=$TARGET/.installed; check_machine")
 
     assert done.returncode == 1
-    assert "is there, but not by bin/install: move it away" in done.stderr
+    assert "exists, but not from bin/install: move it away" in done.stderr
     assert (tmp_path / "target/precious").exists()
 
 
-def test_a_program_on_port_80_that_is_not_apache_is_named(tmp_path: Path) -> None:
+def test_another_program_on_port_80_is_refused(tmp_path: Path) -> None:
     need_root()
     listens = "ip link set lo up; python3 -m http.server 80 >/dev/null 2>&1 &"
     listens += " until (: </dev/tcp/127.0.0.1/80) 2>&-; do sleep 0.1; done"
@@ -236,10 +239,10 @@ def test_a_program_on_port_80_that_is_not_apache_is_named(tmp_path: Path) -> Non
 
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert "port 80 is taken by another program than Apache: stop it" in line
+    assert "another program than Apache uses port 80: stop it" in line
 
 
-def test_an_archive_is_installed_as_a_clone_is_without_what_git_ignores(tmp_path: Path) -> None:
+def test_archive_has_the_same_files_as_a_clone_without_ignored_ones(tmp_path: Path) -> None:
     need("git")
     clone, archive = tmp_path / "clone", tmp_path / "archive"
     for folder in (clone, archive):
@@ -254,16 +257,8 @@ def test_an_archive_is_installed_as_a_clone_is_without_what_git_ignores(tmp_path
         (folder / "tests/__pycache__").mkdir()
         (folder / "tests/__pycache__/x.pyc").touch()
 
-    listed = [set(run("tracked", folder).stdout.splitlines()) for folder in (clone, archive)]
+    listed = [project_files(folder) for folder in (clone, archive)]
 
     assert listed[0] == listed[1]
     assert {"settings.py", "bin/bench", "benchmarks/bench.py", "deploy/apache/000-default.conf"} <= listed[0]
     assert not {".env", "bench/bench.md", "tests/__pycache__/x.pyc"} & listed[0]
-
-
-def test_every_setting_of_the_service_is_in_the_settings_file_with_its_default() -> None:
-    lines = run("default_settings").stdout.splitlines()
-
-    assert all(line.startswith("#") or not line for line in lines)
-    assert {"# TOP=", "# BATCH_SIZE=32", "# MODEL=ResNet50", "# REDIS_URL=", "# API_KEYS="} <= set(lines)
-    assert not [line for line in lines if "MODEL_SERVERS=" in line]

@@ -1,4 +1,4 @@
-"""bin/serve: starts everything with one command, says in one line what is in its way, and leaves nothing behind."""
+"""bin/serve starts everything with one command, reports problems in one line, and leaves nothing behind."""
 
 import json
 import os
@@ -45,11 +45,11 @@ import serve_redis
 from helpers import StartupError
 
 SERVE = str(ROOT / "bin/serve")
-# What bin/serve runs, which gives requests in flight less time than the usual 30 seconds.
+# As bin/serve, but requests in flight get less than the usual 30 seconds.
 SERVE_IMPATIENTLY = [sys.executable, "-c", "import serve; serve.DRAIN_LIMIT = 2; serve.main()"]
 DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
 THREE, CAT = ((ROOT / name).read_bytes() for name in ("models/digits/three.png", "images/cat.jpg"))
-NO_INTERNET = {"https_proxy": "http://127.0.0.1:1"}  # a proxy that nobody runs
+NO_INTERNET = {"https_proxy": "http://127.0.0.1:1"}  # nothing listens there
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def nothing_cached(tmp_path: Path) -> dict[str, str]:
 
 
 def files_of_ours() -> set[Path]:
-    """What lies in the project's folder, but for .venv and caches, and what bin/serve could leave in /tmp."""
+    """The files in the project's folder, without .venv and caches, and those that bin/serve could leave in /tmp."""
     temporary = Path(tempfile.gettempdir())
     ours = {path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache", str(path.relative_to(ROOT)))}
     return {*ours, *temporary.glob("keras-rest-api-*"), *temporary.glob("*supervisor*")}
 
 
-def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
+def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, nothing_cached: dict[str, str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MODEL")
@@ -76,7 +76,7 @@ def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
     with running([SERVE], tmp_path / "log", **nothing_cached) as process:
         process.wait_for_log("* Ready on port")
 
-        assert "* Serving the bundled model EfficientNet-Lite0, which recognises 1,000 ImageNet classes" in process.log
+        assert "* Serving the bundled model EfficientNet-Lite0, which recognizes 1,000 ImageNet classes" in process.log
         [pasted] = re.findall(r"^ +(curl .*)$", process.log, re.MULTILINE)
         answer = subprocess.check_output(pasted, shell=True, cwd=ROOT, text=True, timeout=60)
         assert_answered_as_the_readme_shows(pasted, nothing_cached["PORT"], answer)
@@ -106,7 +106,7 @@ def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(
 
 
 def assert_answered_as_the_readme_shows(pasted: str, port: str, answer: str) -> None:
-    """On its first screen: the command is what bin/serve says to paste, and the answer is the same."""
+    """The command on README's first screen is the one that bin/serve prints, and the answer is the same."""
     [(command, shown)] = re.findall(r"^\$ (curl -F .*predict)\n(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert command.replace("8080", port) == pasted
     got, expected = (json.loads(text)["predictions"] for text in (answer, shown))
@@ -116,7 +116,7 @@ def assert_answered_as_the_readme_shows(pasted: str, port: str, answer: str) -> 
 
 
 def descendants(pid: int) -> dict[int, dict[str, str]]:
-    """The process, its children and theirs, each with what the kernel says of it."""
+    """A process, its children and theirs, each with its entry in /proc."""
     family, found = {pid}, {}
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
         with suppress(OSError):  # it ended while we looked
@@ -129,12 +129,12 @@ def descendants(pid: int) -> dict[int, dict[str, str]]:
 
 
 def still_there(processes: dict[int, dict[str, str]]) -> dict[int, str]:
-    """Those of the processes that have not ended."""
+    """The processes that have not ended."""
     return {pid: each["command"] for pid, each in processes.items() if descendants(pid)}
 
 
 def in_flight(environment: dict[str, str], pool: ThreadPoolExecutor) -> list[Callable[[], str]]:
-    """Freeze the model server and send 4 images; what gives their labels, once all of them wait."""
+    """Freeze the model server and send 4 images. Once all of them wait, return functions that give their labels."""
     for pid in model_servers(environment["REDIS_PORT"]):
         os.kill(pid, signal.SIGSTOP)
     service = Service(f"http://127.0.0.1:{environment['PORT']}")
@@ -165,10 +165,8 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 MAY_BE_ROOT = r"deploy/serve\.py|supervisor\.supervisord|^\S*apache2 "
 
 
-def test_redis_listens_on_loopback_only_and_hardly_anything_runs_as_root(
-    nothing_cached: dict[str, str], tmp_path: Path
-) -> None:
-    """And with keys, what can be pasted takes one from the environment."""
+def test_redis_listens_on_loopback_only_and_little_runs_as_root(nothing_cached: dict[str, str], tmp_path: Path) -> None:
+    """With API_KEYS set, the printed command takes the key from the environment."""
     key = "the-key-of-this-test"
     more = {"MODEL": str(ROOT / "models/digits.keras"), "API_KEYS": key}
     with running([SERVE], tmp_path / "log", **nothing_cached, **more) as process:
@@ -196,7 +194,7 @@ def impatient(nothing_cached: dict[str, str]) -> dict[str, str]:
     return nothing_cached | DIGITS | {"PYTHONPATH": f"{ROOT}/deploy:{AS_INSTALLED['PYTHONPATH']}"}
 
 
-def test_what_waits_on_a_frozen_redis_is_not_left_behind(impatient: dict[str, str], tmp_path: Path) -> None:
+def test_processes_that_wait_for_a_frozen_redis_are_not_left_behind(impatient: dict[str, str], tmp_path: Path) -> None:
     mark, port = impatient["REDIS_PORT"], impatient["PORT"]
     with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
         process.wait_for_log("* Ready on port")
@@ -220,8 +218,8 @@ def waiting_requests(port: str) -> int:
     return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
 
 
-def test_killed_while_a_web_process_is_frozen_it_leaves_none(impatient: dict[str, str], tmp_path: Path) -> None:
-    """Before, its Apache is killed, and what that leaves behind does not keep the port from the next one."""
+def test_killed_with_a_frozen_web_process_it_leaves_none(impatient: dict[str, str], tmp_path: Path) -> None:
+    """Its Apache is killed first, and the rest of it does not keep the next one from the port."""
     url = f"http://127.0.0.1:{impatient['PORT']}"
     with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
         process.wait_for_log("* Ready on port")
@@ -250,7 +248,7 @@ def answers_livez(url: str) -> bool:
 
 
 def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str], tmp_path: Path) -> None:
-    """Of two that start at once, one serves; one that starts while that one ends gets a Redis of its own."""
+    """Of two that start at once, one serves. A third, started while that one ends, gets its own Redis."""
     environment = nothing_cached | DIGITS
     port = environment["REDIS_PORT"]
     with (
@@ -275,7 +273,7 @@ def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str
 
 
 def assert_refused(port: str) -> None:
-    """A bin/serve that starts now stops with a line, since the other one stays."""
+    """A bin/serve that starts now stops with one line, because the other goes on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_redis, "ENDING_LIMIT", 0.3)
         patch.setattr(settings, "REDIS_PORT", int(port))
@@ -284,14 +282,12 @@ def assert_refused(port: str) -> None:
         with pytest.raises(StartupError, match=f"port {port} has another bin/serve's Redis"):
             serve_redis.started(Path("/tmp/keras-rest-api-ours"))
         patch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{port}/0")
-        with pytest.raises(StartupError, match="ends with it: name one of your own"):
+        with pytest.raises(StartupError, match="ends with it: use one of your own"):
             serve_redis.redis_answers()
 
 
-def test_somebody_s_own_redis_is_used_and_neither_replaced_nor_ended(
-    nothing_cached: dict[str, str], tmp_path: Path
-) -> None:
-    """And started in another folder, it serves a model that lies there."""
+def test_running_redis_is_used_and_neither_replaced_nor_ended(nothing_cached: dict[str, str], tmp_path: Path) -> None:
+    """Started in another folder, it serves a model from that folder."""
     port = nothing_cached["REDIS_PORT"]
     url = f"http://127.0.0.1:{nothing_cached['PORT']}"
     shutil.copy(ROOT / "models/digits.keras", tmp_path / "own.keras")
@@ -312,7 +308,7 @@ def test_somebody_s_own_redis_is_used_and_neither_replaced_nor_ended(
 
 
 def one_line(environment: dict[str, str]) -> str:
-    """Run bin/serve, which must fail; return the one line that it says of it."""
+    """Run bin/serve, which must fail; return its one line of errors."""
     ended = subprocess.run(
         [SERVE],
         env={**os.environ, "PATH": PATH, **environment},
@@ -327,13 +323,13 @@ def one_line(environment: dict[str, str]) -> str:
     return lines[0]
 
 
-def test_a_port_that_is_taken_is_named_in_one_line(nothing_cached: dict[str, str]) -> None:
+def test_taken_port_is_reported_in_one_line(nothing_cached: dict[str, str]) -> None:
     port = nothing_cached["PORT"]
     with socket.create_server(("127.0.0.1", int(port))):
         assert f"port {port} is taken: choose another" in one_line(nothing_cached | {"MODEL": "ResNet50"})
 
 
-def test_a_port_that_is_given_free_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_that_is_released_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setattr(settings, "PORT", listener.getsockname()[1])
         threading.Timer(0.3, listener.close).start()
@@ -341,7 +337,7 @@ def test_a_port_that_is_given_free_in_a_moment_is_waited_for(monkeypatch: pytest
         assert serve.free_port() == settings.PORT
 
 
-def test_a_redis_port_that_something_else_has_is_named(nothing_cached: dict[str, str], tmp_path: Path) -> None:
+def test_redis_port_of_another_program_is_reported(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     port = nothing_cached["REDIS_PORT"]
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", port]
     with running(command, tmp_path / "log"):
@@ -357,7 +353,7 @@ def connects(port: str) -> bool:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Redis with a user of few rights, plain and with TLS; what its faults are shown with."""
+    """The addresses of a Redis with TLS, without it, and with a user that has few rights."""
     folder = tmp_path_factory.mktemp("guarded")
     files = make_certificates(folder)
     port, tls_port = free_port(), free_port()
@@ -390,7 +386,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         ("redis://127.0.0.1:1", "does not answer, so start it"),
     ],
 )
-def test_a_redis_that_answers_but_not_us_is_told_with_its_reason(
+def test_redis_that_refuses_us_is_reported_with_the_reason(
     guarded: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str, said: str
 ) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", url.format(**guarded))
@@ -404,8 +400,8 @@ def test_a_redis_that_answers_but_not_us_is_told_with_its_reason(
     assert "secret" not in str(refused.value)
 
 
-def test_a_redis_in_protected_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in says what Redis says to other machines, since this one may have no address but loopback."""
+def test_redis_in_protected_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake server sends what Redis sends to other machines, since this machine may only have loopback."""
     said = b"-DENIED Redis is running in protected mode because protected mode is enabled.\r\n"
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=deny, args=(server, said), daemon=True).start()
@@ -423,16 +419,14 @@ def deny(server: socket.socket, said: bytes) -> None:
                 connection.sendall(said)
 
 
-def test_a_remote_redis_that_does_not_answer_is_named_in_one_line(nothing_cached: dict[str, str]) -> None:
+def test_remote_redis_that_does_not_answer_is_reported_in_one_line(nothing_cached: dict[str, str]) -> None:
     line = one_line(nothing_cached | {"MODEL": "ResNet50", "REDIS_URL": f"redis://:secret@127.0.0.1:{free_port()}"})
 
     assert "does not answer" in line
     assert "secret" not in line
 
 
-def test_resnet50_without_internet_stops_and_says_which_file_goes_where(
-    nothing_cached: dict[str, str], tmp_path: Path
-) -> None:
+def test_resnet50_without_internet_says_which_file_goes_where(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     environment = nothing_cached | {"MODEL": "ResNet50"}
     with running([SERVE], tmp_path / "log", **environment) as process:
         wait_until(lambda: not process.alive, "bin/serve gives up", 120)
@@ -452,18 +446,18 @@ def setup(commands: str, app: Path = ROOT, **environment: str) -> subprocess.Com
     )  # fmt: skip
 
 
-def test_missing_packages_without_root_and_sudo_are_named_in_one_line() -> None:
-    """The shell's own functions stand for a machine that lacks them, which this one does not."""
+def test_missing_packages_without_root_and_sudo_are_reported_in_one_line() -> None:
+    """Shell functions simulate a machine without the packages."""
     lacking = "missing_packages() { echo redis-server; }; id() { echo 1000; }; command() { [ $2 != sudo ]; }"
 
     ended = setup(f"{lacking}; setup_packages")
 
     assert ended.returncode == 1
-    assert "redis-server must be installed, which takes root" in ended.stderr
+    assert "run 'apt-get install redis-server' as root" in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 
-def test_packages_without_a_network_fail_in_one_line(tmp_path: Path) -> None:
+def test_python_packages_without_a_network_fail_in_one_line(tmp_path: Path) -> None:
     app = Path(tempfile.mkdtemp(dir=tmp_path))
     for folder in ("bin", "requirements"):
         shutil.copytree(ROOT / folder, app / folder)

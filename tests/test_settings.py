@@ -1,7 +1,8 @@
-"""An invalid setting stops each program with one line; valid ones are read from the right place."""
+"""Settings: where they are read from, what an invalid one says, and the documents generated from them."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import PATH, ROOT
 
+import settings
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+from generate_settings import FILES
+
 PROGRAMS = ["run_web_server.py", "run_model_server.py", "deploy/serve.py"]
-SENSELESS = [
+INVALID = [
     ("BATCH_SIZE", "0", "from 1 to 1024"),
     ("BATCH_SIZE", "many", "from 1 to 1024"),
     ("BATCH_SIZE", "", "from 1 to 1024"),
@@ -22,7 +29,7 @@ SENSELESS = [
     ("REQUEST_TIMEOUT", "inf", "from 0.5 to 240"),
     ("CLIENT_SLEEP", "0", "from 0.01 to 5"),
     ("REDIS_TIMEOUT", "60", "less than REQUEST_TIMEOUT, which is 60"),
-    ("IMAGE_CHANS", "2", "3 (RGB) or 1 (grey)"),
+    ("IMAGE_CHANS", "2", "3 (RGB) or 1 (gray)"),
     ("IMAGE_DTYPE", "int64", "uint8, float32"),
     ("IMAGE_RESAMPLE", "best", "bicubic"),
     ("IMAGE_QUEUE", "a*b", "letters, digits"),
@@ -67,8 +74,8 @@ def run(*command: str, cwd: Path = ROOT, env: dict[str, str]) -> subprocess.Comp
     )
 
 
-@pytest.mark.parametrize(("name", "value", "allowed"), SENSELESS)
-def test_a_senseless_value_is_named_with_what_is_allowed(name: str, value: str, allowed: str) -> None:
+@pytest.mark.parametrize(("name", "value", "allowed"), INVALID)
+def test_invalid_value_is_reported_with_what_is_allowed(name: str, value: str, allowed: str) -> None:
     ended = run("-c", "import settings", env={name: value})
 
     assert ended.returncode == 2
@@ -79,7 +86,7 @@ def test_a_senseless_value_is_named_with_what_is_allowed(name: str, value: str, 
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_each_program_stops_with_that_one_line(program: str) -> None:
+def test_every_program_stops_with_that_line(program: str) -> None:
     ended = run(program, env={"BATCH_SIZE": "0"})
 
     assert ended.returncode == 2
@@ -87,7 +94,7 @@ def test_each_program_stops_with_that_one_line(program: str) -> None:
     assert ended.stderr == "BATCH_SIZE=0 is invalid: it must be a whole number from 1 to 1024.\n"
 
 
-def test_a_password_in_a_senseless_url_is_not_shown() -> None:
+def test_password_in_an_invalid_url_is_not_shown() -> None:
     for url in ("http://user:secret@host", "http://host?password=secret", "http://user:a@secret@host"):
         assert "secret" not in run("-c", "import settings", env={"REDIS_URL": url}).stderr
 
@@ -102,7 +109,7 @@ def test_a_password_in_a_senseless_url_is_not_shown() -> None:
     ],
 )
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_redis_url_that_can_not_be_read_is_refused_in_one_line_too(program: str, url: str) -> None:
+def test_unreadable_redis_url_is_refused_in_one_line(program: str, url: str) -> None:
     ended = run(program, env={"REDIS_URL": url})
 
     assert ended.returncode == 2
@@ -111,15 +118,15 @@ def test_a_redis_url_that_can_not_be_read_is_refused_in_one_line_too(program: st
     assert "secret" not in ended.stderr
 
 
-def test_a_key_in_senseless_keys_is_not_shown() -> None:
+def test_key_in_invalid_api_keys_is_not_shown() -> None:
     assert "the-key" not in run("-c", "import settings", env={"API_KEYS": "the-key-of-2026-is,short"}).stderr
 
 
-def test_a_shorter_request_timeout_needs_no_other_setting() -> None:
+def test_shorter_request_timeout_shortens_the_defaults_that_depend_on_it() -> None:
     assert run("-c", "import settings; print(settings.REDIS_TIMEOUT)", env={"REQUEST_TIMEOUT": "4"}).stdout == "2.0\n"
 
 
-def test_the_file_counts_where_the_environment_is_silent(tmp_path: Path) -> None:
+def test_environment_wins_over_the_file(tmp_path: Path) -> None:
     shutil.copy(ROOT / "settings.py", tmp_path)
     (tmp_path / ".env").write_text("TOP=3\nBATCH_SIZE=8\n")
 
@@ -140,7 +147,7 @@ def test_the_file_counts_where_the_environment_is_silent(tmp_path: Path) -> None
     ],
     ids=["no equals sign", "not text", "a folder"],
 )
-def test_a_file_that_makes_no_sense_is_refused_in_one_line(
+def test_invalid_env_file_is_refused_in_one_line(
     tmp_path: Path, program: str, content: bytes | None, line: str
 ) -> None:
     for name in (str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "deploy") for path in folder.glob("*.py")):
@@ -157,14 +164,14 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(
     assert "secret" not in ended.stderr
 
 
-def test_comments_and_empty_lines_in_the_file_are_passed_over(tmp_path: Path) -> None:
+def test_comments_and_empty_lines_in_the_file_are_ignored(tmp_path: Path) -> None:
     shutil.copy(ROOT / "settings.py", tmp_path)
     (tmp_path / ".env").write_text("# ours\n\n  export TOP = 3  # few\n")
 
     assert run("-c", "import settings; print(settings.TOP)", cwd=tmp_path, env={}).stdout == "3\n"
 
 
-def test_a_value_of_several_lines_and_signs_for_the_terminal_is_shown_in_one() -> None:
+def test_line_breaks_and_escape_codes_in_a_value_are_shown_as_question_marks() -> None:
     ended = run("-c", "import settings", env={"BATCH_SIZE": "8\n\x1b[31mERROR" + "x" * 10_000})
 
     assert ended.stderr.startswith("BATCH_SIZE=8??[31mERRORxxx")
@@ -189,15 +196,13 @@ def warnings(folder: Path, content: str, **environment: str) -> list[str]:
         ("BATCHSIZE", "BATCH_SIZE"), ("REQUEST_TIMOUT", "REQUEST_TIMEOUT"), ("MODELS", "MODEL"), ("LABEL", "LABELS"),
     ],
 )  # fmt: skip
-def test_a_name_that_is_almost_a_setting_is_warned_about_without_its_value(
-    tmp_path: Path, name: str, meant: str
-) -> None:
+def test_misspelled_name_in_the_file_is_reported_without_its_value(tmp_path: Path, name: str, meant: str) -> None:
     [line] = warnings(tmp_path, f"TOP=3\n{name}=a-secret-value\n")
 
     assert line == f"{tmp_path}/.env has {name}, which is no setting and changes nothing: did you mean {meant}?"
 
 
-def test_names_of_others_are_not_warned_about(tmp_path: Path) -> None:
+def test_names_of_other_programs_are_not_reported(tmp_path: Path) -> None:
     others = [
         "KERAS_BACKEND", "KERAS_HOME", "TF_CPP_MIN_LOG_LEVEL", "TF_XLA_FLAGS", "XLA_FLAGS", "JAX_PLATFORMS",
         "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED", "OMP_NUM_THREADS", "OWN_MODELS",
@@ -205,14 +210,12 @@ def test_names_of_others_are_not_warned_about(tmp_path: Path) -> None:
         "http_proxy", "SECRET_KEY", "AWS_ACCESS_KEY_ID", "DATABASE_URL", "FLASK_APP", "LOG_LEVEL", "IMAGE_TAG",
         "REGISTRY", "SERVER_NAME", "HOSTNAME", "OPENAI_API_KEY",
     ]  # fmt: skip
-    ours = (ROOT / "README.md").read_text().split("## Settings")[1].split("\n## ")[0]
-    names = [*others, *(line.split("`")[1] for line in ours.splitlines() if line.startswith("| `"))]
 
-    assert warnings(tmp_path, "".join(f"# {name}=\n" for name in names)) == []
+    assert warnings(tmp_path, (ROOT / ".env.example").read_text().replace("# ", "#")) == []
     assert warnings(tmp_path, "".join(f"export {name}=\n" for name in others)) == []
 
 
-def test_in_the_environment_only_what_can_be_nobody_else_s_is_warned_about(tmp_path: Path) -> None:
+def test_only_unmistakable_misspellings_in_the_environment_are_reported(tmp_path: Path) -> None:
     found = warnings(tmp_path, "", RATELIMIT="1/minute", api_keys="a", API_KEY="b", port="80", MODELS="c")
 
     assert sorted(line.removeprefix("the environment has ") for line in found) == [
@@ -221,13 +224,13 @@ def test_in_the_environment_only_what_can_be_nobody_else_s_is_warned_about(tmp_p
     ]
 
 
-def test_a_name_beside_the_one_that_it_is_like_is_not_warned_about(tmp_path: Path) -> None:
-    """As where a client's API_KEY is kept in the same file."""
+def test_similar_name_beside_the_real_one_is_not_reported(tmp_path: Path) -> None:
+    """For example a client's API_KEY in the same file."""
     assert warnings(tmp_path, "API_KEY=the-key-of-the-client\nAPI_KEYS=the-key-of-the-client\n") == []
     assert len(warnings(tmp_path, "API_KEY=the-key-of-the-client\nAPI_KEYS=\n")) == 1
 
 
-def test_a_name_that_is_there_twice_is_warned_about(tmp_path: Path) -> None:
+def test_name_that_the_file_sets_twice_is_reported(tmp_path: Path) -> None:
     [line] = warnings(tmp_path, "TOP=3\n# TOP=4\nMODEL=ResNet50\nexport TOP = 5\n")
 
     assert line == f"{tmp_path}/.env has TOP in lines 1 and 4: the last one counts."
@@ -241,9 +244,40 @@ def test_a_name_that_is_there_twice_is_warned_about(tmp_path: Path) -> None:
     ],
     ids=["web", "model server"],
 )
-def test_both_programs_warn_when_they_start(start: tuple[str, ...]) -> None:
+def test_both_programs_log_the_warnings_when_they_start(start: tuple[str, ...]) -> None:
     ended = run(*start, env={"RATELIMIT": "1/minute", "LOG_FORMAT": "json"})
 
     [line] = [line for line in ended.stderr.splitlines() if "RATELIMIT" in line]
     assert json.loads(line)["level"] == "WARNING"
     assert "did you mean RATE_LIMIT?" in line
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_generated_document_matches_the_settings(name: str) -> None:
+    assert (ROOT / name).read_text() == FILES[name](), "run .venv/bin/python docs/generate_settings.py"
+
+
+def test_every_setting_is_declared_under_its_own_name_with_its_real_default() -> None:
+    code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
+    values = json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={"PATH": PATH}, timeout=60))
+    declared = {setting.name: str(setting.default) for section in settings.sections.values() for setting in section}
+
+    assert declared == {
+        name: "" if value is None else str(value).removesuffix(".0").replace("False", "false")
+        for name, value in values.items()
+        if name != "EXIT_BAD_SETTING"
+    }
+
+
+def test_env_example_has_every_setting_of_the_programs_commented_out(tmp_path: Path) -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    names = {setting.name for section in settings.sections.values() for setting in section}
+
+    assert all(line.startswith("#") or not line for line in lines)
+    assert {"# TOP=", "# BATCH_SIZE=32", "# MODEL=ResNet50", "# REDIS_URL=", "# API_KEYS="} <= set(lines)
+    settable = {line[2:].split("=")[0] for line in lines if re.match(r"# [A-Z_]+=", line)}
+    assert settable == names - {"PORT", "MODEL_SERVERS"}
+    # And each line is valid once its # is removed.
+    shutil.copy(ROOT / "settings.py", tmp_path)
+    (tmp_path / ".env").write_text("\n".join(line[2:] for line in lines if re.match(r"# [A-Z_]+=", line)))
+    assert run("-c", "import settings", cwd=tmp_path, env={}).stderr == ""

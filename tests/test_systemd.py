@@ -1,4 +1,4 @@
-"""What the model server tells systemd, with a socket of the test's own in systemd's place."""
+"""What the model server reports to systemd. A socket of the test stands in for systemd."""
 
 import queue
 import signal
@@ -20,11 +20,11 @@ from image_queue import ServerQueue
 from model_server.classifier import Classifier
 from model_server.loop import ModelServer, notify_systemd
 
-LONG = 2.0  # seconds without a word that count as silence: idle there are four in each
+LONG = 2.0  # seconds that count as silence; an idle model server reports four times a second
 
 
 class Systemd:
-    """What was said to an abstract socket, in its order; read at once, since a full one would hold up who speaks."""
+    """The messages to an abstract socket, in order. They are read at once: a full socket would block the sender."""
 
     def __init__(self) -> None:
         self.address = f"@keras-rest-api-test-{time.monotonic_ns()}"
@@ -38,14 +38,14 @@ class Systemd:
             self.said.put(message.decode())
 
     def hear(self, seconds: float = LONG) -> str:
-        """The next message; nothing when none comes."""
+        """The next message; empty if none comes."""
         try:
             return self.said.get(timeout=seconds)
         except queue.Empty:
             return ""
 
     def heard_all(self) -> list[str]:
-        """What has been said and not been heard yet."""
+        """All messages that have not been read yet."""
         return [self.said.get() for _ in range(self.said.qsize())]
 
 
@@ -54,14 +54,14 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
     listener = Systemd()
     monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
     yield listener
-    notify_systemd("")  # which ends the listening
+    notify_systemd("")  # ends the thread
 
 
 def serves(redis: Redis, name: str) -> bool:
     return bool(list(redis.scan_iter(f"{name}:server:*")))
 
 
-def test_ready_comes_when_it_serves_and_a_beat_until_it_hangs_or_stops(
+def test_ready_when_it_serves_then_a_beat_until_it_hangs_or_stops(
     systemd: Systemd, redis: Redis, tmp_path: Path
 ) -> None:
     name = f"queue-{free_port()}"
@@ -89,12 +89,12 @@ def test_ready_comes_when_it_serves_and_a_beat_until_it_hangs_or_stops(
         assert systemd.hear() == "WATCHDOG=1"
 
         assert process.stop(signal.SIGTERM) == 0
-        wait_until(lambda: "STOPPING=1" in systemd.heard_all(), "the end is told")
+        wait_until(lambda: "STOPPING=1" in systemd.heard_all(), "it reports its end")
         assert requests.get(f"{url}/readyz", timeout=10).status_code == 503
 
 
-def test_a_batch_that_never_ends_silences_the_beat(systemd: Systemd, redis: Redis) -> None:
-    """As on a GPU that hangs: the process lives, and its other threads too."""
+def test_batch_that_never_ends_stops_the_beat(systemd: Systemd, redis: Redis) -> None:
+    """As with a GPU that hangs: the process and its other threads live on."""
     classifier, go_on = MeanClassifier(), threading.Event()
     classifier.before = lambda images: go_on.wait(60)
     server = ModelServer(cast(Classifier, classifier), ServerQueue({"model": "mean", "weights": "none"}, 5))
@@ -103,7 +103,7 @@ def test_a_batch_that_never_ends_silences_the_beat(systemd: Systemd, redis: Redi
     thread.start()
     try:
         wait_until(lambda: len(classifier.sizes) == 2, "two batches are being computed")
-        wait_until(lambda: not systemd.hear(), "nothing more is said")
+        wait_until(lambda: not systemd.hear(), "no more messages come")
         assert systemd.hear() == ""
     finally:
         go_on.set()
@@ -112,8 +112,8 @@ def test_a_batch_that_never_ends_silences_the_beat(systemd: Systemd, redis: Redi
     thread.join(20)
 
 
-def test_a_wait_for_redis_is_no_hang(systemd: Systemd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else systemd would start again what can't but wait, for as long as Redis is away."""
+def test_beat_goes_on_while_redis_is_away(systemd: Systemd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise systemd would restart the model server again and again while Redis is away."""
     port = free_port()
     monkeypatch.setattr("settings.REDIS_PORT", port)
     server = ModelServer(cast(Classifier, MeanClassifier()), ServerQueue({"model": "mean", "weights": "none"}, 5))
@@ -130,13 +130,13 @@ def test_a_wait_for_redis_is_no_hang(systemd: Systemd, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("address", ["", "rubbish", "/nowhere/at/all", "@nobody-listens"])
-def test_where_nobody_listens_nothing_happens(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_invalid_notify_socket_is_ignored(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
 
     notify_systemd("READY=1")
 
 
-def test_a_socket_in_a_file_is_reached_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_notify_socket_may_be_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     address = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
