@@ -25,6 +25,8 @@ import requests
 from redis import Redis
 from redis.exceptions import RedisError
 
+pytest_plugins = ["selection"]
+
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 START_LIMIT = 240  # seconds that a model server may take to start on a busy machine
@@ -34,7 +36,8 @@ AS_INSTALLED = {"PYTHONPATH": str(ROOT / "tests/as_installed")}
 
 def free_port() -> int:
     """A port that nothing has, below those that the system gives to clients, which come and go by hundreds here."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):  # whatever seed a test has set
+    first = 20_000 + 3_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # for each worker
+    for port in random.SystemRandom().sample(range(first, first + 3_000), 100):  # whatever seed a test has set
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -264,15 +267,6 @@ def images_to_come(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(storage.fill, debian)
     storage.empty()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move tests/test_install.py ahead of test_docker.py: it keeps one core busy while the images are built."""
-    installs = [item for item in items if item.path.name == "test_install.py"]
-    others = [item for item in items if item not in installs]
-    first = next((n for n, item in enumerate(others) if item.path.name == "test_docker.py"), None)
-    if first is not None:
-        items[:] = [*others[:first], *installs, *others[first:]]
 
 
 def ready(url: str) -> dict[str, Any]:

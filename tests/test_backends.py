@@ -96,7 +96,10 @@ def seen_with(backend: str) -> dict[str, Any]:
     return seen
 
 
-@pytest.fixture(params=["tensorflow", "torch", "jax"])
+TORCH, JAX = (pytest.param(name, marks=pytest.mark.backends) for name in ("torch", "jax"))
+
+
+@pytest.fixture(params=["tensorflow", TORCH, JAX])
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     if importlib.util.find_spec(request.param) is None:
         missing(f"{request.param} is not installed")
@@ -113,12 +116,12 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
     assert seen["keras_calls"] == 0
 
 
-@pytest.mark.parametrize("seen", ["torch"], indirect=True)
+@pytest.mark.parametrize("seen", [TORCH], indirect=True)
 def test_torchscript_s_fuser_which_compiles_at_later_calls_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
     assert seen["fuser"] is False  # what it costs needs a network of dozens of layers to be seen
 
 
-@pytest.mark.parametrize("seen", ["torch"], indirect=True)
+@pytest.mark.parametrize("seen", [TORCH], indirect=True)
 def test_each_thread_of_torch_has_computed_a_size_before_it_counts_as_compiled(seen: dict[str, Any]) -> None:
     assert seen["threads"] == BATCHES_AT_ONCE
 

@@ -126,11 +126,13 @@ def compared() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.backends
 def test_a_second_implementation_gives_the_same_probabilities(compared: dict[str, Any]) -> None:
     assert compared["difference"] < 1e-4
     assert max(compared["best"]) > 0.9  # so that a mix-up would show
 
 
+@pytest.mark.backends
 def test_the_file_is_what_the_conversion_makes_byte_for_byte(compared: dict[str, Any]) -> None:
     assert compared["same_file"]
     assert compared["parameters"] == 4_694_024

@@ -27,6 +27,8 @@ from conftest import ROOT, Process, Service, free_port, need, run_redis, running
 from container_images import ALL
 from redis import Redis
 
+pytestmark = pytest.mark.xdist_group("images")  # which are built while test_install.py runs
+
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there
@@ -195,6 +197,7 @@ def test_the_web_s_image_has_no_tensorflow_and_nothing_that_is_not_the_service_s
     assert not list(Path(image.root, "opt/keras-rest-api/deploy").glob("serve*"))
 
 
+@pytest.mark.images
 def test_an_image_is_made_of_the_code_and_of_models_with_all_that_stands_beside_them(tmp_path: Path) -> None:
     """Of a context with files of each kind, by the .dockerignore of the project."""
     need_root()

@@ -135,6 +135,7 @@ def bin_serve(command: str, port: int, log: Path) -> Iterator[Process]:
         yield process
 
 
+@pytest.mark.alone("trains a model and writes into the project's folder")
 @pytest.mark.timeout(600)
 def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Path) -> None:
     """Every command of it but the first, and those of production, which tests/test_install.py runs."""

@@ -525,6 +525,7 @@ def job(name: str, image: object) -> str:
     return json.dumps({"id": name, "image": image, "deadline": time.time() + 60})
 
 
+@pytest.mark.slow("copies Python and all its packages")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has something to give up")
 def test_a_model_server_that_root_starts_gives_root_up_and_needs_nothing_of_it_any_more(tmp_path: Path) -> None:
     """From a folder that nobody else can enter, Python itself in it: whatever is imported or read late fails."""
@@ -607,6 +608,7 @@ def test_root_that_can_not_give_itself_up_is_refused_and_others_have_nothing_to_
     give_up_root()
 
 
+@pytest.mark.tools
 def test_the_systemd_unit_is_hardened_and_says_nothing_that_systemd_does_not_know() -> None:
     """Without a systemd that runs: the figure goes from 0, as safe as can be, to 10; 8.5 is an ordinary unit's."""
     analyse, unit = need("systemd-analyze"), str(ROOT / "deploy/systemd/model-server@.service")

@@ -52,6 +52,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from samples import saved
 
+pytestmark = pytest.mark.fault
+
 Record = Callable[[str, object], None]
 
 

@@ -184,6 +184,7 @@ def test_a_taken_metrics_port_stops_the_start_with_a_line_that_says_so(redis_por
     assert f"Port {taken} of 127.0.0.1 can't be had" in process.log
 
 
+@pytest.mark.slow("starts two model servers and waits for a heartbeat to expire")
 def test_jobs_that_are_brought_back_are_counted(redis_port: int, tmp_path: Path) -> None:
     port, queue = free_port(), f"queue-{free_port()}"
     deadly, good = [[sys.executable, script] for script in ("tests/deadly_server.py", "run_model_server.py")]
@@ -243,6 +244,7 @@ def promtool(*arguments: str, given: str = "") -> str:
     return answer.stdout + answer.stderr
 
 
+@pytest.mark.tools
 def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     service.post(IMAGE)
@@ -251,6 +253,7 @@ def test_prometheus_own_tool_finds_no_fault_in_the_metrics(measured: tuple[Servi
     assert promtool("check", "metrics", given=requests.get(f"{model_server}/metrics", timeout=10).text) == ""
 
 
+@pytest.mark.tools
 def test_the_configuration_and_the_alert_rules_are_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
     assert "SUCCESS" in promtool("test", "rules", str(ROOT / "tests/alerts_test.yml"))

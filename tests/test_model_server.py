@@ -338,6 +338,7 @@ def test_a_process_told_to_stop_leaves_with_0_and_is_gone_from_redis(redis: Redi
         assert line in process.log
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_another_backend_answers_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
     if importlib.util.find_spec(backend) is None:

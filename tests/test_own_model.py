@@ -245,7 +245,14 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
     return [np.array(json.loads(line)) for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "float32"), ("jax", "uint8")])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("tensorflow", "uint8"),
+        pytest.param("torch", "float32", marks=pytest.mark.backends),
+        pytest.param("jax", "uint8", marks=pytest.mark.backends),
+    ],
+)
 def test_every_preprocessing_equals_plain_keras(tmp_path: Path, backend: str, dtype: str) -> None:
     """The pixels stay as they are, too: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
@@ -544,6 +551,7 @@ def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[i
     return shapes
 
 
+@pytest.mark.slow("waits for heartbeats to expire")
 def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Path) -> None:
     """Those that run, within seconds, and those that begin while no model server is alive, at once."""
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
@@ -561,6 +569,7 @@ def test_web_processes_learn_the_size_and_remember_it(redis: Redis, tmp_path: Pa
         assert queued_shapes(url, redis, queue, 16) == {SMALL}
 
 
+@pytest.mark.slow("replaces a model under load")
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_another_model_takes_the_place_of_one_under_load_and_no_request_fails(
     redis: Redis, tmp_path: Path, end: signal.Signals, record_property: Record
@@ -613,6 +622,7 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
     return commands(redis) - before, time.monotonic() - begun
 
 
+@pytest.mark.slow("starts the service twice, for 400 requests")
 def test_a_request_asks_no_more_of_redis_than_with_the_size_set(tmp_path: Path, record_property: Record) -> None:
     """But for what each web process looks up once a second."""
     port, images = free_port(), photos(20) * 20

@@ -196,6 +196,7 @@ def impatient(nothing_cached: dict[str, str]) -> dict[str, str]:
     return nothing_cached | DIGITS | {"PYTHONPATH": f"{ROOT}/deploy:{AS_INSTALLED['PYTHONPATH']}"}
 
 
+@pytest.mark.slow("waits for time limits to pass")
 def test_what_waits_on_a_frozen_redis_is_not_left_behind(impatient: dict[str, str], tmp_path: Path) -> None:
     mark, port = impatient["REDIS_PORT"], impatient["PORT"]
     with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
@@ -220,6 +221,7 @@ def waiting_requests(port: str) -> int:
     return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
 
 
+@pytest.mark.slow("waits for time limits to pass")
 def test_killed_while_a_web_process_is_frozen_it_leaves_none(impatient: dict[str, str], tmp_path: Path) -> None:
     """Before, its Apache is killed, and what that leaves behind does not keep the port from the next one."""
     url = f"http://127.0.0.1:{impatient['PORT']}"
@@ -249,6 +251,7 @@ def answers_livez(url: str) -> bool:
     return False
 
 
+@pytest.mark.slow("starts bin/serve three times")
 def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     """Of two that start at once, one serves; one that starts while that one ends gets a Redis of its own."""
     environment = nothing_cached | DIGITS

@@ -178,6 +178,7 @@ def test_what_apache_refuses_is_json_too(service: Service, request_bytes: bytes,
     assert_error(raw_answer(service, request_bytes), status, code)
 
 
+@pytest.mark.slow("waits for the site's limit of 20 seconds")
 def test_a_request_that_stops_half_way_is_cut_with_json(service: Service) -> None:
     started = time.monotonic()
     form = b"Content-Length: 100000\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
@@ -321,6 +322,7 @@ def test_an_answer_does_not_depend_on_batch_mates(service: Service, held_out: li
         assert one[0]["probability"] == pytest.approx(other[0]["probability"], abs=1e-5)
 
 
+@pytest.mark.slow("draws and sends 1,000 images")
 def test_two_model_servers_answer_each_request_once_and_rightly(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
@@ -385,6 +387,7 @@ def test_hundreds_wait_where_a_process_begins_with_few_open_files(redis: Redis, 
         assert [answer.result(120).status_code for answer in asked] == [200] * images
 
 
+@pytest.mark.slow("sends 500 requests in 25 seconds")
 def test_the_tutorials_stress_test_passes(service: Service) -> None:
     figures = stress(service)
 
@@ -407,6 +410,7 @@ def test_the_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     assert re.match(r"1\. 3: 0\.\d{4}\n2\. \d: 0\.\d{4}\n", printed)
 
 
+@pytest.mark.slow("sends 1,000 photos")
 def test_a_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
     """In web processes of its own: what other tests made of the service's is not what a load takes."""
     photo = np.asarray(Image.fromarray(colours(0)).resize((375, 500))).astype(int)
@@ -421,6 +425,7 @@ def test_a_web_process_stays_small_under_load(service: Service, record_property:
     record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
+@pytest.mark.slow("waits for 256 timeouts")
 def test_images_that_wait_are_not_kept_in_the_memory(
     redis: Redis, record_property: Callable[[str, object], None]
 ) -> None:
@@ -484,7 +489,8 @@ def plain_resnet50(tmp_path_factory: pytest.TempPathFactory, imagenet_names: boo
     return Plain(model, network.predict(prepared, verbose=0))
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+@pytest.mark.slow("warms up a ResNet50")
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("torch", marks=pytest.mark.backends)])
 def test_resnet50_through_http_equals_plain_keras(
     redis_port: int, tmp_path: Path, backend: str, imagenet_names: bool, plain_resnet50: Plain
 ) -> None:

@@ -386,6 +386,7 @@ def public() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow("sends an image for 8 seconds")
 def test_an_upload_may_take_longer_than_any_limit_as_long_as_it_flows(service: Service, public: Path) -> None:
     """Twice as fast as the slowest allowed, twice as long as the longest limit; half a TLS handshake is cut."""
     files, tls_port = make_certificates(public), free_port()
