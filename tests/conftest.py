@@ -25,7 +25,7 @@ import requests
 from redis import Redis
 from redis.exceptions import RedisError
 
-pytest_plugins = ["selection"]
+pytest_plugins = ["hooks"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -372,17 +372,3 @@ def assert_error(response: Any, status: int, code: str) -> str:
     assert "\n" not in message
     assert "Traceback" not in message
     return message
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the figures that tests recorded, a line each, for the tables of the README."""
-    figures = [
-        (report.nodeid.rpartition("::")[2], value)
-        for report in terminalreporter.getreports("passed")
-        for name, value in report.user_properties
-        if name == "figures"
-    ]
-    if figures:
-        terminalreporter.section("figures")
-        for test, value in figures:
-            terminalreporter.write_line(f"{test}: {value}")

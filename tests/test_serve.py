@@ -61,10 +61,13 @@ def nothing_cached(tmp_path: Path) -> dict[str, str]:
 
 
 def files_of_ours() -> set[Path]:
-    """What lies in the project's folder, but for .venv and caches, and what bin/serve could leave in /tmp."""
+    """The project's files and those of bin/serve in /tmp, without .venv, caches and what tests beside this one make."""
     temporary = Path(tempfile.gettempdir())
-    ours = {path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache", str(path.relative_to(ROOT)))}
-    return {*ours, *temporary.glob("keras-rest-api-*"), *temporary.glob("*supervisor*")}
+    ours = {
+        path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache|\.hypothesis", str(path.relative_to(ROOT)))
+    }
+    run_folders = {path for path in temporary.glob("keras-rest-api-*") if not re.search(r"-(test|chroot)-", path.name)}
+    return {*ours, *run_folders, *temporary.glob("*supervisor*")}
 
 
 def test_it_serves_the_bundled_model_says_so_and_ctrl_c_leaves_nothing(

@@ -1,12 +1,13 @@
-"""Which tests run, and in which order: --quick leaves out the slow ones; in parallel, each file stays on one worker."""
+"""The hooks of a test run: which tests run, in which order and on which worker, and what is printed at the end."""
 
+import re
 from collections import Counter
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-SLOW = ("fault", "alone", "chroot", "images", "browser", "backends", "tools", "slow")  # see pyproject.toml
+SLOW = ("fault", "alone", "images", "chroot", "browser", "backends", "tools", "slow")  # see pyproject.toml
 BY_FIXTURE = {"debian": "chroot", "images_to_come": "images", "chrome": "browser"}
 left_out: Counter[str] = Counter()
 
@@ -49,6 +50,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: Any) -> None:
     """Take a worker's counts; each worker has collected every test."""
     left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - left_out)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the figures that tests recorded, a line each, for the tables of the documents."""
+    figures = [
+        (re.sub(r"@\w+$", "", report.nodeid.rpartition("::")[2]), value)  # without the group that xdist adds
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "figures"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+        for test, value in figures:
+            terminalreporter.write_line(f"{test}: {value}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
