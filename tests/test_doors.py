@@ -340,6 +340,7 @@ def weak_user(vault: Vault) -> str:
     return vault.url("the-wrong-one").replace("keras-rest-api", "weak")
 
 
+@pytest.mark.slow("starts both programs for each case")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_redis_that_can_not_be_used_is_told_in_one_line_without_the_password(
     vault: Vault, public: Path, tmp_path: Path, wrong: str

@@ -425,6 +425,7 @@ def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow("measures the speed of the bundled model")
 def test_a_check_says_what_the_model_makes_of_an_image_and_how_fast_it_is() -> None:
     done = checked("models/efficientnet_lite0.keras")
 

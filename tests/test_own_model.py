@@ -210,6 +210,7 @@ def test_a_setting_of_another_size_than_the_model_s_is_refused(monkeypatch: pyte
         load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
 
 
+@pytest.mark.slow("serves a large network")
 def test_a_classifier_of_keras_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODEL": "EfficientNetV2B1", "MODEL_WEIGHTS": "random"}.items():
         monkeypatch.setattr(settings, name, value)

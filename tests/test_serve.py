@@ -168,6 +168,7 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 MAY_BE_ROOT = r"deploy/serve\.py|supervisor\.supervisord|^\S*apache2 "
 
 
+@pytest.mark.slow("starts bin/serve")
 def test_redis_listens_on_loopback_only_and_hardly_anything_runs_as_root(
     nothing_cached: dict[str, str], tmp_path: Path
 ) -> None:
@@ -294,6 +295,7 @@ def assert_refused(port: str) -> None:
             serve_redis.redis_answers()
 
 
+@pytest.mark.slow("starts bin/serve")
 def test_somebody_s_own_redis_is_used_and_neither_replaced_nor_ended(
     nothing_cached: dict[str, str], tmp_path: Path
 ) -> None:
