@@ -1,15 +1,30 @@
 """The hooks of a test run: which tests run, in which order and on which worker, and what is printed at the end."""
 
-import re
 from collections import Counter
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 SLOW = ("fault", "alone", "images", "chroot", "browser", "backends", "tools", "slow")  # see pyproject.toml
 BY_FIXTURE = {"debian": "chroot", "images_to_come": "images", "chrome": "browser"}
+# These share the bare Debian; the images are built while the first one runs. They take longest, so they start first.
+IMAGES = ("test_install.py", "test_docker.py")
 left_out: Counter[str] = Counter()
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Keeps the tests of a file on one worker, since they share fixtures that are expensive to make."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "images" if file.endswith(IMAGES) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    # xdist's own --dist loadgroup changes the tests' names, which pytest 9.2 ignores.
+    return ByFile(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,14 +39,9 @@ def kind(item: pytest.Item) -> str | None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     for item in items:
-        # A file's fixtures are expensive, so it stays together. xdist reads the groups below.
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for fixture in BY_FIXTURE.keys() & getattr(item, "fixturenames", ()):
             item.add_marker(BY_FIXTURE[fixture])
-    # The longest group starts first. test_install.py is ahead of test_docker.py: the images are built meanwhile.
-    first = ("test_install.py", "test_docker.py")
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    items.sort(key=lambda item: IMAGES.index(item.path.name) if item.path.name in IMAGES else len(IMAGES))
     yield
     if config.getoption("quick"):
         slow = [item for item in items if kind(item)]
@@ -46,7 +56,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.workeroutput["left_out"] = dict(left_out)
 
 
-@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take a worker's counts; each worker has collected every test."""
     left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - left_out)
@@ -55,7 +64,7 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the figures that tests recorded, a line each, for the tables of the documents."""
     figures = [
-        (re.sub(r"@\w+$", "", report.nodeid.rpartition("::")[2]), value)  # without the group that xdist adds
+        (report.nodeid.rpartition("::")[2], value)
         for report in terminalreporter.getreports("passed")
         for name, value in report.user_properties
         if name == "figures"

@@ -27,8 +27,6 @@ from conftest import ROOT, Process, Service, free_port, need, run_redis, running
 from container_images import ALL
 from redis import Redis
 
-pytestmark = pytest.mark.xdist_group("images")  # which are built while test_install.py runs
-
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # which have their own defaults there

@@ -1,6 +1,7 @@
 """bin/test: what it leaves out, and that it says so."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,8 +15,9 @@ from conftest import ROOT
 TESTS = """
 import pytest
 
-def test_quick(record_property):
-    record_property("figures", "3 requests, 0 lost")
+@pytest.mark.parametrize("number", range(4))
+def test_quick(number, worker_id, record_property):
+    record_property("figures", f"by {worker_id}")
 
 @pytest.mark.slow("counts to a million")
 def test_slow():
@@ -55,7 +57,7 @@ def test_the_closing_line_counts_each_kind() -> None:
     assert hooks.closing_line(Counter()) == "* Left out no test"
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadgroup"]], ids=["one", "two"])
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
 def test_a_quick_run_ends_with_what_it_left_out(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [
@@ -75,6 +77,8 @@ def test_a_quick_run_ends_with_what_it_left_out(tmp_path: Path, workers: list[st
         [*command, "--quick", *workers, str(tmp_path)], cwd=tmp_path, env=environment, text=True, timeout=240
     )
 
-    assert "1 passed" in printed
-    assert "test_quick: 3 requests, 0 lost" in printed
+    assert "4 passed" in printed
+    by = re.findall(r"^test_quick\[\d\]: by (\w+)$", printed, re.MULTILINE)
+    assert len(by) == 4
+    assert len(set(by)) == 1  # worker, since they are in one file
     assert printed.splitlines()[-1] == "* Left out 3 tests (2 fault, 1 slow); bin/test --all runs them"

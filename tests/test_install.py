@@ -12,8 +12,6 @@ from chroot import Chroot, copy_of, copy_project, need_root
 from conftest import PATH, ROOT, images_are_wanted, make_certificates, need
 from test_docs import commands
 
-pytestmark = pytest.mark.xdist_group("images")  # which test_docker.py uses
-
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 TARGET = "/opt/keras-rest-api"
 INSTALL = "/srv/app/bin/install"
