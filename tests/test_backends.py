@@ -98,7 +98,10 @@ def seen_with(backend: str) -> dict[str, Any]:
     return seen
 
 
-@pytest.fixture(params=["tensorflow", "torch", "jax"])
+TORCH, JAX = (pytest.param(name, marks=pytest.mark.backends) for name in ("torch", "jax"))
+
+
+@pytest.fixture(params=["tensorflow", TORCH, JAX])
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     if importlib.util.find_spec(request.param) is None:
         missing(f"{request.param} is not installed")
@@ -115,12 +118,12 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
     assert seen["keras_calls"] == 0
 
 
-@pytest.mark.parametrize("seen", ["torch"], indirect=True)
+@pytest.mark.parametrize("seen", [TORCH], indirect=True)
 def test_the_fuser_of_torchscript_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
     assert seen["fuser"] is False  # its cost shows only with dozens of layers
 
 
-@pytest.mark.parametrize("seen", ["torch"], indirect=True)
+@pytest.mark.parametrize("seen", [TORCH], indirect=True)
 def test_each_torch_thread_is_warmed_up_for_a_new_size(seen: dict[str, Any]) -> None:
     assert seen["threads"] == BATCHES_AT_ONCE
 

@@ -88,6 +88,7 @@ def test_unavoidable_backlog_matches_a_calculation_by_hand() -> None:
     assert ratios["500 at 1.75 L or 20 a second: p99 / unavoidable backlog"] == pytest.approx(2)
 
 
+@pytest.mark.slow("runs a whole part of the benchmark")
 def test_plumbing_is_measured_and_reported(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench.py", "plumbing", "--seconds", "2", "--out", str(tmp_path)]
 

@@ -126,11 +126,13 @@ def compared() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.backends
 def test_a_second_implementation_gives_the_same_probabilities(compared: dict[str, Any]) -> None:
     assert compared["difference"] < 1e-4
     assert max(compared["best"]) > 0.9  # so that mixed-up images would be noticed
 
 
+@pytest.mark.backends
 def test_converting_again_gives_the_same_bytes(compared: dict[str, Any]) -> None:
     assert compared["same_file"]
     assert compared["parameters"] == 4_694_024

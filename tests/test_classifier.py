@@ -381,6 +381,7 @@ def test_an_unknown_model_is_refused_with_the_known_names(monkeypatch: pytest.Mo
         load(monkeypatch, MODEL="ResNet51")
 
 
+@pytest.mark.slow("builds and warms up large networks")
 @pytest.mark.parametrize("name", ["ResNet50V2", "DenseNet121"])
 def test_a_keras_classifier_gets_its_preprocessing_and_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

@@ -195,6 +195,7 @@ def test_web_image_has_no_tensorflow_and_only_the_service_s_files(storage: list[
     assert not list(Path(image.root, "opt/keras-rest-api/deploy").glob("serve*"))
 
 
+@pytest.mark.images
 def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path) -> None:
     """Build an image from a context with files of each kind and the project's .dockerignore."""
     need_root()

@@ -341,6 +341,7 @@ def weak_user(secure_redis: SecureRedis) -> str:
     return secure_redis.url("the-wrong-one").replace("keras-rest-api", "weak")
 
 
+@pytest.mark.slow("starts both programs for each case")
 @pytest.mark.parametrize("fault", REDIS_FAULTS)
 def test_redis_access_errors_are_logged_without_the_password(
     secure_redis: SecureRedis, public: Path, tmp_path: Path, fault: str
@@ -528,6 +529,7 @@ def job(name: str, image: object) -> str:
     return json.dumps({"id": name, "image": image, "deadline": time.time() + 60})
 
 
+@pytest.mark.slow("copies Python and all its packages")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> None:
     """Code and Python are in a folder that only root can enter, so any import or file read after the drop fails."""
@@ -612,6 +614,7 @@ def test_root_that_cannot_drop_privileges_is_rejected(
     give_up_root()
 
 
+@pytest.mark.tools
 def test_systemd_unit_is_hardened_and_valid() -> None:
     """Works without a running systemd. Exposure ranges from 0 (safest) to 10; the threshold 15 means 1.5."""
     analyse, unit = need("systemd-analyze"), str(ROOT / "deploy/systemd/model-server@.service")

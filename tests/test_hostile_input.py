@@ -84,6 +84,7 @@ def check_mutant(session: requests.Session, url: str, number: int) -> int:
     return status
 
 
+@pytest.mark.slow("posts 5,000 mutated images")
 def test_mutated_images_never_harm_the_service(
     unharmed: Service, record_property: Callable[[str, object], None]
 ) -> None:
@@ -199,6 +200,7 @@ def costs() -> dict[str, dict[str, Any]]:
     return {cost["name"]: cost for cost in map(json.loads, printed.splitlines())}
 
 
+@pytest.mark.slow("decodes 81 decompression bombs")
 def test_no_bomb_takes_200_ms_or_50_mb(
     costs: dict[str, dict[str, Any]], record_property: Callable[[str, object], None]
 ) -> None:
@@ -209,11 +211,13 @@ def test_no_bomb_takes_200_ms_or_50_mb(
     record_property("figures", f"{len(costs)} bombs, at most {seconds * 1000:.0f} ms of CPU and {megabytes:.0f} MB")
 
 
+@pytest.mark.slow("decodes 81 decompression bombs")
 @pytest.mark.parametrize("name", hostile.BOMBS)
 def test_a_bomb_is_refused(costs: dict[str, dict[str, Any]], name: str) -> None:
     assert costs[name]["outcome"] in ("BadImage", "TooLarge")
 
 
+@pytest.mark.slow("decodes 81 decompression bombs")
 @pytest.mark.parametrize("name", hostile.HARMLESS_BOMBS)
 def test_a_harmless_bomb_gives_its_pixels(costs: dict[str, dict[str, Any]], name: str) -> None:
     assert costs[name]["outcome"] == "pixels"

@@ -189,6 +189,7 @@ def test_metrics_port_in_use_stops_the_start(redis_port: int, tmp_path: Path) ->
     assert f"Port {taken} of 127.0.0.1 can't be used" in process.log
 
 
+@pytest.mark.slow("starts two model servers and waits for a heartbeat to expire")
 def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
     port, queue = free_port(), f"queue-{free_port()}"
     deadly, good = [[sys.executable, script] for script in ("tests/deadly_server.py", "run_model_server.py")]
@@ -248,6 +249,7 @@ def promtool(*arguments: str, given: str = "") -> str:
     return answer.stdout + answer.stderr
 
 
+@pytest.mark.tools
 def test_promtool_accepts_the_metrics(measured: tuple[Service, str]) -> None:
     service, model_server = measured
     service.post(IMAGE)
@@ -256,6 +258,7 @@ def test_promtool_accepts_the_metrics(measured: tuple[Service, str]) -> None:
     assert promtool("check", "metrics", given=requests.get(f"{model_server}/metrics", timeout=10).text) == ""
 
 
+@pytest.mark.tools
 def test_prometheus_configuration_and_alerts_are_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
     assert "SUCCESS" in promtool("test", "rules", str(ROOT / "tests/alerts_test.yml"))

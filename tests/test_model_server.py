@@ -339,6 +339,7 @@ def test_sigterm_ends_with_code_0_and_removes_the_heartbeat(redis: Redis, tmp_pa
         assert line in process.log
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_torch_and_jax_answer_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
     if importlib.util.find_spec(backend) is None:
@@ -425,6 +426,7 @@ def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow("measures the speed of the bundled model")
 def test_check_prints_the_predictions_and_the_speed() -> None:
     done = checked("models/efficientnet_lite0.keras")
 

@@ -81,6 +81,7 @@ def generate(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.tools
 def test_client_from_openapi_generator_works(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = find_spec("openapi_generator_cli")
     assert package is not None

@@ -206,6 +206,7 @@ def test_a_setting_that_contradicts_the_model_size_is_refused(monkeypatch: pytes
         load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
 
 
+@pytest.mark.slow("serves a large network")
 def test_a_keras_classifier_has_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODEL": "EfficientNetV2B1", "MODEL_WEIGHTS": "random"}.items():
         monkeypatch.setattr(settings, name, value)
@@ -241,7 +242,14 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
     return [np.array(json.loads(line)) for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("tensorflow", "uint8"), ("torch", "float32"), ("jax", "uint8")])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("tensorflow", "uint8"),
+        pytest.param("torch", "float32", marks=pytest.mark.backends),
+        pytest.param("jax", "uint8", marks=pytest.mark.backends),
+    ],
+)
 def test_every_preprocessing_equals_that_of_keras(tmp_path: Path, backend: str, dtype: str) -> None:
     """The pixels are not modified either: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
@@ -534,6 +542,7 @@ def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[i
     return shapes
 
 
+@pytest.mark.slow("waits for heartbeats to expire")
 def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path) -> None:
     """Running processes learn it within seconds; those started while no model server is alive know it at once."""
     path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
@@ -551,6 +560,7 @@ def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path)
         assert queued_shapes(url, redis, queue, 16) == {SMALL}
 
 
+@pytest.mark.slow("replaces a model under load")
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_replacing_the_model_under_load_loses_no_request(
     redis: Redis, tmp_path: Path, end: signal.Signals, record_property: Record
@@ -603,6 +613,7 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
     return commands(redis) - before, time.monotonic() - begun
 
 
+@pytest.mark.slow("starts the service twice, for 400 requests")
 def test_learning_the_size_costs_no_command_per_request(tmp_path: Path, record_property: Record) -> None:
     """Each web process only looks it up once a second."""
     port, images = free_port(), photos(20) * 20

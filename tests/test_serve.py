@@ -63,8 +63,11 @@ def nothing_cached(tmp_path: Path) -> dict[str, str]:
 def files_of_ours() -> set[Path]:
     """The files in the project's folder, without .venv and caches, and those that bin/serve could leave in /tmp."""
     temporary = Path(tempfile.gettempdir())
-    ours = {path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache", str(path.relative_to(ROOT)))}
-    return {*ours, *temporary.glob("keras-rest-api-*"), *temporary.glob("*supervisor*")}
+    ours = {
+        path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache|\.hypothesis", str(path.relative_to(ROOT)))
+    }
+    run_folders = {path for path in temporary.glob("keras-rest-api-*") if not re.search(r"-(test|chroot)-", path.name)}
+    return {*ours, *run_folders, *temporary.glob("*supervisor*")}
 
 
 def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
@@ -165,6 +168,7 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 MAY_BE_ROOT = r"deploy/serve\.py|supervisor\.supervisord|^\S*apache2 "
 
 
+@pytest.mark.slow("starts bin/serve")
 def test_redis_listens_on_loopback_only_and_little_runs_as_root(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     """With API_KEYS set, the printed command takes the key from the environment."""
     key = "the-key-of-this-test"
@@ -194,6 +198,7 @@ def impatient(nothing_cached: dict[str, str]) -> dict[str, str]:
     return nothing_cached | DIGITS | {"PYTHONPATH": f"{ROOT}/deploy:{AS_INSTALLED['PYTHONPATH']}"}
 
 
+@pytest.mark.slow("waits for time limits to pass")
 def test_processes_that_wait_for_a_frozen_redis_are_not_left_behind(impatient: dict[str, str], tmp_path: Path) -> None:
     mark, port = impatient["REDIS_PORT"], impatient["PORT"]
     with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
@@ -218,6 +223,7 @@ def waiting_requests(port: str) -> int:
     return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
 
 
+@pytest.mark.slow("waits for time limits to pass")
 def test_killed_with_a_frozen_web_process_it_leaves_none(impatient: dict[str, str], tmp_path: Path) -> None:
     """Its Apache is killed first, and the rest of it does not keep the next one from the port."""
     url = f"http://127.0.0.1:{impatient['PORT']}"
@@ -247,6 +253,7 @@ def answers_livez(url: str) -> bool:
     return False
 
 
+@pytest.mark.slow("starts bin/serve three times")
 def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     """Of two that start at once, one serves. A third, started while that one ends, gets its own Redis."""
     environment = nothing_cached | DIGITS
@@ -286,6 +293,7 @@ def assert_refused(port: str) -> None:
             serve_redis.redis_answers()
 
 
+@pytest.mark.slow("starts bin/serve")
 def test_running_redis_is_used_and_neither_replaced_nor_ended(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     """Started in another folder, it serves a model from that folder."""
     port = nothing_cached["REDIS_PORT"]

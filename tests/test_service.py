@@ -178,6 +178,8 @@ def test_apaches_own_errors_are_json(service: Service, request_bytes: bytes, sta
     assert_error(raw_answer(service, request_bytes), status, code)
 
 
+@pytest.mark.slow("waits for the site's limit of 20 seconds")
+@pytest.mark.slow("waits for the 20-second limit of the site")
 def test_stalled_request_gets_408(service: Service) -> None:
     started = time.monotonic()
     form = b"Content-Length: 100000\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
@@ -319,6 +321,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(service: Service, held_
         assert one[0]["probability"] == pytest.approx(other[0]["probability"], abs=1e-5)
 
 
+@pytest.mark.slow("draws and sends 1,000 images")
 def test_two_model_servers_answer_each_request_correctly_once(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
@@ -383,6 +386,7 @@ def test_hundreds_of_requests_wait_despite_a_low_file_limit(redis: Redis, tmp_pa
         assert [answer.result(120).status_code for answer in asked] == [200] * images
 
 
+@pytest.mark.slow("sends 500 requests in 25 seconds")
 def test_tutorials_stress_test_passes(service: Service) -> None:
     figures = stress(service)
 
@@ -405,6 +409,7 @@ def test_simple_client_prints_the_tutorials_lines(service: Service) -> None:
     assert re.match(r"1\. 3: 0\.\d{4}\n2\. \d: 0\.\d{4}\n", printed)
 
 
+@pytest.mark.slow("sends 1,000 photos")
 def test_web_process_stays_small_under_load(service: Service, record_property: Callable[[str, object], None]) -> None:
     """Uses new web processes, since other tests may have enlarged those of `service`."""
     photo = np.asarray(Image.fromarray(colors(0)).resize((375, 500))).astype(int)
@@ -419,6 +424,7 @@ def test_web_process_stays_small_under_load(service: Service, record_property: C
     record_property("figures", f"at most {max(sizes) / 1e6:.0f} MB")
 
 
+@pytest.mark.slow("waits for 256 timeouts")
 def test_queued_images_are_not_kept_in_memory(redis: Redis, record_property: Callable[[str, object], None]) -> None:
     image, queue = saved(Image.fromarray(colors(0)), "PNG"), f"queue-{free_port()}"
     with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="15") as url, ThreadPoolExecutor(256) as pool:
@@ -480,7 +486,8 @@ def plain_resnet50(tmp_path_factory: pytest.TempPathFactory, imagenet_names: boo
     return Plain(model, network.predict(prepared, verbose=0))
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+@pytest.mark.slow("warms up a ResNet50")
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("torch", marks=pytest.mark.backends)])
 def test_resnet50_through_http_equals_plain_keras(
     redis_port: int, tmp_path: Path, backend: str, imagenet_names: bool, plain_resnet50: Plain
 ) -> None:

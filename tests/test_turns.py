@@ -168,6 +168,7 @@ def test_available_cores_respect_the_affinity() -> None:
     assert subprocess.check_output(command, cwd=ROOT, text=True) == "1\n"
 
 
+@pytest.mark.slow("decodes six images of 49 megapixels")
 def test_six_largest_images_at_once_take_less_than_a_gigabyte(
     service: Service, record_property: Callable[[str, object], None]
 ) -> None:

@@ -382,6 +382,7 @@ def public() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow("sends an image for 8 seconds")
 def test_slow_upload_is_accepted_while_it_keeps_flowing(service: Service, public: Path) -> None:
     """At twice the minimum rate, for twice the longest timeout. A stalled TLS handshake is cut off meanwhile."""
     files, tls_port = make_certificates(public), free_port()
