@@ -14,7 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conftest import PATH, ROOT, missing, need
+from harness import (
+    PATH,
+    ROOT,
+    Missing,
+    need,
+)
 
 # Mount what programs expect, then become the command.
 ENTER = """
@@ -35,7 +40,7 @@ PASSED_ON = r"(?i)(https?|no)_proxy|SSL_CERT_FILE|LANG"
 
 def need_root() -> None:
     if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "--net", "true"], check=False).returncode:
-        missing("it needs root, and the right to make namespaces")
+        raise Missing("it needs root, and the right to make namespaces")
 
 
 def make_base(folder: Path) -> Path:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis import Redis
@@ -25,6 +24,8 @@ from harness import (  # noqa: E402
     run_service,
     wait_until,
 )
+
+pytest_plugins = ["hooks"]
 
 # Before a test imports a module that reads its settings at import.
 os.environ.update(
@@ -95,47 +96,9 @@ def images_to_come(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     storage.empty()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run test_install.py right before test_docker.py: it keeps one core busy while the images are built."""
-    installs = [item for item in items if item.path.name == "test_install.py"]
-    others = [item for item in items if item not in installs]
-    first = next((n for n, item in enumerate(others) if item.path.name == "test_docker.py"), None)
-    if first is not None:
-        items[:] = [*others[:first], *installs, *others[first:]]
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
     """Skip a test that this machine lacks something for; with CI=true it fails."""
     if call.excinfo and isinstance(call.excinfo.value, Missing) and os.environ.get("CI") != "true":
         reason = str(call.excinfo.value)
         call.excinfo = pytest.CallInfo.from_call(lambda: pytest.skip(reason), call.when).excinfo
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the figures that tests recorded, for the tables in the documents."""
-    figures = [
-        (report.nodeid.rpartition("::")[2], value)
-        for report in terminalreporter.getreports("passed")
-        for name, value in report.user_properties
-        if name == "figures"
-    ]
-    if figures:
-        terminalreporter.section("figures")
-        for test, value in figures:
-            terminalreporter.write_line(f"{test}: {value}")
-
-
-# handed on until the imports are rewritten
-from typing import NoReturn  # noqa: E402
-
-from harness import *  # noqa: E402, F403
-
-__all__ = ["images_are_wanted", "missing", "AS_INSTALLED", "PATH", "ROOT", "START_LIMIT", "Missing", "Process", "Serve", "Service", "answers", "apache_of", "assert_error", "command_line", "descendants", "free_port", "make_certificates", "model_servers", "need", "own_keys", "parent", "processes_with", "raw_answer", "ready", "resident_bytes", "responds", "run_apache", "run_model_server", "run_redis", "run_serve", "run_service", "running", "variables", "wait_until", "web_processes"]  # noqa: F405, E501, RUF022  # fmt: skip
-
-
-def missing(reason: str) -> NoReturn:
-    raise Missing(reason)
-
-
-# end of what is handed on

@@ -5,7 +5,10 @@ import subprocess
 from pathlib import Path
 
 from chroot import copy_of, named_paths, need_root
-from conftest import ROOT, need
+from harness import (
+    ROOT,
+    need,
+)
 
 ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 

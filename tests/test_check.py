@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Service
+from harness import (
+    ROOT,
+    Service,
+)
 from PIL import Image
 from samples import saved
 

@@ -14,7 +14,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from conftest import AS_INSTALLED, ROOT
+from harness import (
+    AS_INSTALLED,
+    ROOT,
+)
 
 import settings
 from helpers import StartupError

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from fake_service import IMAGE, OK, Handler, Reply, Serve, always, assert_one_line, run, run_with_closed_output
+from harness import (
+    ROOT,
+)
 
 pytest_plugins = ["client_fixtures"]
 

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import keras
 import pytest
-from conftest import ROOT, free_port, running, wait_until
+from harness import (
+    ROOT,
+    free_port,
+    running,
+    wait_until,
+)
 
 import settings
 from helpers import StartupError

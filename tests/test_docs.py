@@ -9,7 +9,15 @@ from pathlib import Path
 
 import make_samples
 import pytest
-from conftest import AS_INSTALLED, ROOT, Process, Service, free_port, running, wait_until
+from harness import (
+    AS_INSTALLED,
+    ROOT,
+    Process,
+    Service,
+    free_port,
+    running,
+    wait_until,
+)
 
 from model_server import metrics as server_metrics
 from web import metrics as web_metrics

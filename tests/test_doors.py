@@ -29,7 +29,7 @@ import keras
 import numpy as np
 import pytest
 import requests
-from conftest import (
+from harness import (
     ROOT,
     Service,
     answers,

@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from harness import (
     Process,
     Serve,
@@ -32,6 +33,8 @@ from load import Load, Record, ask, freeze_in_mid_batch, in_flight, known_images
 from PIL import Image
 from redis import Redis
 from samples import saved
+
+pytestmark = pytest.mark.fault
 
 
 @contextmanager

@@ -40,6 +40,8 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+pytestmark = pytest.mark.fault
+
 
 def test_redis_killed_five_times_loses_nothing(served: Serve, record_property: Record) -> None:
     with Load(served.url) as load:

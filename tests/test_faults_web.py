@@ -33,6 +33,8 @@ from harness import (
 from load import CLIENTS, Load, Record, ask, in_flight, known_images
 from redis import Redis
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.fixture(scope="module")
 def hurt(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import hooks
 import pytest
-from conftest import ROOT
+from harness import (
+    ROOT,
+)
 
 TESTS = """
 import pytest

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import pytest
-from conftest import free_port, own_keys, run_redis, wait_until
+from harness import (
+    free_port,
+    own_keys,
+    run_redis,
+    wait_until,
+)
 from redis import Redis
 from redis.exceptions import RedisError
 

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from harness import (
+    ROOT,
+    free_port,
+)
 
 import settings
 from helpers import StartupError

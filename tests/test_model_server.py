@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
 
-import conftest
+import harness
 import numpy as np
 import pytest
 import requests
-from conftest import Process, free_port, run_redis, running, wait_until
+from harness import (
+    Process,
+    free_port,
+    run_redis,
+    running,
+    wait_until,
+)
 from PIL import Image
 from redis import Redis
 
@@ -328,7 +334,7 @@ def test_the_gpu_number_is_ignored_without_a_gpu(monkeypatch: pytest.MonkeyPatch
 
 
 def test_sigterm_ends_with_code_0_and_removes_the_heartbeat(redis: Redis, tmp_path: Path) -> None:
-    with conftest.run_model_server(tmp_path / "log") as process:
+    with harness.run_model_server(tmp_path / "log") as process:
         heartbeats = wait_until(lambda: redis.keys(f"{settings.IMAGE_QUEUE}:server:*"), "the heartbeat is there")
 
         assert process.stop(signal.SIGTERM) == 0
@@ -343,13 +349,13 @@ def test_sigterm_ends_with_code_0_and_removes_the_heartbeat(redis: Redis, tmp_pa
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_torch_and_jax_answer_several_clients_at_once(redis: Redis, tmp_path: Path, backend: str) -> None:
     if importlib.util.find_spec(backend) is None:
-        conftest.missing(f"{backend} is not installed")
+        raise harness.Missing(f"{backend} is not installed")
     web = WebQueue()
     images = []
     for name, digit in [("three.png", "3"), ("seven.jpg", "7")]:
-        pixels = Image.open(conftest.ROOT / "models/digits" / name).convert("RGB").resize((224, 224))
+        pixels = Image.open(harness.ROOT / "models/digits" / name).convert("RGB").resize((224, 224))
         images.append((base64_encode_image(np.asarray(pixels)), digit))
-    with conftest.run_model_server(tmp_path / "log", KERAS_BACKEND=backend, BATCH_SIZE="4") as process:
+    with harness.run_model_server(tmp_path / "log", KERAS_BACKEND=backend, BATCH_SIZE="4") as process:
         with ThreadPoolExecutor(8) as clients:
             asked = [(clients.submit(web.ask, image, time.time() + 60), digit) for image, digit in images * 40]
         for answering, digit in asked:
@@ -419,10 +425,10 @@ def test_an_invalid_model_ends_with_code_2(tmp_path: Path, name: str, value: str
 
 def checked(model: str, *image: str) -> subprocess.CompletedProcess[str]:
     """The result of --check without Redis, with another MODEL in the environment."""
-    environment = {**os.environ, **conftest.AS_INSTALLED, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
+    environment = {**os.environ, **harness.AS_INSTALLED, "REDIS_PORT": str(free_port()), "MODEL": "elsewhere.keras"}
     command = [sys.executable, "run_model_server.py", "--model", model, "--check", *image]
     return subprocess.run(
-        command, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
 
 
@@ -465,7 +471,7 @@ def test_importing_the_model_server_changes_nothing() -> None:
     )
 
     bare = {"PATH": os.environ["PATH"]}  # without what this process has imported and set
-    subprocess.run([sys.executable, "-c", code], cwd=conftest.ROOT, env=bare, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=bare, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("error", [None, StartupError("no such model")])

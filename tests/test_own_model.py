@@ -21,12 +21,12 @@ import keras
 import numpy as np
 import pytest
 import requests
-from conftest import (
+from harness import (
     AS_INSTALLED,
     ROOT,
+    Missing,
     Service,
     free_port,
-    missing,
     ready,
     run_apache,
     run_model_server,
@@ -253,7 +253,7 @@ def answers_of(paths: list[Path], backend: str, dtype: str, images: Any) -> Any:
 def test_every_preprocessing_equals_that_of_keras(tmp_path: Path, backend: str, dtype: str) -> None:
     """The pixels are not modified either: a batch that fails is computed again in halves."""
     if importlib.util.find_spec(backend) is None:
-        missing(f"{backend} is not installed")
+        raise Missing(f"{backend} is not installed")
     paths = [
         save_model(tmp_path / f"{mode}.keras", (20, 30, 3), {"labels": LABELS, "preprocessing": mode}) for mode in PLAIN
     ]

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from harness import (
+    ROOT,
+)
 
 import run_web_server  # noqa: F401 - loads every error class
 from helpers import ServiceError

@@ -17,8 +17,15 @@ from typing import Any
 
 import flask
 import pytest
-from conftest import ROOT, answers, free_port, make_certificates, run_redis, wait_until
 from forwarder import name_for
+from harness import (
+    ROOT,
+    answers,
+    free_port,
+    make_certificates,
+    run_redis,
+    wait_until,
+)
 from redis import Redis
 from redis.exceptions import RedisError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import (
+from harness import (
     AS_INSTALLED,
     PATH,
     ROOT,

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 import requests
 import samples
-from conftest import (
+from harness import (
     ROOT,
+    Missing,
     Service,
     assert_error,
     free_port,
-    missing,
     raw_answer,
     resident_bytes,
     run_apache,
@@ -493,7 +493,7 @@ def test_resnet50_through_http_equals_plain_keras(
 ) -> None:
     """20 images in all formats and modes give the same labels in the same order, probabilities within 1e-4."""
     if importlib.util.find_spec(backend) is None:
-        missing(f"{backend} is not installed")
+        raise Missing(f"{backend} is not installed")
     sent = samples.samples()
     plain = plain_resnet50.probabilities
 

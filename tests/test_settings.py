@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATH, ROOT
+from harness import (
+    PATH,
+    ROOT,
+)
 
 import settings
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from fake_service import (
     BAD_ADDRESSES,
     HANG_UP,
@@ -26,6 +25,9 @@ from fake_service import (
     run,
     run_with_closed_output,
 )  # fmt: skip
+from harness import (
+    ROOT,
+)
 
 pytest_plugins = ["client_fixtures"]
 

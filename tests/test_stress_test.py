@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
 from fake_service import (
     BAD_ADDRESSES,
     HANG_UP,
@@ -29,6 +28,9 @@ from fake_service import (
     run,
     run_with_closed_output,
 )  # fmt: skip
+from harness import (
+    ROOT,
+)
 from PIL import Image
 
 import stress_test

@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import (
+from harness import (
     ROOT,
+    Missing,
     Service,
     assert_error,
     free_port,
     make_certificates,
-    missing,
     need,
     resident_bytes,
     run_apache,
@@ -271,7 +271,7 @@ def test_web_not_apache_reports_the_size_limit(service: Service, size: int) -> N
 def small_disk() -> Iterator[Path]:
     """A folder on its own file system, with room for one upload of maximum size."""
     if os.geteuid() != 0:
-        missing("mounting a file system requires root")
+        raise Missing("mounting a file system requires root")
     with tempfile.TemporaryDirectory(prefix="test-uploads-") as name:
         mount("-t", "tmpfs", "-o", "size=20m,mode=1777", "tmpfs", name)
         try:
@@ -282,7 +282,7 @@ def small_disk() -> Iterator[Path]:
 
 def mount(*arguments: str) -> None:
     if subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode:
-        missing("file systems can't be mounted here")
+        raise Missing("file systems can't be mounted here")
 
 
 def fill(disk: Path) -> None:
