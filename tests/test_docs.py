@@ -25,21 +25,22 @@ from web import metrics as web_metrics
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
+INSTALL = "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian"
 # Commands that other tests run, by their beginning, with one such test each.
 ELSEWHERE = {
     "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
-    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_own_preprocessing_and_its_weights_file",
+    "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_preprocessing_and_weights",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
-    "curl -O https://": "test_classifier.py::test_without_internet_the_line_says_which_file_to_put_where",
+    "curl -O https://": "test_classifier.py::test_without_internet_the_error_says_which_file_to_put_where",
     "API_KEYS=0f3b... bin/serve": "test_doors.py::test_each_of_two_keys_is_accepted",
-    "bin/install": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
-    "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
-    "a2en": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
-    "apt-get install -y ssl-cert": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
-    "apache2ctl configtest": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
-    "sed -i": "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian",
+    "bin/install": INSTALL,
+    "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": INSTALL,
+    "a2en": INSTALL,
+    "apt-get install -y ssl-cert": INSTALL,
+    "apache2ctl configtest": INSTALL,
+    "sed -i": INSTALL,
     "docker compose up": "test_docker.py::test_hardened_images_answer_and_stop",
     "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
