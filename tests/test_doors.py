@@ -543,6 +543,8 @@ def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> No
     (python / "packages").symlink_to(packages)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, app)
+    for package in ("image_queue", "web", "model_server"):
+        shutil.copytree(ROOT / package, app / package)
     save_model(app / "own.keras")
     shutil.copy(authority["ca"], app / "ca.pem")
     command = ["env", "-C", str(app), str(python / "bin/python"), "run_model_server.py"]
