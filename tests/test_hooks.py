@@ -71,7 +71,7 @@ def test_a_quick_run_ends_with_what_it_left_out(tmp_path: Path, workers: list[st
         "-c",
         str(ROOT / "pyproject.toml"),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
 
     printed = subprocess.check_output(
         [*command, "--quick", *workers, str(tmp_path)], cwd=tmp_path, env=environment, text=True, timeout=240

@@ -343,6 +343,7 @@ def test_two_model_servers_answer_each_request_once_and_rightly(
     assert min(served) > 100
 
 
+@pytest.mark.slow("starts the service and a second model server")
 def test_a_model_server_killed_in_mid_batch_loses_nothing(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
