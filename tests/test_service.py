@@ -342,6 +342,7 @@ def test_two_model_servers_answer_each_request_correctly_once(
     assert min(served) > 100
 
 
+@pytest.mark.slow("starts the service and a second model server")
 def test_model_server_killed_mid_batch_loses_no_request(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
