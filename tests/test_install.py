@@ -21,7 +21,7 @@ from test_docs import commands
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
-from copy_code import project_files
+import copy_code
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 TARGET = "/opt/keras-rest-api"
@@ -263,8 +263,35 @@ def test_archive_has_the_same_files_as_a_clone_without_ignored_ones(tmp_path: Pa
         (folder / "tests/__pycache__").mkdir()
         (folder / "tests/__pycache__/x.pyc").touch()
 
-    listed = [project_files(folder) for folder in (clone, archive)]
+    listed = [copy_code.project_files(folder) for folder in (clone, archive)]
 
     assert listed[0] == listed[1]
     assert {"settings.py", "bin/bench", "benchmarks/bench.py", "deploy/apache/000-default.conf"} <= listed[0]
     assert not {".env", "bench/bench.md", "tests/__pycache__/x.pyc"} & listed[0]
+
+
+def test_copy_replaces_changed_files_and_removes_dropped_ones_but_keeps_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, target = tmp_path / "app", tmp_path / "target"
+    monkeypatch.setattr(copy_code, "ROOT", app)
+    monkeypatch.setattr(copy_code, "project_files", lambda: {path.name for path in app.iterdir()})
+    for folder in (app, target):
+        folder.mkdir()
+    for name in ("settings.py", "same.py", "dropped.py"):
+        (app / name).write_text("old")
+    (target / "own.keras").write_text("own")
+    first = copy_code.copy(target)
+    (app / "settings.py").write_text("new")
+    (app / "dropped.py").unlink()
+    untouched = (target / "same.py").stat().st_mtime_ns
+
+    second = copy_code.copy(target)
+    before = (target / ".installed-files").stat().st_mtime_ns
+
+    assert (first, second) == (["dropped.py", "same.py", "settings.py"], ["settings.py", "dropped.py"])
+    assert copy_code.copy(target) == []
+    assert (target / ".installed-files").stat().st_mtime_ns == before
+    assert (target / "same.py").stat().st_mtime_ns == untouched
+    assert (target / "settings.py").read_text() == "new"
+    assert {path.name for path in target.iterdir()} == {"settings.py", "same.py", "own.keras", ".installed-files"}
