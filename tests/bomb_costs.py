@@ -1,6 +1,6 @@
-"""Print what each bomb costs the web, one JSON object a line: seconds of CPU, megabytes of memory.
+"""Print what each bomb costs the web, one JSON object per line: seconds of CPU and megabytes of memory.
 
-Other load on a machine can double even CPU time, so the seconds are divided by the slowness of a fixed piece of work.
+Other load on the machine can double even CPU time, so the seconds are divided by the result of slowness().
 """
 
 import ctypes
@@ -24,8 +24,8 @@ from helpers import ServiceError  # noqa: E402
 from web.image_preparation import open_image, prepare_image  # noqa: E402
 from web.process import limit_malloc  # noqa: E402
 
-QUIET = 0.022  # seconds that slowness() takes on the machine of the limit, when idle
-NOTABLE = 0.05  # seconds
+IDLE_SECONDS = 0.022  # for the work in slowness(), on the idle machine where the test's limit was chosen
+REPEAT_ABOVE = 0.05  # seconds
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     for name, make in (hostile.BOMBS | hostile.HARMLESS_BOMBS).items():
         data = make()
         costs = [in_a_child(partial(cost, data))]
-        if costs[0]["seconds"] > NOTABLE:  # take the least of three: other load only adds to it
+        if costs[0]["seconds"] > REPEAT_ABOVE:  # take the smallest of three: other load only adds to it
             costs += [in_a_child(partial(cost, data)) for _ in range(2)]
         print(json.dumps({"name": name} | min(costs, key=lambda cost: cost["seconds"])), flush=True)
 
@@ -55,19 +55,19 @@ def in_a_child(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def cost(data: bytes) -> dict[str, Any]:
-    ctypes.CDLL(None).malloc_trim(0)  # so that memory freed earlier is not reused unseen
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise reused memory would not be counted
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = peak_megabytes(), time.process_time()
-    end = outcome(data)
+    result = outcome(data)
     seconds = time.process_time() - started
-    return {"outcome": end, "seconds": seconds / slowness(), "megabytes": peak_megabytes() - before}
+    return {"outcome": result, "seconds": seconds / slowness(), "megabytes": peak_megabytes() - before}
 
 
 def slowness() -> float:
-    """Return how many times longer than QUIET a fixed piece of work takes now; at least 1."""
+    """Return how many times longer than IDLE_SECONDS a fixed piece of work takes now; at least 1."""
     started = time.process_time()
     sum(number % 7 for number in range(500_000))
-    return max(1.0, (time.process_time() - started) / QUIET)
+    return max(1.0, (time.process_time() - started) / IDLE_SECONDS)
 
 
 def outcome(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A browser for the tests of the pages, and stand-ins for parts of the service in it."""
+"""Chromium for the tests of the pages, and scripts that stand in for parts of the service."""
 
 import base64
 import json
@@ -20,9 +20,10 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 
 SEVEN, THREE, TWO = (ROOT / "models/digits" / name for name in ("seven.jpg", "three.png", "two.webp"))
+# The Accept header of browsers.
 BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 KEY = "the-key-of-2026-is-this"
-LINE = "Welcome to the PyImageSearch Keras REST API!"
+LINE = "Welcome to the PyImageSearch Keras REST API!"  # the tutorial's answer to GET /
 IMAGENET = "1,000 ImageNet classes: animals, plants, food, vehicles, things"
 
 
@@ -125,7 +126,7 @@ class Browser:
         return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
     def console(self) -> list[str]:
-        """The messages in the console since the last call, without those about error answers of /predict."""
+        """The console's messages since the last call, except those about errors from /predict."""
         refused = re.compile(r"\S+/predict - Failed to load resource")
         return [entry["message"] for entry in self.log("browser") if not refused.match(entry["message"])]
 
@@ -159,7 +160,7 @@ def browser(chrome: Chrome) -> Iterator[Browser]:
 
 
 def shares(service: Service, image: Path) -> list[str]:
-    """The texts that the bars should have, from a request of the test's own."""
+    """The texts that the bars should show, from a separate request to the service."""
     found = service.predictions(image.read_bytes())
     return [f"{each['label']}\n{each['probability'] * 100:.1f}%" for each in found]
 
@@ -183,7 +184,7 @@ def server(**about: Any) -> dict[str, Any]:
 
 
 def stats(images: int, **more: Any) -> dict[str, Any]:
-    """Counters for batches of 3 or 4; a tenth of the images took 0.1 to 0.2 s, the others 0.05 to 0.1 s."""
+    """A body of /stats with batches of 3 or 4. A tenth of the images took 0.1 to 0.2 s, the others 0.05 to 0.1 s."""
     slow = images // 10
     latency = {"0.05": 0, "0.1": images - slow, "0.2": images, "+Inf": images}
     batches = {"1": 0, "2": 0, "4": images, "32": images, "+Inf": images}
@@ -195,7 +196,7 @@ def stats(images: int, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-# Stands in for a service that restarts: /stats answers with `answer`.
+# Stands in for /stats: each poll gets window.answer, which a test may change.
 STAND_IN = """
 const real = window.fetch;
 window.polls = 0;

@@ -1,6 +1,6 @@
 """A bare Debian in a folder, made by `debootstrap`, for tests that install into a system.
 
-Each command runs in namespaces of its own, so its mounts and processes end with it, whatever happens.
+Each command runs in new namespaces, so its mounts and processes always end with it.
 """
 
 import os
@@ -21,7 +21,7 @@ from harness import (
     need,
 )
 
-# Mount what programs expect, then become the command.
+# Mount what programs expect, then exec the command.
 ENTER = """
 set -eu
 root=$1; shift
@@ -40,11 +40,11 @@ PASSED_ON = r"(?i)(https?|no)_proxy|SSL_CERT_FILE|LANG"
 
 def need_root() -> None:
     if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "--net", "true"], check=False).returncode:
-        raise Missing("it needs root, and the right to make namespaces")
+        raise Missing("needs root and the right to create namespaces")
 
 
 def make_base(folder: Path) -> Path:
-    """Make a minimal system of this machine's release, with packages from this machine's mirror."""
+    """Make a minimal system of the same release as this machine, with packages from the same mirror."""
     need_root()
     release = re.findall(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)[0]
     targets = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
@@ -58,17 +58,17 @@ def make_base(folder: Path) -> Path:
 
 
 def configure(root: Path) -> None:
-    """Let apt and pip use the same sources as on this machine."""
+    """Give apt and pip this machine's settings, and block the download of ResNet50's weights."""
     shutil.copytree("/etc/apt", root / "etc/apt", dirs_exist_ok=True, symlinks=True)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
-    # ResNet50's weights are never available, wherever the test runs.
+    # Otherwise the result would depend on the machine's network.
     (root / "etc/hosts").write_text("127.0.0.1 localhost storage.googleapis.com\n")
     (root / "etc/pip.conf").write_text("[global]\n" + "".join(f"{key} = {text}\n" for key, text in pip_settings()))
     for path in named_paths():
         if path.is_file():
             (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / path.relative_to("/"))
-    # Packages must not start services, as in container images.
+    # As in container images, packages must not start services.
     policy = root / "usr/sbin/policy-rc.d"
     policy.write_text("#!/bin/sh\nexit 101\n")
     policy.chmod(0o755)
@@ -81,7 +81,7 @@ def pip_settings() -> list[tuple[str, str]]:
 
 
 def named_paths() -> list[Path]:
-    """The files and folders that pip's settings name."""
+    """The certificates in SSL_CERT_FILE, and the files and folders that pip's settings name."""
     found = [Path(os.environ["SSL_CERT_FILE"])] if os.environ.get("SSL_CERT_FILE") else []
     for _, text in pip_settings():
         for word in text.split():
@@ -109,7 +109,7 @@ class Chroot:
     def run(
         self, script: str, *, network: bool = True, seconds: float = 300, variables: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run `script` in it. Without `network` it gets its own loopback, where every port is free."""
+        """Run `script` in it. Without `network` it has only a loopback interface, where every port is free."""
         spaces = ["--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
         environment = self.environment(**(variables or {}))
         if not network:

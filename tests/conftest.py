@@ -1,4 +1,4 @@
-"""What pytest needs: shared services as fixtures, skipping, and the figures printed at the end."""
+"""Fixtures that several files share, the environment of the tests, and skipping where this machine lacks something."""
 
 import os
 import sys
@@ -27,11 +27,11 @@ from harness import (  # noqa: E402
 
 pytest_plugins = ["hooks"]
 
-# Before a test imports a module that reads its settings at import.
+# Set before any test imports settings.py, which reads the environment on import.
 os.environ.update(
     REDIS_HOST="127.0.0.1", REDIS_PORT=str(free_port()), MODEL=str(ROOT / "models/digits.keras"), PYTHONUNBUFFERED="1"
 )
-# JAX sets it to 1 when a test imports it, and programs under test would inherit that.
+# JAX sets this to 1 on import, and programs under test would inherit it.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 for name in ("REDIS_URL", "IMAGE_QUEUE", "LABELS", "MODEL_WEIGHTS"):
     os.environ.pop(name, None)
@@ -50,7 +50,7 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def redis(redis_port: int) -> Iterator[Redis]:
-    """A client of this test run's Redis; deletes the test's keys afterwards, but none of the shared services'."""
+    """A client of this test run's Redis. Afterwards deletes all keys except those of the shared services."""
     client = Redis(port=redis_port, socket_timeout=5)
     yield client
     for key in own_keys(client):
@@ -59,14 +59,14 @@ def redis(redis_port: int) -> Iterator[Redis]:
 
 @pytest.fixture(scope="session")
 def service(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with the digits model and the default settings, for tests that do not hurt it."""
+    """A service with the digits model and the default settings, for tests that leave it unharmed."""
     with run_service(tmp_path_factory.mktemp("service")) as shared:
         yield shared
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """A bin/serve with the digits model and a Redis that keeps nothing; it restarts whatever a test kills."""
+    """A bin/serve with the digits model and a Redis without persistence. It restarts whatever a test kills."""
     with run_serve(tmp_path_factory.mktemp("serve") / "log") as serve:
         serve.process.wait_for_log("* Ready on port")
         yield serve
@@ -74,8 +74,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 @pytest.fixture(scope="session")
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of a bare Debian, for tests to copy."""
-    from chroot import make_base  # noqa: PLC0415 - only where a test needs it
+    """The root of a bare Debian, which tests copy."""
+    from chroot import make_base  # noqa: PLC0415 - imported only where a test needs it
 
     return make_base(tmp_path_factory.mktemp("debian") / "root")
 
@@ -87,8 +87,8 @@ def images_are_wanted(session: pytest.Session) -> bool:
 
 @pytest.fixture(scope="session")
 def images_to_come(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[list[str]]]:
-    """The Dockerfile's images, built in the background; buildah's options to find them."""
-    from container_images import Storage  # noqa: PLC0415 - only where a test needs it
+    """Build the Dockerfile's images in the background. The result is buildah's options for finding them."""
+    from container_images import Storage  # noqa: PLC0415 - imported only where a test needs it
 
     storage = Storage(tmp_path_factory.mktemp("buildah"))
     with ThreadPoolExecutor(1) as pool:
@@ -98,7 +98,7 @@ def images_to_come(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
-    """Skip a test that this machine lacks something for; with CI=true it fails."""
+    """Skip a test that raised Missing; with CI=true it fails."""
     if call.excinfo and isinstance(call.excinfo.value, Missing) and os.environ.get("CI") != "true":
         reason = str(call.excinfo.value)
         call.excinfo = pytest.CallInfo.from_call(lambda: pytest.skip(reason), call.when).excinfo

@@ -1,4 +1,4 @@
-"""The Dockerfile's images, which buildah builds in a temporary folder."""
+"""Build the Dockerfile's images with buildah in a temporary folder."""
 
 import os
 import subprocess
@@ -14,14 +14,14 @@ ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 
 
 class Storage:
-    """Where buildah keeps images; `options` tell it the place."""
+    """A folder where buildah keeps images; `options` are the buildah options that select it."""
 
     def __init__(self, folder: Path) -> None:
         self.options = ["--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "overlay"]
         self.buildah = ["buildah", *self.options]
 
     def fill(self, debian: Path) -> list[str]:
-        """Build the images on top of the bare Debian in that folder; return the options."""
+        """Build the images on the bare Debian in the folder `debian`; return `options`."""
         need_root()
         need("buildah")
         with copy_of(debian) as system:
@@ -36,8 +36,8 @@ class Storage:
     def build(self, target: str) -> None:
         mounts = [f"--volume={path}:{path}:ro" for path in named_paths() if path.is_dir()]
         options = ["--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--pull-never"]
-        of = ["--build-arg", "BASE=localhost/base", "--target", target, "-t", target, "."]
-        command = [*self.buildah, "bud", *options, *mounts, *of]
+        options += ["--build-arg", "BASE=localhost/base", "--target", target, "-t", target]
+        command = [*self.buildah, "bud", *options, *mounts, "."]
         built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
         assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
 
@@ -47,7 +47,7 @@ class Storage:
 
 
 def keep_certificates(root: Path) -> None:
-    """Let the image trust this machine's certificates even after its own package of certificates is installed."""
+    """Let the image trust this machine's certificates even after the package ca-certificates is installed in it."""
     bundle = root / "etc/ssl/certs/ca-certificates.crt"
     if bundle.exists():
         kept = root / "usr/local/share/ca-certificates/this-machine.crt"

@@ -1,6 +1,6 @@
-"""run_model_server.py with a model that is killed by a white image, as by a fault in a driver.
+"""run_model_server.py with a model that a white image kills, as a fault in a driver would.
 
-With IMAGES_THAT_FIT set, larger batches run out of memory. No Keras model can be made to do either at will.
+With IMAGES_THAT_FIT set, larger batches run out of memory. A real Keras model does neither on demand.
 """
 
 import os
@@ -20,7 +20,7 @@ warm_up = Classifier.warm_up
 
 
 class Deadly:
-    """A network that broke after its warm-up."""
+    """Wraps a network and adds these faults."""
 
     def __init__(self, network: Any) -> None:
         self.network = network

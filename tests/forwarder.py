@@ -1,4 +1,4 @@
-"""A name for two Redis servers, to test fail-over."""
+"""One address for two Redis servers, to test fail-over: forwards connections to either of them."""
 
 import select
 import socket
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 
 class Name(socketserver.ThreadingTCPServer):
-    """Forwards new connections to the port `leads_to` and leaves old ones open, as a virtual IP or a balancer does."""
+    """Forwards new connections to the port `leads_to`. Old ones stay open, as with a virtual IP or a load balancer."""
 
     daemon_threads = True
     request_queue_size = 128

@@ -1,4 +1,4 @@
-"""The hooks of a test run: which tests run, in which order and on which worker, and what is printed at the end."""
+"""pytest's hooks: which tests run, in which order and on which worker, and what is printed at the end."""
 
 from collections import Counter
 from collections.abc import Generator
@@ -9,7 +9,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 SLOW = ("fault", "alone", "images", "chroot", "browser", "backends", "tools", "slow")  # see pyproject.toml
 BY_FIXTURE = {"debian": "chroot", "images_to_come": "images", "chrome": "browser"}
-# These share the bare Debian; the images are built while the first one runs. They take longest, so they start first.
+# Both use the bare Debian, and the images are built while test_install.py runs. They take longest, so they start first.
 IMAGES = ("test_install.py", "test_docker.py")
 left_out: Counter[str] = Counter()
 
@@ -51,18 +51,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand a worker's counts to the process that prints them."""
+    """Send this worker's counts to the main process, which prints them."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = dict(left_out)
 
 
 def pytest_testnodedown(node: Any) -> None:
-    """Take a worker's counts; each worker has collected every test."""
+    """Add only what is missing of a worker's counts, since every worker collects every test."""
     left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - left_out)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the figures that tests recorded, a line each, for the tables of the documents."""
+    """Print the figures that tests recorded, one per line, for the tables of the documents."""
     figures = [
         (report.nodeid.rpartition("::")[2], value)
         for report in terminalreporter.getreports("passed")

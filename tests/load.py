@@ -1,4 +1,4 @@
-"""Load with known answers, and ways to hurt the processes under it, for test_faults_*.py."""
+"""Load with known answers for test_faults_*.py, and ways to find or freeze a model server in mid-batch."""
 
 import os
 import re
@@ -21,8 +21,8 @@ from samples import saved
 from train_digits import render, split
 
 CLIENTS = 32
-ALIKE = 1e-4  # probabilities closer than this count as equal
-LONGEST = 150  # seconds for a request
+TOLERANCE = 1e-4  # probabilities closer than this count as equal
+TIMEOUT = 150  # seconds for a request
 Record = Callable[[str, object], None]  # pytest's record_property
 
 
@@ -36,13 +36,13 @@ class Known:
     def is_right(self, body: Any) -> bool:
         got = [(each["label"], each["probability"]) for each in body["predictions"]]
         return [label for label, _ in got] == [label for label, _ in self.answer] and all(
-            abs(mine - theirs) < ALIKE for (_, mine), (_, theirs) in zip(got, self.answer, strict=True)
+            abs(mine - theirs) < TOLERANCE for (_, mine), (_, theirs) in zip(got, self.answer, strict=True)
         )
 
 
 @cache
 def known_images(count: int = 320) -> list[Known]:
-    """Return digits whose answers by the digits model all differ, so that a mixed-up answer is noticed."""
+    """Return images whose answers from the digits model all differ, so that a mixed-up answer is noticed."""
     rng = np.random.default_rng(3)
     model = keras.saving.load_model(ROOT / "models/digits.keras", compile=False)
     labels = (ROOT / "models/digits.labels.txt").read_text().split()
@@ -52,7 +52,7 @@ def known_images(count: int = 320) -> list[Known]:
     probabilities = model.predict(np.stack([np.asarray(each, np.float32) for each in pixels]), verbose=0)
     chosen: list[int] = []
     for i, row in enumerate(probabilities):
-        if all(np.abs(probabilities[j] - row).max() > 4 * ALIKE for j in chosen):
+        if all(np.abs(probabilities[j] - row).max() > 4 * TOLERANCE for j in chosen):
             chosen.append(i)
     assert len(chosen) >= count
     return [
@@ -66,7 +66,7 @@ def known_images(count: int = 320) -> list[Known]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a request: `code` is that of the JSON error, or the exception when there was no answer."""
+    """The result of a request. `code` is empty, the JSON error's, "wrong answer", or the exception without an answer."""
 
     started: float
     seconds: float
@@ -85,7 +85,7 @@ def ask(url: str, image: Known, **options: Any) -> Outcome:
     started = time.monotonic()
     status, message, retry_after = 0, "", False
     try:
-        response = requests.post(f"{url}/predict", files={"image": image.data}, **{"timeout": LONGEST, **options})
+        response = requests.post(f"{url}/predict", files={"image": image.data}, **{"timeout": TIMEOUT, **options})
         status, retry_after = response.status_code, "Retry-After" in response.headers
         body = response.json()
         if status == 200:
@@ -117,7 +117,7 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         for thread in self._threads:
-            thread.join(LONGEST)
+            thread.join(TIMEOUT)
         assert not any(thread.is_alive() for thread in self._threads)
 
     def _send(self, images: list[Known]) -> None:
@@ -144,17 +144,17 @@ class Load:
 
 
 def in_flight(redis: Redis, queue: str, server: str = "*") -> int:
-    """Return the number of jobs that model servers have taken and not answered."""
+    """Return the number of jobs that model servers have taken but not answered yet."""
     return sum(redis.llen(key) for key in redis.keys(f"{queue}:taken:{server}"))
 
 
 def name_of(server: Process) -> str:
-    """Return the name under which a model server joined last."""
+    """Return the name under which a model server last joined the queue."""
     return str(re.findall(r"Joined the queue .* as (\S+)", server.log)[-1])
 
 
 def freeze_in_mid_batch(pid: int, redis: Redis, queue: str, server: str = "*", least: int = 4) -> int:
-    """Stop a model server while it has `least` jobs or more; return how many it has."""
+    """Freeze a model server while it has at least `least` jobs; return their number."""
 
     def frozen() -> int:
         os.kill(pid, signal.SIGSTOP)

@@ -1,7 +1,7 @@
-"""One image in every format and mode that the service reads, each with the pixels that it shows.
+"""One image in every format and mode that the service reads, each with its expected pixels.
 
-The expected pixels come from the array that the file was made of, or from Pillow's plain decoding if the format is
-lossy, never from the code under test.
+The expected pixels come from the array that the file was made from, or from Pillow if the format is lossy, never from
+the code under test.
 """
 
 import io
@@ -238,7 +238,7 @@ def heic_of_10_bits(seed: int) -> Made:
 
 @maker
 def heic_turned_by_its_own_rotation(seed: int) -> Made:
-    """Its EXIF says the same, and must not count."""
+    """Its EXIF orientation says the same and must be ignored."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = saved(Image.fromarray(colors(seed)), "HEIF", quality=95, exif=exif)

@@ -1,6 +1,6 @@
-"""What tests and benchmarks run on: real Redis servers, Apaches and model servers on free ports.
+"""Run real Redis servers, Apaches and model servers on free ports, for tests and benchmarks.
 
-Knows nothing of pytest: a wait that ends raises TimeoutError, and a program that is not installed raises Missing.
+Does not depend on pytest: a wait that times out raises TimeoutError, and a missing program raises Missing.
 """
 
 from harness.certificates import make_certificates

@@ -21,7 +21,7 @@ AS_INSTALLED = {"PYTHONPATH": str(ROOT / "tests/as_installed")}
 
 
 class Missing(Exception):
-    """This machine lacks a program, a package or a privilege. Tests skip, or fail where CI=true."""
+    """This machine lacks a program, a package or a privilege. The test is skipped; with CI=true it fails."""
 
 
 def need(program: str) -> str:
@@ -34,8 +34,8 @@ def need(program: str) -> str:
 
 def free_port() -> int:
     """Return a free port outside the range that the system gives to outgoing connections."""
-    first = 20_000 + 3_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # apart by worker
-    for port in random.SystemRandom().sample(range(first, first + 3_000), 100):  # a test may have set the usual seed
+    first = 20_000 + 3_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # per worker
+    for port in random.SystemRandom().sample(range(first, first + 3_000), 100):  # a test may have set random's seed
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-    """Return the first true value of `condition`. Raises TimeoutError with `what`."""
+    """Return the first true value of `condition`. Raises TimeoutError, whose message says `what` was awaited."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
@@ -94,7 +94,7 @@ class Process:
         self.popen.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it and return the exit code. Raises subprocess.TimeoutExpired, after a SIGKILL."""
+        """End it and return the exit code. Kills it after 60 seconds and raises subprocess.TimeoutExpired."""
         if self.alive:
             self.send(number)
         try:
@@ -133,19 +133,19 @@ def command_line(pid: int) -> str:
 
 
 def pids() -> list[int]:
-    """Return all processes of this machine."""
+    """Return the pids of all processes on this machine."""
     return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
 
 
 def parent(pid: int) -> int:
-    """Return the process that started `pid`; 0 when `pid` has ended."""
+    """Return the pid of the parent of `pid`; 0 when `pid` has ended."""
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the children of a process, their children, and so on."""
+    """Return the pids of a process's children, of their children, and so on."""
     children: dict[int, list[int]] = {}
     for each in pids():
         children.setdefault(parent(each), []).append(each)

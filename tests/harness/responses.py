@@ -11,7 +11,7 @@ from harness.services import Service
 
 
 def raw_answer(service: Service, request: bytes) -> requests.Response:
-    """Send these bytes; return the response in the form that requests gives it."""
+    """Send these bytes; return the answer as a requests.Response."""
     host, port = service.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(request)

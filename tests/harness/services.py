@@ -67,13 +67,13 @@ def answers(client: Redis) -> bool:
 
 
 def own_keys(redis: Redis) -> list[bytes]:
-    """Return a test's own keys: all but those of the services it shares, whose queues are called queue-<number>."""
+    """Return all keys except those of shared services, whose queues are named queue-<number>."""
     return [key for key in cast(list[bytes], redis.keys("*")) if not key.startswith(b"queue-")]
 
 
 @contextmanager
 def run_model_server(log: Path, **environment: str) -> Iterator[Process]:
-    """Run a model server until the block ends, which starts when the model is loaded."""
+    """Run a model server during the block, which starts when the model is loaded."""
     with running([sys.executable, "run_model_server.py"], log, **environment) as process:
         process.wait_for_log("* Model loaded")
         yield process
@@ -83,7 +83,7 @@ def run_model_server(log: Path, **environment: str) -> Iterator[Process]:
 def run_apache(
     *, wait: bool = True, log: Path | None = None, command: Sequence[str] = (), page: str = "/livez", **environment: str
 ) -> Iterator[str]:
-    """Run the production site in an Apache of its own; give its URL, with `wait` when `page` can be fetched.
+    """Run the production site in a new Apache and yield its URL. With `wait`, first wait until `page` can be fetched.
 
     `command` replaces deploy/apache/run-private.
     """
@@ -121,7 +121,7 @@ def ready(url: str) -> dict[str, Any]:
 
 @contextmanager
 def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterator[Service]:
-    """Run Apache and `servers` model servers on a queue of their own; the block starts when all are ready."""
+    """Run Apache and `servers` model servers on a new queue or IMAGE_QUEUE. The block starts when all are ready."""
     queue = environment.setdefault("IMAGE_QUEUE", f"queue-{free_port()}")
     with ExitStack() as stack:
         processes = [
@@ -130,7 +130,7 @@ def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterat
             )
             for i in range(servers)
         ]
-        url = stack.enter_context(run_apache(wait=True, log=directory / "apache", **environment))
+        url = stack.enter_context(run_apache(log=directory / "apache", **environment))
         for process in processes:
             process.wait_for_log("* Model loaded")
         wait_until(lambda: len(ready(url).get("model_servers", {})) == servers, f"{servers} model servers are alive")
@@ -160,7 +160,7 @@ class Serve(Service):
 
 @contextmanager
 def run_serve(log: Path, **environment: str) -> Iterator[Serve]:
-    """Run bin/serve on free ports. Does not wait until it is ready: it logs "* Ready on port" then."""
+    """Run bin/serve on free ports. Does not wait until it logs "* Ready on port"."""
     need("apache2")
     port, redis_port = free_port(), free_port()
     ports = {"PORT": str(port), "REDIS_PORT": str(redis_port), "REDIS_HOST": "localhost"}
@@ -169,22 +169,22 @@ def run_serve(log: Path, **environment: str) -> Iterator[Serve]:
 
 
 def processes_with(redis_port: str) -> set[int]:
-    """Return the processes of the bin/serve that was given this port."""
+    """Return the pids of the bin/serve that was given this port, and of all its children."""
     return {pid for pid in pids() if variables(pid).get("REDIS_PORT") == redis_port}
 
 
 def model_servers(redis_port: str) -> set[int]:
-    """Return the model servers of the bin/serve that was given this port."""
+    """Return the pids of the model servers of the bin/serve that was given this port."""
     return {pid for pid in processes_with(redis_port) if "run_model_server.py" in command_line(pid)}
 
 
 def web_processes(url: str) -> list[int]:
-    """Return the mod_wsgi processes of the Apache at `url`."""
+    """Return the pids of the mod_wsgi processes of the Apache at `url`."""
     port = url.rsplit(":", 1)[1]
     commands = ((pid, command_line(pid)) for pid in pids())
     return [pid for pid, command in commands if command.startswith("(wsgi:") and f"APP_PORT {port}" in command]
 
 
 def apache_of(url: str) -> int:
-    """Return the process that controls the Apache at `url`."""
+    """Return the pid of the main process of the Apache at `url`."""
     return parent(web_processes(url)[0])
