@@ -66,7 +66,7 @@ def known_images(count: int = 320) -> list[Known]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a request. `code` is empty, the JSON error's, "wrong answer", or the exception without an answer."""
+    """The result of a request. `code` is empty, the JSON error's, "wrong answer", or the exception if none came."""
 
     started: float
     seconds: float

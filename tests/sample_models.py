@@ -20,11 +20,11 @@ MAKERS: dict[str, tuple[Callable[[], Model], list[str]]] = {}
 
 
 def maker(labels: list[str] = LABELS) -> Callable[[Callable[[], Model]], Callable[[], Model]]:
-    def note(function: Callable[[], Model]) -> Callable[[], Model]:
+    def register(function: Callable[[], Model]) -> Callable[[], Model]:
         MAKERS[function.__name__] = function, labels
         return function
 
-    return note
+    return register
 
 
 def build(name: str, folder: Path) -> Path:
@@ -120,7 +120,7 @@ def mean_of_two_softmaxes() -> Model:
 
 @maker()
 def softmax_summed_up_by_groups() -> Model:
-    """Its last layer is linear, but its output is probabilities."""
+    """The last layer is linear, but the output is probabilities."""
     groups = ending_in(dense(activation="softmax"), dense(use_bias=False))
     groups.layers[-1].set_weights([np.eye(3, dtype=np.float32)])
     return groups
@@ -143,7 +143,7 @@ def bfloat16() -> Model:
 
 @maker()
 def nan_for_a_flat_image() -> Model:
-    """It standardizes each image, which divides by zero if all pixels are the same."""
+    """Standardizes each image, which divides by zero if all its pixels are equal."""
     pixels = image()
     each: dict[str, Any] = {"axis": (1, 2, 3), "keepdims": True}
     normal = (pixels - ops.mean(pixels, **each)) / ops.std(pixels, **each)
@@ -329,13 +329,13 @@ def soft(values: Any) -> Any:
     return ops.softmax(values)
 
 
-# Files as Keras 2 wrote them
+# Files in the format of Keras 2
 
 
 def of_keras2(folder: Path, suffix: str) -> tuple[Path, Model]:
-    """Save a model in `folder` as Keras 2 did; return its path and the model.
+    """Save a model in `folder` in the format of Keras 2; return its path and the model.
 
-    It differs from Keras 3 as files written by TensorFlow 2.15 do.
+    The differences from Keras 3 are those in files that TensorFlow 2.15 wrote.
     """
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
@@ -374,7 +374,7 @@ def rewrite_zip(path: Path) -> None:
 
 
 def as_keras2(config: Any) -> Any:
-    """The `config` of Keras 3 as Keras 2 would have written it."""
+    """Convert a `config` of Keras 3 to what Keras 2 would have written."""
     if isinstance(config, list):
         return [as_keras2(each) for each in config]
     if not isinstance(config, dict):

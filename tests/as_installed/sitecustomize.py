@@ -1,6 +1,6 @@
 """Hides the tests' packages from a program under test, so that it starts as fast as in production.
 
-TensorFlow and Keras import these packages if they are installed, which nearly doubles the start-up time.
+TensorFlow and Keras import these packages if they are installed, which nearly doubles the time to start.
 """
 
 import os

@@ -19,7 +19,7 @@ def billions_of_frames() -> bytes:
 
 READABLE: dict[str, Maker] = {
     "minimal": make_avif,
-    "EXIF of rubbish": lambda: make_heif(
+    "EXIF of garbage": lambda: make_heif(
         avif_item(), exif_item(b"\xee" * 99), links=[(b"cdsc", 2, [1])], brand=b"avif"
     ),
     "animated": written("RGB", "AVIF", speed=10, save_all=True, append_images=[SMALL.rotate(90)]),

@@ -11,7 +11,7 @@ HEIF = {"HEIC": heic, "AVIF": avif}
 
 
 def table(kind: str, formats: dict[str, ModuleType]) -> dict[str, Maker]:
-    """The tables called `kind` of these formats."""
+    """Join these formats' tables called `kind`."""
     return {f"{form}: {name}": make for form, module in formats.items() for name, make in getattr(module, kind).items()}
 
 
@@ -28,7 +28,7 @@ def cut_off(form: str) -> dict[str, Maker]:
     return {f"{form}: cut off at {percent}%": partial(cut, written("RGB", form), percent) for percent in (10, 50, 90)}
 
 
-# The order decides which number gives which mutant.
+# The order determines the seeds of the mutants, so a change of it changes all mutants.
 READABLE = {name: make for form in PLAIN for name, make in of_sizes(form).items()}
 READABLE |= table("READABLE", PLAIN)
 READABLE |= {name: make for form in HEIF for name, make in (of_sizes(form) | of_modes(form)).items()}

@@ -9,7 +9,7 @@ EMPTY_COMMENT = b"!\xfe\0"
 
 
 def make_gif(width: int, height: int, *parts: bytes, colors: int = 2) -> bytes:
-    """A GIF of these parts, with a palette of so many grays; 0 for none."""
+    """A GIF of these parts, with a palette of `colors` grays, or none if 0."""
     bits = max(colors.bit_length() - 2, 0)
     palette = b"".join(bytes([i * 60 % 256]) * 3 for i in range(2 << bits)) if colors else b""
     screen = struct.pack("<HHBBB", width, height, 0x80 | bits if colors else 0, 0, 0)
@@ -22,7 +22,7 @@ def frame(x: int, y: int, width: int, height: int, pixels: bytes = b"") -> bytes
 
 
 def black(count: int) -> bytes:
-    """So many pixels, in LZW codes of three bits: the dictionary is cleared before each pixel."""
+    """`count` black pixels in LZW codes of three bits; the dictionary is cleared before each pixel."""
     clear, pixel, end = 4, 0, 5
     codes = [clear, pixel] * count + [end]
     bits = sum(code << 3 * i for i, code in enumerate(codes))
@@ -32,7 +32,7 @@ def black(count: int) -> bytes:
 
 READABLE: dict[str, Maker] = {
     "no palette": lambda: make_gif(2, 2, frame(0, 0, 2, 2), END, colors=0),
-    "frame outside of the screen": lambda: make_gif(2, 2, frame(50, 50, 2, 2), END),
+    "frame outside the screen": lambda: make_gif(2, 2, frame(50, 50, 2, 2), END),
     "frame larger than the screen": lambda: make_gif(1, 1, frame(0, 0, 2, 2), END),
     "no end": lambda: make_gif(2, 2, frame(0, 0, 2, 2)),
     "transparent": written("P", "GIF", transparency=0),
@@ -50,7 +50,7 @@ BROKEN: dict[str, Maker] = {
 BOMBS: dict[str, Maker] = {
     "50,000 x 50,000 pixels": lambda: make_gif(CLAIM, CLAIM, frame(0, 0, 4, 4)),
     "frame of 50,000 x 50,000 pixels": lambda: make_gif(4, 4, frame(0, 0, CLAIM, CLAIM)),
-    "frame far outside of the screen": lambda: make_gif(4, 4, frame(65535, 65535, 4, 4)),
+    "frame far outside the screen": lambda: make_gif(4, 4, frame(65535, 65535, 4, 4)),
     "a million empty comments": lambda: make_gif(4, 4, EMPTY_COMMENT * 1_000_000, frame(0, 0, 4, 4), END),
 }
 HARMLESS_BOMBS: dict[str, Maker] = {

@@ -50,7 +50,7 @@ def nested_boxes() -> bytes:
 READABLE: dict[str, Maker] = {
     "minimal": lambda: make_heif(heic_item()),
     "four tiles": lambda: make_heif(grid(2, 2, 128, 128), heic_item(), links=[(b"dimg", 1, [2, 2, 2, 2])]),
-    "EXIF of rubbish": lambda: make_heif(heic_item(), exif_item(b"\xee" * 99), links=[(b"cdsc", 2, [1])]),
+    "EXIF of garbage": lambda: make_heif(heic_item(), exif_item(b"\xee" * 99), links=[(b"cdsc", 2, [1])]),
     "EXIF of 2 MB": written("RGB", "HEIC", exif=b"Exif\0\0" + b"\xee" * 2_000_000),
     "XMP": written("RGB", "HEIC", xmp=b"<x/>" * 99),
     "unknown box": lambda: make_heif(heic_item(), more=box(b"what", b"x" * 99)),

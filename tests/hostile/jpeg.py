@@ -23,7 +23,7 @@ def make_jpeg(mode: str = "RGB", progressive: bool = False) -> bytes:
 
 
 def jpeg_with(*parts: bytes, image: bytes | None = None) -> bytes:
-    """A JPEG with these parts right behind its first two bytes."""
+    """A JPEG with these parts inserted after its first two bytes."""
     whole = make_jpeg() if image is None else image
     return whole[:2] + b"".join(parts) + whole[2:]
 
@@ -44,14 +44,14 @@ def claiming(width: int, height: int, *, progressive: bool = False) -> bytes:
 
 
 def with_scans(side: int, scan: bytes) -> bytes:
-    """A gray progressive JPEG, with another 500 times this scan, or its last one if that is empty."""
+    """A gray progressive JPEG with `scan` appended 500 times, or its own last scan if `scan` is empty."""
     whole = saved(Image.new("L", (side, side)), "JPEG", progressive=True)
     return whole[:-2] + (scan or whole[whole.rindex(b"\xff\xda") : -2]) * 500 + END
 
 
 READABLE: dict[str, Maker] = {
-    "rubbish ahead of the end": lambda: make_jpeg()[:-2] + b"rubbish" * 9 + END,
-    "rubbish after the end": lambda: make_jpeg() + b"\xff\xda" * 1000,
+    "garbage before the end": lambda: make_jpeg()[:-2] + b"rubbish" * 9 + END,
+    "garbage after the end": lambda: make_jpeg() + b"\xff\xda" * 1000,
     "CMYK, inverted": lambda: make_jpeg("CMYK"),
     "YCCK": lambda: make_jpeg("CMYK").replace(b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0\2"),
     "RGB components": written("RGB", "JPEG", keep_rgb=True),
@@ -60,7 +60,7 @@ READABLE: dict[str, Maker] = {
     "progressive": lambda: make_jpeg(progressive=True),
     "padding": lambda: jpeg_with(segment(COMMENT, b""), b"\xff" * 100),
     "comment that looks like the start of a JPEG": lambda: jpeg_with(segment(COMMENT, b"\0\xff\xd8\xff" * 100)),
-    "EXIF of rubbish": lambda: jpeg_with(segment(EXIF, b"Exif\0\0" + b"\xee" * 200)),
+    "EXIF of garbage": lambda: jpeg_with(segment(EXIF, b"Exif\0\0" + b"\xee" * 200)),
     "empty EXIF": lambda: jpeg_with(segment(EXIF, b"Exif\0\0")),
     "EXIF that points to itself": lambda: jpeg_with(exif((EXIF_IFD, LONG, 1, 8), (SUB_IFDS, LONG, 1, 8), following=8)),
     "EXIF that claims billions of values": lambda: jpeg_with(
@@ -76,7 +76,7 @@ READABLE: dict[str, Maker] = {
     "broken profile": lambda: jpeg_with(segment(PROFILE, b"ICC_PROFILE\0\7\1rubbish")),
     "broken multi-picture index": lambda: jpeg_with(segment(0xE2, b"MPF\0" + b"II*\0\x08\0\0\0\xff\xff")),
     "several pictures (MPO)": written("RGB", "MPO", save_all=True, append_images=[SMALL.rotate(90)]),
-    # Allowed by the standard, if rare. The codes are still Huffman's, so the pixels are noise.
+    # Rare, but allowed by the standard. The data is still in Huffman codes, so the pixels are noise.
     "arithmetic coding": with_frame(0, b"\xff\xc9"),
 }
 BROKEN: dict[str, Maker] = {
@@ -100,7 +100,7 @@ BOMBS: dict[str, Maker] = {
     "EXIF hidden after an end": lambda: jpeg_with(END, SMALL_EXIF * 100_000),
     # Pillow does not skip the content of the marker 0xC8.
     "EXIF hidden in an extension": lambda: jpeg_with((b"\xff\xc8\xff\xff" + SMALL_EXIF * 885) * 100),
-    "4 MB of rubbish": lambda: jpeg_with(segment(COMMENT, b""), b"\0" * 4_000_000),
+    "4 MB of garbage": lambda: jpeg_with(segment(COMMENT, b""), b"\0" * 4_000_000),
     "4 MB of padding": lambda: jpeg_with(segment(COMMENT, b""), b"\xff" * 4_000_000),
     "a million empty comments": lambda: jpeg_with(segment(COMMENT, b"") * 1_000_000),
     # Pillow keeps a tuple for every three bytes.

@@ -1,4 +1,4 @@
-"""Mutations of some bytes, or of a part that the format knows, so that the change gets past the first checks."""
+"""Mutate readable files: random bytes, or parts that the format defines, so that decoders' first checks still pass."""
 
 import re
 import struct
@@ -15,13 +15,13 @@ from hostile.png import SIGNATURE, chunk
 
 Mutation = Callable[[bytes, Random], bytes]
 
-# Numbers that programs stumble over.
+# Limits of integer types and other numbers that often reveal bugs.
 INTERESTING = (0, 1, 2, 3, 4, 7, 8, 16, 32, 64, 127, 128, 255, 256, 1000, 2**15 - 1, 2**15, 2**16 - 1, 2**16, 2**24,
                2**31 - 1, 2**31, 2**32 - 1)  # fmt: skip
 
 
 def flip(data: bytes, random: Random) -> bytes:
-    """Change a few bits, anywhere or in the first bytes, where headers are."""
+    """Change a few bits, anywhere or in the header."""
     changed = bytearray(data)
     for _ in range(random.choice((1, 1, 2, 5, 20)) if data else 0):
         changed[random.randrange(random.choice((len(data), min(len(data), 64))))] ^= 1 << random.randrange(8)
@@ -29,7 +29,7 @@ def flip(data: bytes, random: Random) -> bytes:
 
 
 def overwrite(data: bytes, random: Random) -> bytes:
-    """Overwrite some bytes with a number, anywhere or in the first bytes."""
+    """Overwrite some bytes with a number, anywhere or in the header."""
     at = random.randrange(random.choice((len(data), min(len(data), 64))) or 1)
     value = number(random)
     return data[:at] + value + data[at + len(value) :]
@@ -71,7 +71,7 @@ def splice(data: bytes, random: Random) -> bytes:
 
 
 def change_part(data: bytes, random: Random) -> bytes:
-    """Change a part that the format knows, or some bytes if none is left."""
+    """Change a part that the format defines, or some bytes if none can be found."""
     for start, change in PARTS.items():
         if data.startswith(start):
             try:
@@ -82,7 +82,7 @@ def change_part(data: bytes, random: Random) -> bytes:
 
 
 def change_png(data: bytes, random: Random) -> bytes:
-    """Change, drop, duplicate or move a chunk, with a right CRC."""
+    """Change, drop, duplicate or move a chunk; all CRCs are correct."""
     chunks, at = [], 8
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -90,7 +90,7 @@ def change_png(data: bytes, random: Random) -> bytes:
         at += 12 + length
     i = random.randrange(len(chunks))
     kind, content = chunks.pop(i)
-    if kind == b"IDAT" and random.random() < 0.5:  # the content, such as the filter of a row
+    if kind == b"IDAT" and random.random() < 0.5:  # change the rows themselves, such as a filter
         with suppress(zlib.error):
             content = zlib.compress(flip(zlib.decompress(content), random))
     else:
@@ -129,7 +129,7 @@ TIFF_TAGS = (254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 28
 
 
 def change_webp(data: bytes, random: Random) -> bytes:
-    """Change the size or content of a chunk, duplicate or drop it, with the right size of the whole."""
+    """Change the size or content of a chunk, duplicate or drop it; the size of the file is correct."""
     at, found = 12, []
     while at + 8 <= len(data):
         found.append(at)
@@ -176,7 +176,7 @@ PARTS: dict[bytes, Mutation] = {
     b"\x89PNG": change_png, b"\xff\xd8": change_jpeg, b"II*\0": change_tiff, b"MM\0*": change_tiff,
     b"RIFF": change_webp, b"GIF8": change_gif, b"BM": change_bmp, b"\0\0\0": change_heif,
 }  # fmt: skip
-# A change of a part is as likely as all others together.
+# Changing a part is as likely as all the others together.
 MUTATIONS: tuple[Mutation, ...] = (
     flip, overwrite, truncate, delete, duplicate, insert, splice, *[change_part] * 7
 )  # fmt: skip
@@ -184,12 +184,12 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 @cache
 def seeds() -> tuple[bytes, ...]:
-    """Good files of every format and mode, and the readable odd ones: small, so that one change matters."""
+    """The samples and the readable odd files. They are small, so that one change matters."""
     return tuple([sample.data for sample in samples.samples()] + [make() for make in READABLE.values()])
 
 
 def mutant(number: int) -> bytes:
-    """A good image with one to five changes, always the same for one number; some pass the first checks."""
+    """A readable image with one to five changes. The same number always gives the same mutant."""
     random = Random(number)
     image = random.choice(seeds())
     for mutate in random.choices(MUTATIONS, k=random.randint(1, 5)):

@@ -1,4 +1,4 @@
-"""Files that are no image, or an image of an unsupported format."""
+"""Files that are not images, and images of unsupported formats."""
 
 import struct
 
@@ -27,5 +27,5 @@ BROKEN: dict[str, Maker] = {
     "TGA": written("RGB", "TGA"),
     "JPEG 2000": written("RGB", "JPEG2000"),
     "PSD": lambda: b"8BPS\0\1" + b"\0" * 6 + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + b"\0" * 99,
-    "script ahead of an image": lambda: b"<?php system(1); ?>" + make_jpeg(),
+    "script before an image": lambda: b"<?php system(1); ?>" + make_jpeg(),
 }

@@ -1,4 +1,4 @@
-"""What the files of several formats are made with."""
+"""Helpers to make files, used by the modules of several formats."""
 
 import zlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from samples import colors, saved
 Maker = Callable[[], bytes]
 
 SMALL = Image.fromarray(colors(0, (60, 40)))
-CLAIM = 50_000  # pixels of both sides, as a bomb claims
+CLAIM = 50_000  # pixels, the width and height that a bomb claims to have
 
 
 def written(mode: str, form: str, size: tuple[int, int] = (60, 40), **options: Any) -> Maker:

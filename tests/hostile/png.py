@@ -29,7 +29,7 @@ def make_png(*chunks: bytes, rows: bytes = b"", end: bytes | None = None) -> byt
 
 
 def png_with(*chunks: bytes, after: bytes = b"") -> bytes:
-    """A good PNG of 4 x 4 pixels, with `chunks` ahead of its pixels and `after` behind them."""
+    """A valid PNG of 4 x 4 pixels, with `chunks` before its pixels and `after` after them."""
     return make_png(header(4, 4), *chunks, chunk(b"IDAT", zlib.compress(ROWS)), after)
 
 
@@ -81,7 +81,7 @@ READABLE: dict[str, Maker] = {
     "broken profile": lambda: png_with(chunk(b"iCCP", b"x\0\0rubbish")),
     "text with a bad CRC": lambda: png_with(bad_crc(b"tEXt", b"a\0b")),
     "texts": lambda: png_with(chunk(b"tEXt", b"a\0b"), chunk(b"zTXt", b"a\0\0" + zeros(9)), chunk(b"iTXt", b"a")),
-    "palette missing": lambda: make_png(header(2, 1, 8, 3), rows=b"\0\0\1"),  # the indices are taken as grays
+    "palette missing": lambda: make_png(header(2, 1, 8, 3), rows=b"\0\0\1"),  # Pillow takes the indices as grays
     "too few rows": lambda: make_png(header(4, 400), rows=b"\0" * 13),  # the rest is black
 }  # fmt: skip
 BROKEN: dict[str, Maker] = {
@@ -122,7 +122,7 @@ HARMLESS_BOMBS: dict[str, Maker] = {
           for i in range(99))
     ),
     "300 broken texts": lambda: png_with(BROKEN_TEXT * 300),
-    "300 broken texts behind the pixels": lambda: png_with(after=BROKEN_TEXT * 300),
+    "300 broken texts after the pixels": lambda: png_with(after=BROKEN_TEXT * 300),
     "EXIF orientation of 4 million values": lambda: png_with(
         chunk(b"eXIf", make_tiff([(ORIENTATION, SHORT, 4_000_000, b"\0" * 8_000_000)]))
     ),

@@ -83,7 +83,7 @@ def of_values(values: Any) -> Maker:
 
 
 def frames(count: int) -> bytes:
-    """Directories that each point to the next."""
+    """A TIFF of `count` directories, each of which points to the next."""
     one = gray()[8:]
     at = [8 + i * len(one) for i in range(count + 1)]
     next_at = 2 + 8 * 12
@@ -98,13 +98,13 @@ def two_tile_widths() -> bytes:
 
 
 def tile_width_in_words() -> bytes:
-    """Python would repeat the text as often as the height says."""
+    """Multiplied by the height, the width would be a string of 4 GB in Python."""
     where: list[Tag] = [(TILE_WIDTH, 2, 4, b"abcd"), (TILE_HEIGHT, LONG, 1, 2**30), (TILE_OFFSETS, LONG, 1, PIXELS_AT)]
     return make_tiff(gray_tags(10, 10, *where, compression=DEFLATE)).ljust(1100, b"\0")
 
 
 def exif_of_a_million_values() -> bytes:
-    """In the directory of the EXIF."""
+    """A tag in the EXIF directory has a million values."""
     inner = struct.pack("<HHHII", 1, 0x9204, RATIONAL, 1_000_000, 2000) + b"\0\0\0\0"
     whole = gray((EXIF_IFD, LONG, 1, 1500)).ljust(1500, b"\0") + inner
     return whole.ljust(2000, b"\0") + b"\0" * 8_000_000

@@ -31,7 +31,7 @@ def three_bytes(number: int) -> bytes:
 
 
 def pixels(image: Image.Image = SMALL) -> bytes:
-    """The chunk that holds an image, as bytes."""
+    """The whole chunk that holds an image."""
     return saved(image, "WEBP", lossless=True)[12:]
 
 
@@ -41,7 +41,7 @@ def frame(width: int, height: int, content: bytes, *, at: bytes = b"\0" * 6, end
 
 
 def with_chunk(kind: bytes, data: bytes, flag: int, *, first: bool = False) -> bytes:
-    """A good WebP with one more chunk."""
+    """A valid WebP with one more chunk."""
     image = (pixels()[:4], pixels()[8:])
     chunks = [(kind, data), image] if first else [image, (kind, data)]
     return make_webp(canvas(60, 40, flag), *chunks)
@@ -55,13 +55,13 @@ READABLE: dict[str, Maker] = {
     "profile, EXIF and XMP": written(
         "RGB", "WEBP", icc_profile=b"x" * 99, exif=make_tiff([(ORIENTATION, SHORT, 1, 6)]), xmp=b"<x/>"
     ),
-    "EXIF of rubbish": written("RGB", "WEBP", exif=b"\xee" * 99),
+    "EXIF of garbage": written("RGB", "WEBP", exif=b"\xee" * 99),
 }
 BROKEN: dict[str, Maker] = {
     "no chunk": make_webp,
     "canvas without pixels": lambda: make_webp(canvas(4, 4)),
     "animation without a frame": lambda: make_webp(canvas(4, 4, ANIMATED), ANIMATION),
-    "frame outside of the canvas": lambda: make_webp(
+    "frame outside the canvas": lambda: make_webp(
         canvas(4, 4, ANIMATED), ANIMATION, frame(60, 40, pixels(), at=b"\xff" * 6)
     ),
     "chunk that claims 4 GB": lambda: replaced(saved(SMALL, "WEBP"), b"VP8", 4, b"\xff" * 4),
@@ -74,7 +74,7 @@ BOMBS: dict[str, Maker] = {
         (b"VP8 ", b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", 16383, 16383) + NO_PIXELS)
     ),
     "canvas 16 million pixels wide": lambda: make_webp(canvas(2**24, 200), (b"VP8L", b"\x2f" + NO_PIXELS)),
-    # Twice MAX_IMAGE_PIXELS: Pillow only warns, and creates its decoder.
+    # Almost twice Image.MAX_IMAGE_PIXELS: Pillow only warns, and creates its decoder.
     "canvas just below Pillow's own limit": lambda: make_webp(
         canvas(9999, 9999, ANIMATED), ANIMATION, frame(60, 40, pixels())
     ),
