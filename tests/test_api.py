@@ -49,7 +49,7 @@ def test_image_may_be_the_request_body(service: Service, image: Path, kind: str,
     [(b"", 400, "missing_image"), (b"no image", 400, "bad_image"), (b"." * (16 * 2**20 + 1), 413, "too_large")],
 )
 @pytest.mark.parametrize("chunked", [False, True])
-def test_body_that_is_no_image_is_rejected(
+def test_body_that_is_not_an_image_is_rejected(
     service: Service, body: bytes, status: int, code: str, chunked: bool
 ) -> None:
     sent: Any = iter([body]) if chunked and body else body
@@ -70,14 +70,14 @@ def test_each_of_several_images_gets_its_own_result(service: Service) -> None:
     assert [each["success"] for each in alone] == [True, False, True]
 
 
-def test_several_classified_images_are_a_success(service: Service) -> None:
+def test_request_succeeds_if_all_its_images_are_classified(service: Service) -> None:
     answer = post(service, *[THREE.read_bytes()] * 32).json()
 
     assert answer["success"] is True
     assert [each["predictions"][0]["label"] for each in answer["results"]] == ["3"] * 32
 
 
-def test_too_many_images_in_a_request_are_413(service: Service) -> None:
+def test_request_with_too_many_images_is_413(service: Service) -> None:
     message = assert_error(post(service, *[THREE.read_bytes()] * 33), 413, "too_large")
 
     assert "32 images" in message
@@ -121,7 +121,7 @@ def test_errors_have_a_request_id(service: Service) -> None:
 
     assert (refused.status_code, by_apache.status_code) == (400, 400)
     for answer in (refused, by_apache):
-        assert "," not in answer.headers["X-Request-ID"]  # a single id, not one from Apache and one from the app
+        assert "," not in answer.headers["X-Request-ID"]  # one id, not one from Apache and another from the app
 
 
 def test_server_timing_has_every_stage(service: Service) -> None:
@@ -142,7 +142,7 @@ def get(service: Service, path: str) -> requests.Response:
 
 
 def assert_protocol_error(answer: Any, status: int) -> str:
-    """Check that this is an error in the protocol's format; return its text."""
+    """Check that this is an error in the protocol's format; return its message."""
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/json"
     assert list(answer.json()) == ["error"]
@@ -183,7 +183,7 @@ def test_protocol_server_metadata(service: Service, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/v2/models/cats", "/v2/models/cats/ready", "/v2/models/cats/versions/1",
                                   "/v2/models/digits/versions/2", "/v2/models/digits/versions/2/ready"])  # fmt: skip
-def test_unknown_model_or_version_is_404_and_lists_the_known(service: Service, path: str) -> None:
+def test_unknown_model_or_version_is_404_and_lists_known_ones(service: Service, path: str) -> None:
     assert "digits" in assert_protocol_error(get(service, path), 404)
 
 

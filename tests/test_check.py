@@ -30,7 +30,7 @@ OTHER = Image.open(ROOT / "models/digits/three.png").convert("L").resize((300, 4
 
 
 def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
-    """The seven as a camera stores it: turned, with the EXIF orientation that turns it upright."""
+    """The seven as a camera stores it: rotated, with the EXIF orientation that turns it upright."""
     turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
              5: Image.Transpose.TRANSPOSE}  # fmt: skip
     exif = Image.Exif()
@@ -39,7 +39,7 @@ def with_orientation(orientation: int, form: str = "JPEG") -> bytes:
 
 
 def ink_alone(mode: str) -> bytes:
-    """The seven in black ink on a transparent background, which is all black if alpha is ignored."""
+    """The seven in black ink on a transparent background. It is all black if alpha is ignored."""
     black = Image.new(mode.rstrip("A") or "L", SEVEN.size, 0)
     black.putalpha(WHITE_ON_BLACK)
     return saved(black, "PNG")
@@ -51,7 +51,7 @@ def palette() -> bytes:
     return saved(image, "PNG", transparency=lightest)
 
 
-def deep() -> Image.Image:
+def of_16_bits() -> Image.Image:
     return Image.fromarray(np.asarray(SEVEN).astype(np.uint16) * 257)
 
 
@@ -61,10 +61,10 @@ FILES: dict[str, Callable[[], bytes]] = {
     "exif6.jpg": lambda: with_orientation(6),
     "exif8.webp": lambda: with_orientation(8, "WEBP"),
     "transparent.png": lambda: ink_alone("RGBA"),
-    "transparent-grey.png": lambda: ink_alone("LA"),
+    "transparent-gray.png": lambda: ink_alone("LA"),
     "palette.png": palette,
-    "16bit.png": lambda: saved(deep(), "PNG"),
-    "16bit.tif": lambda: saved(deep(), "TIFF"),
+    "16bit.png": lambda: saved(of_16_bits(), "PNG"),
+    "16bit.tif": lambda: saved(of_16_bits(), "TIFF"),
     "float.tif": lambda: saved(Image.fromarray(np.asarray(SEVEN).astype(np.float32) * 9), "TIFF"),
     "cmyk.jpg": lambda: saved(SEVEN.convert("CMYK"), "JPEG"),
     "animated.gif": lambda: saved(SEVEN, "GIF", save_all=True, append_images=[OTHER]),
@@ -95,7 +95,7 @@ def digits() -> classifier.Classifier:
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, digits: classifier.Classifier) -> Callable[[Path], int]:
-    """A function that runs run_model_server.py --check with a loaded model, and returns its exit code."""
+    """A function that runs run_model_server.py --check with the loaded model, and returns its exit code."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the test run's own handlers
     monkeypatch.setattr(check_module, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(check_module, "load_model", lambda: digits)
@@ -155,7 +155,7 @@ def test_check_has_the_limits_of_the_service(
 def test_check_resizes_like_the_service(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier, tmp_path: Path
 ) -> None:
-    """So does the model server with an image that was queued for another model."""
+    """So does the model server, for an image that was queued for a model of another size."""
     monkeypatch.setattr(settings, "IMAGE_RESAMPLE", "nearest")
     path = tmp_path / "seven.png"
     SEVEN.save(path)

@@ -1,4 +1,4 @@
-"""The classifier: which models it refuses, how it computes a batch, and that a bad image does not affect the others."""
+"""The classifier: which models it refuses, how it computes batches, and that a bad image does not affect the others."""
 
 import functools
 import inspect
@@ -115,7 +115,7 @@ def test_a_batch_is_cut_into_the_fastest_pieces() -> None:
 
 
 def slow(*, sweet: int) -> Callable[[Any], None]:
-    """A `fault` that takes time: 5 ms an image in batches of `sweet`, a fifth more for each halving or doubling."""
+    """A slow `fault`: 5 ms per image in batches of `sweet`, and a fifth more for each halving or doubling."""
     return lambda images: time.sleep(len(images) * 0.005 * (1 + 0.2 * abs(math.log2(len(images) / sweet))))
 
 
@@ -130,13 +130,13 @@ def test_the_batch_size_is_the_fastest_per_image(sweet: int) -> None:
     assert model.slowest == pytest.approx(sweet * 0.005, rel=0.3)
 
 
-def test_of_equally_fast_sizes_the_smallest_long_one_is_chosen() -> None:
-    """Larger batches would answer their first image later, but their last one no sooner."""
+def test_equally_fast_sizes_give_the_smallest_that_takes_100_ms() -> None:
+    """With larger batches the first image would be answered later and the last one no sooner."""
     model = Classifier(Network(lambda images: time.sleep(0.015 * len(images))), FACTS)
 
     model.warm_up()
 
-    assert model.batch_size == 8  # 0.12 s
+    assert model.batch_size == 8  # takes 0.12 s
 
 
 def test_warm_up_stops_where_larger_batches_gain_nothing() -> None:
@@ -155,8 +155,8 @@ def test_warm_up_measures_a_long_batch_once() -> None:
     assert network.sizes.count(8) == 2  # compiled, and measured once
 
 
-def test_the_overhead_of_a_batch_counts() -> None:
-    """Where computing takes almost no time, small batches are not chosen because of noise."""
+def test_noise_does_not_make_a_fast_model_choose_small_batches() -> None:
+    """Their overhead counts."""
     assert warmed_up(Network()).batch_size == 32
 
 
@@ -265,10 +265,10 @@ def test_faster_computing_gives_the_same_within_its_precision(
 
     difference = np.abs(np.array(faster, float) - np.array(plain, float)).max()
     assert difference < tolerance
-    assert name == "XLA" or difference > 1e-6  # it does compute in lower precision
+    assert name == "XLA" or difference > 1e-6  # so it does compute in lower precision
 
 
-def test_a_model_for_any_size_takes_the_size_of_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_for_any_size_uses_the_size_in_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = load(monkeypatch, MODEL=saved_model(tmp_path / "any.keras", (None, None, 3)))
 
     assert len(predicted(model, batch(1, 2))) == 2
@@ -423,7 +423,6 @@ def test_only_a_trained_classifier_says_that_it_recognizes_imagenet(
     monkeypatch.setattr(applications, "_imagenet_labels", lambda module: [f"class {i}" for i in range(1000)])
     monkeypatch.setattr(settings, "BATCH_SIZE", 1)
     model = load(monkeypatch, MODEL="MobileNet", MODEL_WEIGHTS=weights)
-    model.warm_up()
 
     assert model.about.get("description") == said  # what /readyz says
     assert check.summary(model).endswith(f", {said}" if said else "1000 labels")  # what --check says
@@ -445,7 +444,7 @@ WITHOUT_A_HOME = (
 
 
 def test_without_internet_the_error_says_which_file_to_put_where(tmp_path: Path) -> None:
-    """A proxy that does not exist stands in for missing internet. The user has no home, as in a container."""
+    """A proxy that does not exist simulates missing internet. The user has no home, as in a container."""
     environment = {**os.environ, **AS_INSTALLED, "KERAS_HOME": str(tmp_path), "MODEL": "ResNet50",
                    "https_proxy": "http://127.0.0.1:1"}  # fmt: skip
     environment.pop("HOME", None)

@@ -1,4 +1,4 @@
-"""CORS: what CORS_ORIGINS allows pages of other origins, and that nothing is allowed without it."""
+"""CORS: what pages of other origins may do with CORS_ORIGINS, and that they may do nothing without it."""
 
 import os
 import re
@@ -20,12 +20,11 @@ from harness import (
 THREE = (ROOT / "models/digits/three.png").read_bytes()
 APP, LOCAL, OTHER = "https://app.example", "http://localhost:3000", "https://evil.example"
 KEY, OTHER_KEY = "the-key-of-2026-is-this", "the-key-of-2027-is-that"
-OURS = "Access-Control-"
 
 
 @pytest.fixture(scope="module")
 def shared(service: Service) -> Iterator[Service]:
-    """A service that pages of two origins may call, with a key."""
+    """A service that pages of two origins may call with a key."""
     origins, keys = f"{APP},{LOCAL}", f"{KEY},{OTHER_KEY}"
     with run_apache(IMAGE_QUEUE=service.queue, CORS_ORIGINS=origins, API_KEYS=keys, RATE_LIMIT="20/minute") as url:
         yield Service(url)
@@ -47,7 +46,7 @@ def send_headers(service: Service, origin: str, length: str) -> requests.Respons
 
 
 def access_headers(answer: Any) -> list[str]:
-    return [name for name in answer.headers if name.startswith(OURS)]
+    return [name for name in answer.headers if name.startswith("Access-Control-")]
 
 
 def assert_shared(answer: Any, origin: str) -> None:
@@ -120,7 +119,7 @@ def test_other_origins_get_no_cors_headers(shared: Service, origin: str) -> None
     answers = [preflight(f"{shared.url}/predict", origin), post(shared, origin, key="x"), by_apache]
 
     assert [access_headers(answer) for answer in answers] == [[], [], []]
-    # Otherwise a cache could give one origin the response for another.
+    # Otherwise a cache could give one origin the response meant for another.
     assert "Origin" in answers[1].headers["Vary"]
 
 

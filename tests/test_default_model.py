@@ -1,4 +1,4 @@
-"""The model that is served if MODEL is not set: ResNet50 if its weights are available, otherwise the bundled one."""
+"""Which model is served if MODEL is not set: ResNet50 if its weights are available, otherwise the bundled model."""
 
 import hashlib
 import os
@@ -50,7 +50,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @contextmanager
 def answering(said: bytes, then: Callable[[], object] = bool) -> Iterator[str]:
-    """The address of a server that sends `said` to each client, whatever it asks, and then calls `then`."""
+    """The URL of a server that sends `said` in reply to any request, and then calls `then`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -66,8 +66,8 @@ def answering(said: bytes, then: Callable[[], object] = bool) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/weights"
 
 
-def have_cached(monkeypatch: pytest.MonkeyPatch, **wrong: bytes) -> None:
-    """Put small files with matching sums into Keras' cache in place of the 100 MB, except for the `wrong` ones."""
+def fill_cache(monkeypatch: pytest.MonkeyPatch, **wrong: bytes) -> None:
+    """Put small files into Keras' cache instead of 100 MB, with matching MD5 sums except for those in `wrong`."""
     folder = keras_downloads()
     folder.mkdir(parents=True)
     for name in default_model.RESNET50_FILES:
@@ -78,8 +78,8 @@ def have_cached(monkeypatch: pytest.MonkeyPatch, **wrong: bytes) -> None:
         (folder / {"weights": WEIGHTS, "classes": CLASSES}[name]).write_bytes(content)
 
 
-def told(capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that says which model is served, and why not ResNet50."""
+def serving_line(capfd: pytest.CaptureFixture[str]) -> str:
+    """Return the only line that says which model is served and, if it is not ResNet50, why."""
     [line] = [each for each in capfd.readouterr().out.splitlines() if "Serving" in each]
     return line
 
@@ -91,9 +91,9 @@ def told(capfd: pytest.CaptureFixture[str]) -> str:
      (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "HTTP Error 403: Forbidden"),
      (b"\0\1 this is no HTTP\r\n\r\n", "this is no HTTP"), (b"", "closed|reset"),
      ("http://127.0.0.1:port/", "nonnumeric port")],
-    ids=["refused", "no DNS", "403", "rubbish", "hangs up", "no port"],
+    ids=["refused", "no DNS", "403", "garbage", "hangs up", "no port"],
 )  # fmt: skip
-def test_without_internet_the_bundled_model_is_served_and_the_line_says_why(
+def test_bundled_model_is_served_without_internet_and_a_line_says_why(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str | bytes, reason: str
 ) -> None:
     with answering(address if isinstance(address, bytes) else b"") as url:
@@ -101,7 +101,7 @@ def test_without_internet_the_bundled_model_is_served_and_the_line_says_why(
 
         assert default_model.choose() == BUNDLED
 
-    line = told(capfd)
+    line = serving_line(capfd)
     assert re.search(reason, line)
     assert DESCRIPTION in line
     assert f"put {WEIGHTS} and {CLASSES} there" in line
@@ -110,13 +110,13 @@ def test_without_internet_the_bundled_model_is_served_and_the_line_says_why(
     assert f"\n## {section}\n" in (ROOT / "docs/models.md").read_text()
 
 
-@pytest.mark.parametrize("asleep", ["the server", "the host's name"])
+@pytest.mark.parametrize("silent", ["server", "resolver"])
 def test_network_that_drops_everything_delays_the_start_only_briefly(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], asleep: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], silent: str
 ) -> None:
     monkeypatch.setattr(default_model, "PROBE_LIMIT", 0.3)
     release = threading.Event()
-    if asleep != "the server":  # a resolver's own limit can be a minute
+    if silent == "resolver":  # its own timeout can be a minute
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
     with answering(b"", lambda: release.wait(20)) as url:
         monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
@@ -126,22 +126,22 @@ def test_network_that_drops_everything_delays_the_start_only_briefly(
 
         assert time.monotonic() - begun < 2
         release.set()
-    assert re.search("no answer within 0.3 seconds|timed out", told(capfd))
+    assert re.search("no answer within 0.3 seconds|timed out", serving_line(capfd))
 
 
 def test_cached_resnet50_is_served_without_a_network(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    have_cached(monkeypatch)
+    fill_cache(monkeypatch)
     monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
 
     assert default_model.choose() == "ResNet50"
-    assert told(capfd) == f"* Serving ResNet50, which recognizes {DESCRIPTION}"
+    assert serving_line(capfd) == f"* Serving ResNet50, which recognizes {DESCRIPTION}"
 
 
 @pytest.mark.parametrize("wrong", ["weights", "classes"])
 def test_partial_file_in_the_cache_does_not_count(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    have_cached(monkeypatch, **{wrong: b"half of"})
+    fill_cache(monkeypatch, **{wrong: b"half of"})
     monkeypatch.setattr(default_model, "WEIGHTS_URL", f"http://127.0.0.1:{free_port()}/")
 
     assert default_model.choose() == BUNDLED
@@ -164,7 +164,7 @@ def test_md5_sums_are_those_of_keras() -> None:
      ("import time; time.sleep(60)", "not complete after 1 seconds")],
     ids=["cut off", "killed", "slow"],
 )  # fmt: skip
-def test_download_that_fails_or_takes_too_long_is_given_up(
+def test_bundled_model_is_served_if_the_download_fails_or_takes_too_long(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], program: str, reason: str
 ) -> None:
     monkeypatch.setattr(default_model, "FETCH", [sys.executable, "-c", program])
@@ -174,7 +174,7 @@ def test_download_that_fails_or_takes_too_long_is_given_up(
 
         assert default_model.choose() == BUNDLED
 
-    assert f"({reason})" in told(capfd)
+    assert f"({reason})" in serving_line(capfd)
 
 
 def test_resnet50_is_served_after_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_random_weights_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None
 def test_broken_download_by_keras_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: bytes, reason: str
 ) -> None:
-    """Whatever Keras raises, even without an address in it. No partial file is left behind."""
+    """Whatever Keras raises, even if it does not name the URL."""
     monkeypatch.setattr(downloads, "DOWNLOAD_TIMEOUT", 0.3)
     release = threading.Event()
     with answering(said, lambda: release.wait(5 if said.endswith(b"200 O") else 0)) as url:
@@ -216,12 +216,12 @@ def test_broken_download_by_keras_says_what_to_do(
     assert str(refused.value).endswith(f"or set MODEL={BUNDLED}, which needs nothing.")
 
 
-def test_description_is_that_of_the_bundled_model() -> None:
+def test_resnet50_has_the_description_of_the_bundled_model() -> None:
     assert model_file.read(ROOT / "models/efficientnet_lite0.json").description == applications.IMAGENET == DESCRIPTION
 
 
 def test_container_serves_the_chosen_model_and_can_stop_while_choosing(tmp_path: Path) -> None:
-    """With the Dockerfile's own command, which must not look for the weights if MODEL is set."""
+    """Runs the Dockerfile's command, which must not look for the weights if MODEL is set."""
     stage = (ROOT / "Dockerfile").read_text().split(" AS model\n")[1]
     [command] = re.findall(r"^CMD \[(.*)\]$", stage, re.MULTILINE)
     program = [sys.executable, *re.findall(r'"(.*?)"', command)[1:]]
@@ -230,7 +230,7 @@ def test_container_serves_the_chosen_model_and_can_stop_while_choosing(tmp_path:
     with answering(b"", lambda: time.sleep(20)) as url:
         proxy = {"MODEL": "", "KERAS_HOME": str(tmp_path), "https_proxy": url}
         with running(program, tmp_path / "log", **proxy) as process:
-            wait_until(lambda: handles(process.popen.pid, signal.SIGTERM), "it has begun")
+            wait_until(lambda: handles(process.popen.pid, signal.SIGTERM), "it handles SIGTERM")
             begun = time.monotonic()
 
             assert process.stop(signal.SIGTERM) == 0

@@ -1,8 +1,8 @@
 """Dockerfile and compose.yaml, without Docker: buildah builds the images, and the tests run them as compose.yaml says.
 
-They use the image's command and user, its variables and compose's, a read-only file system with compose's tmpfs, and no
-capabilities. The model server's image is built only with BUILD_ALL_IMAGES=1, since that installs 2 GB. Otherwise the
-model server of this machine stands in for it.
+They use the image's command, user and variables, compose's variables and tmpfs, a read-only file system and no
+capabilities. The model server's image is built only with BUILD_ALL_IMAGES=1, since that installs 2 GB. Without it, the
+tests run the model server of this machine instead.
 """
 
 import json
@@ -64,7 +64,7 @@ exec chroot "$root" setpriv --reuid="$user" --regid="$user" --clear-groups --no-
 
 
 class Image:
-    """An image in `storage`, and the folder where it is mounted."""
+    """An image in `storage`, mounted in the folder `root`."""
 
     def __init__(self, storage: list[str], name: str) -> None:
         self.buildah = ["buildah", *storage]
@@ -77,7 +77,7 @@ class Image:
         return subprocess.check_output([*self.buildah, *arguments], text=True, timeout=120).strip()
 
     def entered(self, service: dict[str, Any], command: list[str], **more: str) -> tuple[list[str], dict[str, str]]:
-        """The command and environment that run `command` in the image as compose.yaml says."""
+        """Return the command and the environment that run `command` in the image as compose.yaml says."""
         inside = dict(each.split("=", 1) for each in self.config["Env"]) | defaults(service) | more
         unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private"]
         variables = [f"{name}={text}" for name, text in inside.items()]
@@ -99,8 +99,8 @@ class Image:
                 if process.alive:  # unshare does not pass signals on to its child
                     os.kill(inner(process), signal.SIGKILL)
 
-    def complaint(self, service: dict[str, Any], **more: str) -> str:
-        """The error of its health check; empty if it is healthy."""
+    def health_error(self, service: dict[str, Any], **more: str) -> str:
+        """Return the error of the image's health check; empty if it passes."""
         kind, *command = self.config["Healthcheck"]["Test"]
         assert kind == "CMD"
         command, about = self.entered(service, command, **more)
@@ -109,32 +109,32 @@ class Image:
 
 
 def interpolated(text: str, **given: str) -> str:
-    """A value of compose.yaml with the variables that are `given`."""
+    """Return a value of compose.yaml with the variables in `given`, or their defaults."""
     return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda each: given.get(each[1]) or each[2], text)
 
 
 def defaults(service: dict[str, Any], **given: str) -> dict[str, str]:
-    """The environment of a service in compose.yaml, with only the variables that are `given`."""
+    """Return the environment of a service in compose.yaml if only the variables in `given` are set."""
     found = {name: given.get(name) if text is None else interpolated(str(text), **given)
              for name, text in service["environment"].items()}  # fmt: skip
     return {name: text for name, text in found.items() if text is not None}
 
 
 def inner(process: Process) -> int:
-    """The first process in the container, which Docker sends signals to."""
+    """Return the pid of the first process in the container, to which Docker sends signals."""
     children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
-    return int(wait_until(lambda: children.read_text().split(), "it has begun")[0])
+    return int(wait_until(lambda: children.read_text().split(), "the container has started")[0])
 
 
 @pytest.fixture(scope="module")
 def storage(images_to_come: Future[list[str]]) -> list[str]:
-    """Options for buildah that name its storage, with the images in it."""
+    """buildah's options for the storage that has the images."""
     return images_to_come.result()
 
 
 @contextmanager
 def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[None]:
-    """Run the image's model server, or its command on this machine. It must become healthy when it serves."""
+    """Run the model server's image, which must become healthy, or without ALL its command on this machine."""
     if not ALL:
         [command] = re.findall(r"^CMD (.*)$", (ROOT / "Dockerfile").read_text().split(" AS model\n")[1], re.MULTILINE)
         no_weights = {"MODEL": "", "KERAS_HOME": str(log.parent), "https_proxy": "http://127.0.0.1:1"}
@@ -144,11 +144,11 @@ def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[Non
         return
     image, service = Image(storage, "model"), SERVICES["model"]
     settings |= {"METRICS_PORT": str(free_port()), "https_proxy": "http://127.0.0.1:1"}
-    assert image.complaint(service, **settings) == "no heartbeat"
+    assert image.health_error(service, **settings) == "no heartbeat"
     tmpfs = [*service["tmpfs"], "/var/cache/keras-rest-api:mode=0755"]  # instead of the volume
     with image.running(service | {"tmpfs": tmpfs}, log, **settings) as process:
         process.wait_for_log("* Joined the queue")
-        assert image.complaint(service, **settings) == ""
+        assert image.health_error(service, **settings) == ""
         yield
         os.kill(inner(process), signal.SIGTERM)
         assert process.popen.wait(60) == 0
@@ -162,20 +162,20 @@ def test_hardened_images_answer_and_stop_when_all_is_answered(
     settings = {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_port), "IMAGE_QUEUE": name}
     more = settings | {"APP_PORT": str(port)}
     image, service = Image(storage, "web"), SERVICES["web"]
-    assert "Connection refused" in image.complaint(service, **more)
+    assert "Connection refused" in image.health_error(service, **more)
     with image.running(service, tmp_path / "web", **more) as process:
-        wait_until(lambda: not image.complaint(service, **more) or not process.alive, "the web is healthy")
+        wait_until(lambda: not image.health_error(service, **more) or not process.alive, "the web is healthy")
         assert process.alive, process.log
         web = Service(f"http://127.0.0.1:{port}", name)
         with model_server(storage, tmp_path / "first", **settings):
             assert web.label(CAT) == "Egyptian_cat"
 
-        # Requests that wait when it is told to stop are answered, by a model server that starts only then.
+        # Requests that are waiting when the web gets its stop signal are answered by a model server that starts later.
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(web.label, CAT) for _ in range(8)]
             wait_until(lambda: redis.llen(name) == 8, "all are in the queue")
             os.kill(inner(process), getattr(signal, image.config["StopSignal"]))
-            wait_until(lambda: refused(web.url), "it takes no more")
+            wait_until(lambda: refused(web.url), "the web accepts no more requests")
             assert process.alive
             with model_server(storage, tmp_path / "model", **settings):
                 assert [each.result(60) for each in asked] == 8 * ["Egyptian_cat"]
@@ -189,7 +189,7 @@ def refused(url: str) -> bool:
         return True
 
 
-def test_web_image_has_no_tensorflow_and_only_the_service_s_files(storage: list[str]) -> None:
+def test_web_image_has_no_tensorflow_and_only_the_files_it_needs(storage: list[str]) -> None:
     image = Image(storage, "web")
     packages = {path.name for path in Path(image.root).glob("opt/keras-rest-api/.venv/lib/python3*/site-packages/*")}
     files = {path.name for path in Path(image.root, "opt/keras-rest-api").iterdir()}
@@ -206,7 +206,7 @@ def test_web_image_has_no_tensorflow_and_only_the_service_s_files(storage: list[
 
 @pytest.mark.images
 def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path) -> None:
-    """Build an image from a context with files of each kind and the project's .dockerignore."""
+    """Builds an image from a context that has files of each kind and the project's .dockerignore."""
     need_root()
     buildah = [need("buildah"), "--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"),
                "--storage-driver", "overlay"]  # fmt: skip
@@ -237,10 +237,10 @@ def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path)
 
 def test_redis_of_compose_starts_and_passes_its_health_check(tmp_path: Path) -> None:
     port = free_port()
-    told = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["command"]]
+    command = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["command"]]
     kind, *check = [interpolated(word, REDIS_PORT=str(port)) for word in SERVICES["redis"]["healthcheck"]["test"]]
-    assert (told[0], kind) == ("redis-server", "CMD")
-    with run_redis(tmp_path / "log", port, *told[1:]) as process:
+    assert (command[0], kind) == ("redis-server", "CMD")
+    with run_redis(tmp_path / "log", port, *command[1:]) as process:
         client = Redis(port=port)
         wait_until(lambda: "Ready to accept" in process.log, "Redis is up")
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
@@ -287,15 +287,14 @@ READ_BY = {
 def test_every_setting_reaches_the_container_that_reads_it(name: str) -> None:
     sources = [path.read_text() for pattern in READ_BY[name] for path in ROOT.glob(pattern)]
     read = {each for source in sources for each in re.findall(r"\bsettings\.([A-Z_]+)\b", source)}
-    read -= {"EXIT_BAD_SETTING", "METRICS_HOST", *OF_BIN_SERVE}  # in a container it listens on all addresses
+    read -= {"EXIT_BAD_SETTING", "METRICS_HOST", *OF_BIN_SERVE}  # METRICS_HOST is fixed: all addresses
 
     composed = defaults(SERVICES[name], **dict.fromkeys(read, "given"))
 
     assert {each for each in read if composed.get(each) != "given"} == set()
 
 
-def test_both_programs_together_read_every_setting_except_bin_serve_s() -> None:
-    """This checks that READ_BY is complete."""
+def test_compose_passes_every_setting_except_those_of_bin_serve() -> None:
     passed = {each for name in READ_BY for each in SERVICES[name]["environment"]} - {"APACHE_DEFINES"}
     code = "import settings; print(*(name for name in vars(settings) if name.isupper()))"
     ours = set(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
@@ -326,7 +325,7 @@ def test_both_programs_use_the_redis_that_is_set(given: dict[str, str], address:
 
 
 def test_shorter_request_timeout_needs_no_other_setting_in_compose() -> None:
-    """The defaults of REDIS_TIMEOUT and CLIENT_SLEEP depend on it, so compose must not set them."""
+    """The defaults of REDIS_TIMEOUT and CLIENT_SLEEP depend on REQUEST_TIMEOUT, so compose must not set them."""
     code = "import settings; print(settings.REDIS_TIMEOUT, settings.CLIENT_SLEEP)"
     bare = {"PATH": os.environ["PATH"], **defaults(SERVICES["web"], REQUEST_TIMEOUT="2")}
 
