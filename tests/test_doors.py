@@ -62,7 +62,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def raw(url: str, request: bytes) -> bytes:
-    """Send raw bytes; return everything until Apache closes the connection."""
+    """Send raw bytes; return everything that Apache sends until it closes the connection."""
     where = urlsplit(url)
     with socket.create_connection((str(where.hostname), int(where.port or 0)), timeout=60) as connection:
         connection.sendall(request)
@@ -73,7 +73,7 @@ def raw(url: str, request: bytes) -> bytes:
 
 
 class Guarded(NamedTuple):
-    """A service with two API keys, a plain and a TLS site; its certificates and its logs."""
+    """A service with two API keys, on a plain and a TLS site; its certificates and logs."""
 
     service: Service
     tls_url: str
@@ -143,13 +143,13 @@ def test_health_needs_no_key(guarded: Guarded, path: str) -> None:
 
 
 def test_large_upload_without_a_key_is_401(guarded: Guarded) -> None:
-    """Apache forwards a body that the app never reads; that must not end in a broken pipe."""
+    """Apache forwards a body that the app never reads, which must not cause a broken pipe."""
     for _ in range(5):
         assert_error(guarded.service.post(b"x" * 10_000_000), 401, "unauthorized")
 
 
 class Unreadable(io.RawIOBase):
-    """An upload that fails if it is read."""
+    """An upload that raises an error if it is read."""
 
     def readinto(self, _buffer: object, /) -> int:
         raise AssertionError("the body was read")
@@ -167,7 +167,7 @@ def test_upload_without_a_key_is_not_read(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_all_keys_are_always_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hmac guarantees constant-time comparison; the loop must not stop at the first match."""
+    """hmac compares in constant time, but only if the loop over the keys does not stop at the first match."""
     compared: list[bool] = []
     true_compare = hmac.compare_digest
     keys = [OLD_KEY, NEW_KEY, "another-key-altogether"]
@@ -196,7 +196,7 @@ def test_keys_are_not_logged(guarded: Guarded) -> None:
 
 
 def post_nothing(url: str, **headers: str) -> requests.Response:
-    """Send a request that counts but has no image: 400 if the limit lets it pass."""
+    """Send a request that counts but has no image: it gets 400 unless the limit rejects it."""
     return requests.post(f"{url}/predict", headers=headers, timeout=60)
 
 
@@ -208,13 +208,13 @@ def test_rate_limit_is_shared_by_processes_and_machines(redis: Redis) -> None:
         urls = [stack.enter_context(apache) for apache in apaches]
         asked = [pool.submit(post_nothing, urls[i % 2], **{"X-Forwarded-For": f"192.0.2.{i}"}) for i in range(120)]
         responses = [each.result() for each in asked]
-        open_doors = [requests.get(url + path, timeout=10).status_code for url in urls for path in ("/", "/livez")]
+        unlimited = [requests.get(url + path, timeout=10).status_code for url in urls for path in ("/", "/livez")]
 
     assert Counter(response.status_code for response in responses) == {400: 20, 429: 100}
     refused = next(response for response in responses if response.status_code == 429)
     assert "20/hour" in assert_error(refused, 429, "rate_limited")
     assert 3000 < int(refused.headers["Retry-After"]) <= 3601
-    assert open_doors == [200] * 4
+    assert unlimited == [200] * 4
     counters = set(redis.scan_iter("*:limit:*")) - before
     assert len(counters) == 2
     assert all(counter.startswith(f"{queue}:".encode()) and redis.ttl(counter) > 0 for counter in counters)
@@ -231,25 +231,25 @@ def test_rate_limit_counts_each_key_without_storing_it(redis: Redis, tmp_path: P
     counters = [key.decode() for key in redis.scan_iter(f"{queue}*")]
     assert len(counters) == 2
     assert not any(OLD_KEY in counter or NEW_KEY in counter for counter in counters)
-    assert "exceeded" not in log.read_text()  # a line for each rejection would let strangers fill the disk
+    assert "exceeded" not in log.read_text()  # a line for each rejection would let clients fill the disk
 
 
 def test_rate_limited_client_may_return_after_retry_after(redis: Redis) -> None:
     with run_apache(RATE_LIMIT="1/2seconds", IMAGE_QUEUE=f"queue-{free_port()}") as url:
         assert post_nothing(url).status_code == 400
         refused = post_nothing(url)
-        while refused.status_code == 400:  # on a slow machine a new window has begun
+        while refused.status_code == 400:  # on a slow machine, a new window has already begun
             refused = post_nothing(url)
         assert refused.headers["Retry-After"] in {"1", "2", "3"}
-        time.sleep(int(refused.headers["Retry-After"]))  # as the client is told
+        time.sleep(int(refused.headers["Retry-After"]))
 
         assert post_nothing(url).status_code == 400
 
 
 def test_rate_limit_is_not_enforced_without_redis(tmp_path: Path) -> None:
     """Requests wait in the web until Redis is back, so the limit must not reject them."""
-    nobody = str(free_port())
-    with run_apache(RATE_LIMIT="1/hour", REDIS_PORT=nobody, REDIS_TIMEOUT="0.5", log=tmp_path / "log") as url:
+    unused = str(free_port())
+    with run_apache(RATE_LIMIT="1/hour", REDIS_PORT=unused, REDIS_TIMEOUT="0.5", log=tmp_path / "log") as url:
         assert [post_nothing(url).status_code for _ in range(3)] == [400] * 3
         assert_error(Service(url).post(PNG), 503, "redis_down")
 
@@ -264,7 +264,7 @@ PASSWORD = "pass/word@of:redis"
 
 
 class SecureRedis(NamedTuple):
-    """A Redis that requires TLS, a user and a password; its port, certificates and an admin client."""
+    """A Redis that requires TLS, a user and a password: its port, its certificates and an admin's client."""
 
     port: int
     certificates: dict[str, str]
@@ -277,7 +277,7 @@ class SecureRedis(NamedTuple):
 
 @pytest.fixture(scope="module")
 def public() -> Iterator[Path]:
-    """A folder that Apache's user may read; pytest's own folders belong to root."""
+    """A folder that Apache's user may read, unlike pytest's folders, which belong to root."""
     with tempfile.TemporaryDirectory(prefix="test-doors-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -285,7 +285,7 @@ def public() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def secure_redis(public: Path) -> Iterator[SecureRedis]:
-    """Run that Redis with the user from docs/operations.md, copied literally."""
+    """A Redis whose user is the one in docs/operations.md, word for word."""
     files, port = make_certificates(public), free_port()
     [line] = re.findall(r"^ *(user keras-rest-api .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     users = [line.replace("PASSWORD", PASSWORD), "user default off", "user admin on >admin ~* +@all"]
@@ -313,7 +313,7 @@ def test_redis_with_user_password_and_tls_works(secure_redis: SecureRedis, tmp_p
     assert not any("Traceback" in log.read_text() for log in tmp_path.iterdir())
 
 
-def test_documented_redis_user_has_no_further_rights(secure_redis: SecureRedis) -> None:
+def test_documented_redis_user_has_no_other_rights(secure_redis: SecureRedis) -> None:
     with Redis.from_url(secure_redis.url(), protocol=2) as client:
         for command in (
             ["KEYS", "*"],
@@ -334,7 +334,7 @@ REDIS_FAULTS = {
 
 
 def weak_user(secure_redis: SecureRedis) -> str:
-    """The URL of a user that may run PING and INFO, and nothing else."""
+    """Create a user that may run only PING and INFO; return its URL."""
     secure_redis.admin.acl_setuser(
         "weak", enabled=True, reset=True, passwords="+the-wrong-one", keys=["image_queue*"], commands=["+ping", "+info"]
     )
@@ -398,7 +398,7 @@ def test_tls_site_requires_a_key_too(guarded: Guarded) -> None:
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_old_tls_versions_are_rejected(guarded: Guarded, version: ssl.TLSVersion) -> None:
-    """The server rejects them: this client allows them."""
+    """This client allows them, so it is the server that rejects them."""
     context = ssl.create_default_context(cafile=guarded.certificates["ca"])
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = version
@@ -464,7 +464,7 @@ SPELLINGS = [
 
 
 def targets() -> list[tuple[str, list[str]]]:
-    """Every project file and some hidden files, each with many spellings of its URL."""
+    """Return every project file and some hidden files, each with many spellings of its path."""
     tracked = subprocess.check_output([need("git"), "-c", "safe.directory=*", "ls-files"], cwd=ROOT, text=True).split()
     hidden = [".env", ".git", ".git/config", ".git/HEAD", ".venv/pyvenv.cfg", ".ruff_cache/CACHEDIR.TAG", "bin"]
     absolute = [f"{each}{ROOT}/{{}}" for each in ("", "/", "/..", "/file:", "/static/")]
@@ -472,7 +472,7 @@ def targets() -> list[tuple[str, list[str]]]:
 
 
 def distinctive(name: str) -> bytes:
-    """The longest line of a file, to recognize it in a response."""
+    """Return the longest line of a file, which identifies it in a response."""
     path = ROOT / name
     longest = max(path.read_bytes().splitlines(), key=len) if path.is_file() else b""
     return longest if len(longest) > 12 else b"no such line"
@@ -518,7 +518,7 @@ def test_options_lists_only_the_methods(guarded: Guarded, path: str) -> None:
 
 
 def save_model(path: Path) -> None:
-    """Save a model whose output is NaN if the input is."""
+    """Save a model whose output is NaN if its input is NaN."""
     pixels = keras.Input((224, 224, 3))
     layers = keras.layers.Dense(5, activation="softmax")(keras.layers.GlobalAveragePooling2D()(pixels))
     keras.Model(pixels, layers).save(path)
@@ -532,13 +532,13 @@ def job(name: str, image: object) -> str:
 @pytest.mark.slow("copies Python and all its packages")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> None:
-    """Code and Python are in a folder that only root can enter, so any import or file read after the drop fails."""
+    """Code and Python are in a folder that only root may enter, so any later import or read of a file fails."""
     port, queue = free_port(), f"queue-{free_port()}"
     python, app, authority = tmp_path / "hidden/python", tmp_path / "hidden/app", make_certificates(tmp_path)
     for folder in (python / "bin", python / "lib", app):
         folder.mkdir(parents=True)
     (tmp_path / "hidden").chmod(0o700)
-    # Python finds its library next to its executable, inside the hidden folder.
+    # Python looks for its library next to its executable, which is inside the hidden folder.
     shutil.copy(Path(sys.executable).resolve(), python / "bin/python")
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     (python / "lib" / library.name).symlink_to(library)
@@ -569,21 +569,18 @@ def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> No
         _, text = client.blpop([f"{queue}:result:{name}"], 30) or pytest.fail(server.log)
         return dict(json.loads(text))
 
-    grey, broken = (
-        np.full((224, 224, 3), 99, np.float32).tobytes(),
-        np.full((224, 224, 3), np.nan, np.float32).tobytes(),
-    )
+    gray, broken = (np.full((224, 224, 3), level, np.float32).tobytes() for level in (99, np.nan))
     with running(command, tmp_path / "log", **settings) as server:
         with run_redis(tmp_path / "redis", port, *secured):
             server.wait_for_log("* Model loaded")
             threads = [(each / "status").read_text() for each in Path(f"/proc/{server.popen.pid}/task").iterdir()]
-            assert len(answer("good", grey)["predictions"]) == 5
+            assert len(answer("good", gray)["predictions"]) == 5
             assert answer("broken", broken)["error"]["code"] == "model_failed"
             assert answer("short", b"short")["error"]["code"] == "model_failed"
         server.wait_for_log("does not answer")
         with run_redis(tmp_path / "redis", port, *secured):
             wait_until(lambda: answers(client), "Redis answers again")
-            assert len(answer("later", grey)["predictions"]) == 5
+            assert len(answer("later", gray)["predictions"]) == 5
             assert server.stop() == 0
 
     user = pwd.getpwnam("www-data")
@@ -599,9 +596,7 @@ def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> No
     assert not re.search(r"ImportError|ModuleNotFound|LookupError|PermissionError|Permission denied", server.log)
 
 
-def test_root_that_cannot_drop_privileges_is_rejected(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_root_that_cannot_drop_privileges_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_permitted(*_: object) -> None:
         raise PermissionError("Operation not permitted")
 
@@ -616,7 +611,7 @@ def test_root_that_cannot_drop_privileges_is_rejected(
 
 @pytest.mark.tools
 def test_systemd_unit_is_hardened_and_valid() -> None:
-    """Works without a running systemd. Exposure ranges from 0 (safest) to 10; the threshold 15 means 1.5."""
+    """Needs no running systemd. The exposure level ranges from 0 (safest) to 10; the threshold 15 means 1.5."""
     analyse, unit = need("systemd-analyze"), str(ROOT / "deploy/systemd/model-server@.service")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -627,7 +622,7 @@ def test_systemd_unit_is_hardened_and_valid() -> None:
 
     assert security.returncode == 0, security.stdout
     assert "exposure level" in security.stdout
-    # The only complaint may be that the service is not installed here.
+    # The only warning may be that the service is not installed here.
     assert [line for line in verified.stderr.splitlines() if "is not executable: No such file" not in line] == []
 
 
@@ -651,7 +646,7 @@ AUDITS = {
 
 @pytest.mark.parametrize(("script", "code", "message"), AUDITS.values(), ids=AUDITS.keys())
 def test_audit_reports_its_result_in_one_line(tmp_path: Path, script: str, code: int, message: str) -> None:
-    """Replaces pip-audit with a stub, since real results need a network and change daily."""
+    """A stub replaces pip-audit, since real results need a network and change daily."""
     [version] = re.findall(r"pip-audit==(\S+)", (ROOT / "bin/audit").read_text())
     stub = tmp_path / "bin/pip-audit"
     stub.parent.mkdir()

@@ -1,6 +1,6 @@
-"""Model servers die, freeze, run out of memory or meet an image that breaks them: no request is lost.
+"""Model servers die, freeze, run out of memory or get an image that breaks them: no request is lost.
 
-A run ends with the figures for the table of faults in the documents.
+A run prints the figures for the table of faults in docs/reliability.md.
 """
 
 import os
@@ -39,24 +39,24 @@ pytestmark = pytest.mark.fault
 
 @contextmanager
 def second_server(service: Service, log: Path) -> Iterator[Process]:
-    """Run another model server on the service's queue."""
+    """Run another model server on the queue of `service`."""
     with run_model_server(log, IMAGE_QUEUE=service.queue) as process:
         process.wait_for_log("* Joined the queue")
         yield process
 
 
 def test_a_model_server_killed_ten_times_loses_nothing(served: Serve, record_property: Record) -> None:
-    hit = []
+    caught = []
     with Load(served.url) as load:
         for _ in range(10):
             load.wait_for(64)
             pid = served.model_server
-            hit.append(freeze_in_mid_batch(pid, served.redis, served.queue))
+            caught.append(freeze_in_mid_batch(pid, served.redis, served.queue))
             os.kill(pid, signal.SIGKILL)
         load.wait_for(64)
 
     assert load.failures == {}
-    record_property("figures", f"{load.figures}, {sum(hit)} in flight when killed")
+    record_property("figures", f"{load.figures}, {sum(caught)} in flight when killed")
 
 
 def test_when_one_of_two_model_servers_dies_the_other_takes_over(
@@ -76,7 +76,7 @@ def test_when_one_of_two_model_servers_dies_the_other_takes_over(
 
 
 def test_sigterm_in_mid_batch_loses_nothing(redis: Redis, tmp_path: Path, record_property: Record) -> None:
-    """The model server answers its batch and leaves; the next one starts to answer as soon as it has loaded."""
+    """The model server answers its batch and exits; the next one answers as soon as it has loaded its model."""
     with run_service(tmp_path) as service, ExitStack() as stack:
         load = stack.enter_context(Load(service.url))
         load.wait_for(100)
@@ -97,7 +97,7 @@ def test_sigterm_in_mid_batch_loses_nothing(redis: Redis, tmp_path: Path, record
             stack.close()
 
     assert load.failures == {}
-    record_property("figures", f"{load.figures}, next one answers {took:.2f} s after loading")
+    record_property("figures", f"{load.figures}, the next model server answers {took:.2f} s after loading")
 
 
 def test_late_answers_of_a_frozen_model_server_are_harmless(
@@ -120,7 +120,7 @@ def test_late_answers_of_a_frozen_model_server_are_harmless(
 
 
 def test_an_image_that_breaks_the_model_fails_alone(redis: Redis, tmp_path: Path, record_property: Record) -> None:
-    """A real fault: a lookup table without a row for an image as bright as the last one."""
+    """The fault is real: the model's lookup table has no row for the brightness of the last image."""
     pixels = keras.Input((4, 4, 1))
     level = keras.layers.GlobalAveragePooling2D()(pixels)
     found = keras.layers.Embedding(200, 10, embeddings_initializer=lookup_table())(level)
@@ -143,11 +143,13 @@ def test_an_image_that_breaks_the_model_fails_alone(redis: Redis, tmp_path: Path
     for level, response in zip(range(100, 131), responses, strict=False):
         assert response.json()["predictions"][0]["label"] == "abcdefghij"[level % 10]
     assert "Traceback" in server.log
-    record_property("figures", f"1 x model_failed, 31 batch-mates right, in batches of {server.batches}")
+    record_property(
+        "figures", f"1 x model_failed, the other 31 images answered correctly, in batches of {server.batches}"
+    )
 
 
 def lookup_table() -> Any:
-    """Return probabilities for the mean brightness 0 to 199: the last digit says which class wins."""
+    """Return probabilities for a mean brightness of 0 to 199, whose last digit is the most probable class."""
     rows = np.full((200, 10), 0.01)
     rows[np.arange(200), np.arange(200) % 10] = 0.91
     return keras.initializers.Constant(rows)
@@ -180,7 +182,7 @@ def test_poison_image_that_kills_the_model_server_fails_alone(
     command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(tmp_path / "conf")]
     with (
         running(command, tmp_path / "log", IMAGE_QUEUE=queue),
-        run_apache(wait=True, IMAGE_QUEUE=queue) as url,
+        run_apache(IMAGE_QUEUE=queue) as url,
         Load(url) as load,
     ):
         load.wait_for(100)
@@ -189,19 +191,19 @@ def test_poison_image_that_kills_the_model_server_fails_alone(
 
     assert_error(response, 500, "model_failed")
     assert load.failures == {}
-    deaths = log.read_text().count("died:")
-    assert deaths == 3
-    record_property("figures", f"1 x model_failed after {deaths} deaths; the others: {load.figures}")
+    crashes = log.read_text().count("died:")
+    assert crashes == 3
+    record_property("figures", f"1 x model_failed after {crashes} crashes; the others: {load.figures}")
 
 
 def test_a_batch_too_big_for_memory_is_split_and_the_limit_is_remembered(
     redis: Redis, tmp_path: Path, record_property: Record
 ) -> None:
-    """As when another program takes the GPU's memory after warm-up. The test raises TensorFlow's own error."""
+    """As if another program took the GPU's memory after the warm-up. The stand-in raises TensorFlow's own error."""
     queue, images = f"queue-{free_port()}", known_images()[:32]
     command = [sys.executable, "tests/deadly_server.py"]
     with (
-        run_apache(wait=True, IMAGE_QUEUE=queue) as url,
+        run_apache(IMAGE_QUEUE=queue) as url,
         running(command, tmp_path / "log", IMAGE_QUEUE=queue, IMAGES_THAT_FIT="1") as server,
         ThreadPoolExecutor(32) as pool,
     ):
@@ -212,8 +214,9 @@ def test_a_batch_too_big_for_memory_is_split_and_the_limit_is_remembered(
             wait_until(lambda: redis.llen(queue) + in_flight(redis, queue) == 32, "all are queued")
             server.send(signal.SIGCONT)
             assert all(each.result().right for each in asked)
-        learnt = [int(size) for size in re.findall(r"does not fit in memory: computing at most (\d+)", server.log)]
+        limits = [int(size) for size in re.findall(r"does not fit in memory: computing at most (\d+)", server.log)]
 
-    assert learnt
-    assert learnt == sorted(set(learnt), reverse=True)
-    record_property("figures", f"3 x 32 right, in the end at most {learnt[-1]} at once, learnt by {learnt}")
+    assert limits
+    assert limits == sorted(set(limits), reverse=True)
+    lowered = ", then ".join(map(str, limits))
+    record_property("figures", f"3 x 32 answered correctly; batch limit lowered to {lowered}")

@@ -1,6 +1,6 @@
-"""Redis dies, freezes, fills up, fails over, or is one that the service cannot use: no request is lost.
+"""Redis dies, freezes, fills up, fails over or is unusable: requests are answered or refused, but never lost.
 
-A run ends with the figures for the table of faults in the documents.
+A run prints the figures for the table of faults in docs/reliability.md.
 """
 
 import json
@@ -82,9 +82,9 @@ def test_redis_and_the_model_server_killed_together_lose_nothing(served: Serve, 
 
 @contextmanager
 def network(name: str, subnet: str) -> Iterator[Callable[[str], object]]:
-    """Connect a network namespace, .2 of the subnet; call with "down" to cut the connection and "up" to restore it."""
+    """Connect a network namespace as .2 of the subnet. The result cuts ("down") and restores ("up") the connection."""
     ip = need("ip")
-    inside = [need("nsenter"), f"--net=/run/netns/{name}"]  # `ip -n` also mounts, which some machines forbid
+    inside = [need("nsenter"), f"--net=/run/netns/{name}"]  # `ip -n` would also mount, which some machines forbid
     made = subprocess.run([ip, "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"cannot create a network namespace here: {made.stderr}")
@@ -154,13 +154,13 @@ def test_redis_out_of_memory_is_503_and_recovers(served: Serve, record_property:
     assert set(load.failures) == {"503 queue_full"}
     assert all(o.retry_after for o in refused)
     assert not any(o.status == 503 for o in load.outcomes[-100:])
-    record_property("figures", f"{load.figures.replace('lost', 'refused with 503')}")
+    record_property("figures", load.figures.replace("lost", "rejected with 503"))
 
 
 class Pair(NamedTuple):
     """A service whose Redis is a primary and its replica, behind one name.
 
-    Their policy allows eviction. They are too large for it to happen, but both programs must warn.
+    Their policy allows eviction, so both programs must warn. They have too much memory for it to happen.
     """
 
     service: Service
@@ -172,7 +172,7 @@ class Pair(NamedTuple):
         return requests.get(f"{self.service.url}/readyz", timeout=30)
 
     def is_ready(self) -> bool:
-        """Whether both web processes are ready: six requests reach both."""
+        """Whether both web processes are ready (six requests reach both)."""
         return all(self.readyz().status_code == 200 for _ in range(6))
 
 
@@ -236,13 +236,13 @@ def test_both_programs_refuse_a_redis_cluster(tmp_path: Path) -> None:
 
 
 def test_a_fail_over_behind_one_name_loses_nothing(pair: Pair, record_property: Record) -> None:
-    """There and back. The old primary becomes a replica, and its connections stay open."""
-    told, waited = [], []
+    """Fails over and back. The old primary becomes a replica, and its connections stay open."""
+    messages, waited = [], []
     with Load(pair.service.url) as load:
         for old, new in ((pair.primary, pair.replica), (pair.replica, pair.primary)):
             load.wait_for(100)
             old.replicaof("127.0.0.1", port_of(new))
-            told.append(wait_until(lambda: unready(pair), "the web notices"))
+            messages.append(wait_until(lambda: unready(pair), "the web notices"))
             assert "keras_rest_api_redis_up 0.0" in requests.get(f"{pair.service.url}/metrics", timeout=30).text
             time.sleep(1)  # the duration of a fail-over
             new.replicaof("NO", "ONE")
@@ -254,13 +254,13 @@ def test_a_fail_over_behind_one_name_loses_nothing(pair: Pair, record_property: 
             wait_until(partial(in_sync, old), "the old primary has become a replica")
 
     assert load.failures == {}
-    assert all("read-only replica" in message for message in told)
+    assert all("read-only replica" in message for message in messages)
     assert max(waited) < 15
-    record_property("figures", f"{load.figures}, ready and 100 answers later after {max(waited):.1f} s")
+    record_property("figures", f"{load.figures}; ready, with 100 more answers, within {max(waited):.1f} s")
 
 
 def unready(pair: Pair) -> str:
-    """Return the message of /readyz when Redis is read-only, or ""."""
+    """Return the error of /readyz that Redis is a read-only replica, or ""."""
     answer = pair.readyz()
     message = "" if answer.status_code == 200 else str(answer.json()["error"]["message"])
     return message if "replica" in message else ""
@@ -278,7 +278,7 @@ def test_redis_with_few_connections_serves_or_refuses_and_recovers(pair: Pair, r
         ready = [pair.readyz().status_code for _ in range(8)]
         connected = pair.primary.info("clients")["connected_clients"]
         newcomers = [Redis(port=pair.name.port, retry=Retry(NoBackoff(), 0)) for _ in range(8)]
-        let_in = [answers(each) for each in newcomers]  # as for a model server that starts now
+        let_in = [answers(each) for each in newcomers]  # as if a model server started now
     finally:
         pair.primary.config_set("maxclients", most)
 
@@ -325,7 +325,7 @@ def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, 
     record_property("figures", f"{load.figures}, {batches[0]} and {batches[1]} batches")
 
 
-def test_rubbish_in_the_queue_is_harmless(redis: Redis, service: Service, record_property: Record) -> None:
+def test_invalid_data_in_the_queue_is_harmless(redis: Redis, service: Service, record_property: Record) -> None:
     huge = b"x" * 100_000_000
     deadline = b'", "deadline": %f' % (time.time() + 60)
     entries = [

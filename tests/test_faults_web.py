@@ -1,6 +1,6 @@
-"""Web processes and Apache stop or reload, clients hang up, dawdle or ask for too much: what was accepted is answered.
+"""Web processes and Apache stop or reload, clients hang up, are slow or too many: accepted requests are answered.
 
-A run ends with the figures for the table of faults in the documents.
+A run prints the figures for the table of faults in docs/reliability.md.
 """
 
 import json
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.fault
 
 @pytest.fixture(scope="module")
 def hurt(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service for faults that it recovers from. Other model servers and Apaches may join its queue."""
+    """A service for faults that it recovers from. Tests may add model servers and Apaches to its queue."""
     with run_service(tmp_path_factory.mktemp("hurt")) as service:
         yield service
 
@@ -54,7 +54,7 @@ def reload(url: str) -> None:
 
 
 def test_five_graceful_reloads_fail_almost_no_request(hurt: Service, record_property: Record) -> None:
-    """Apache fails requests that an old worker has accepted but not handed on before the web processes stop."""
+    """Apache fails requests that an old worker has accepted but not passed on when the web processes stop."""
     with Load(hurt.url) as load:
         for _ in range(5):
             load.wait_for(100)
@@ -67,7 +67,7 @@ def test_five_graceful_reloads_fail_almost_no_request(hurt: Service, record_prop
 
 
 def test_request_spanning_a_reload_gets_503_with_retry_after(hurt: Service, record_property: Record) -> None:
-    """An old worker has the first half of the headers when its web processes end."""
+    """An old worker has received the first half of the headers when its web processes end."""
     image = known_images()[0]
     request = requests.Request("POST", "http://x/predict", files={"image": image.data}).prepare()
     assert isinstance(request.body, bytes)
@@ -89,7 +89,7 @@ def test_request_spanning_a_reload_gets_503_with_retry_after(hurt: Service, reco
 
 
 def is_accepted(connection: socket.socket) -> bool:
-    """Whether a process has the other end; until then the kernel lists it without an inode."""
+    """Whether a process has accepted the connection. Until then, the kernel lists the other end without an inode."""
     mine = f"{connection.getsockname()[1]:04X}"
     lists = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
     rows = [line.split() for line in lists.splitlines()]
@@ -97,7 +97,7 @@ def is_accepted(connection: socket.socket) -> bool:
 
 
 def test_restarting_the_web_processes_alone_five_times_loses_nothing(hurt: Service, record_property: Record) -> None:
-    """The fifth time with requests that take longer than mod_wsgi's default limit of 5 seconds."""
+    """During the fifth restart, requests take longer than mod_wsgi's default limit of 5 seconds."""
     with Load(hurt.url) as load:
         for _ in range(4):
             load.wait_for(100)
@@ -121,16 +121,16 @@ def test_restarting_the_web_processes_alone_five_times_loses_nothing(hurt: Servi
 
 def reload_web_processes(url: str) -> None:
     """Touch the .wsgi file, as after an update; return when the old web processes have ended."""
-    # mod_wsgi notes the file's time at the end of its import: a process that is still starting would miss the change.
+    # mod_wsgi records the file's time after importing it: a process that is still starting would miss the change.
     before = wait_until(lambda: all_serving(url), "web processes that serve")
     (ROOT / "keras_rest_api_app.wsgi").touch()
     wait_until(lambda: not set(before) & set(web_processes(url)), "new web processes", 60)
 
 
 def all_serving(url: str) -> list[int]:
-    """The web processes, once all of them serve: their request threads start after the import."""
+    """Return the web processes if both serve, or []. Their request threads start only after the import."""
     processes = web_processes(url)
-    with suppress(OSError):  # one ended meanwhile
+    with suppress(OSError):  # one has just ended
         if len(processes) == 2 and all(len(os.listdir(f"/proc/{pid}/task")) > 100 for pid in processes):
             return processes
     return []
@@ -140,7 +140,7 @@ def all_serving(url: str) -> list[int]:
 
 
 def test_killed_web_process_fails_only_its_own_requests(redis: Redis, hurt: Service, record_property: Record) -> None:
-    before = set(redis.keys(f"{hurt.queue}:*"))  # other tests' keys, which have not expired
+    before = set(redis.keys(f"{hurt.queue}:*"))  # keys of other tests that have not expired yet
     with run_apache(IMAGE_QUEUE=hurt.queue, REQUEST_TIMEOUT="5") as url, Load(url) as load:
         load.wait_for(100)
         hurt.servers[0].send(signal.SIGSTOP)
@@ -173,7 +173,7 @@ def test_200_clients_without_a_model_server_get_504_in_time(
     redis: Redis, tmp_path: Path, record_property: Record
 ) -> None:
     queue, images = f"queue-{free_port()}", known_images()[:200]
-    with run_apache(wait=True, IMAGE_QUEUE=queue, REQUEST_TIMEOUT="5") as url, ThreadPoolExecutor(200) as pool:
+    with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="5") as url, ThreadPoolExecutor(200) as pool:
         asked = [pool.submit(ask, url, image) for image in images]
         wait_until(lambda: redis.llen(queue) == 200, "all 200 wait")
         homepage = []
@@ -189,13 +189,13 @@ def test_200_clients_without_a_model_server_get_504_in_time(
     assert sorted(homepage)[len(homepage) * 95 // 100] < 0.1
     assert redis.keys(f"{queue}*") == []
     longest = max(o.seconds for o in outcomes)
-    record_property("figures", f"200 x 504 within {longest:.2f} s of 5, GET / within {max(homepage) * 1000:.0f} ms")
+    record_property("figures", f"200 x 504, each within {longest:.2f} s; GET / within {max(homepage) * 1000:.0f} ms")
 
 
 def test_images_of_clients_that_hung_up_are_not_computed(redis: Redis, tmp_path: Path, record_property: Record) -> None:
-    """Even when the web process that would withdraw the jobs dies. Nothing is left in Redis."""
+    """Not even if the web process that would withdraw the jobs dies. No key is left in Redis."""
     queue, images = f"queue-{free_port()}", known_images()[:200]
-    with run_apache(wait=True, IMAGE_QUEUE=queue, REQUEST_TIMEOUT="5") as url:
+    with run_apache(IMAGE_QUEUE=queue, REQUEST_TIMEOUT="5") as url:
         with ThreadPoolExecutor(200) as pool:
             gone = [pool.submit(ask, url, image, timeout=0.1) for image in images]
             assert all(each.result().status == 0 for each in gone)
@@ -227,14 +227,15 @@ def test_full_queue_gets_503_and_accepted_images_are_answered(
     answered = [o for o in outcomes if o.right]
     assert len(answered) >= 8
     assert len(answered) + len(refused) == 64
-    record_property("figures", f"{len(refused)} x 503 with Retry-After, {len(answered)} accepted and answered")
+    figures = f"{len(refused)} x 503 with Retry-After, {len(answered)} accepted and answered correctly"
+    record_property("figures", figures)
 
 
 # Slow connections
 
 
 def test_200_slow_connections_are_cut_while_others_are_served(service: Service, record_property: Record) -> None:
-    """Half send a byte of their headers a second, half a byte of their body."""
+    """Each sends one byte per second: half of the connections in their headers, the others in their body."""
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     form = b"Content-Length: 100000\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n"
     load = Load(service.url)
@@ -256,11 +257,11 @@ def test_200_slow_connections_are_cut_while_others_are_served(service: Service, 
 
     assert cut == 200
     assert load.failures == {}
-    record_property("figures", f"200 cut within {took:.0f} s; the others: {load.figures}")
+    record_property("figures", f"all 200 closed within {took:.0f} s; the others: {load.figures}")
 
 
 def test_2500_silent_connections_keep_nobody_waiting(service: Service, record_property: Record) -> None:
-    """First they send nothing, then half a header, which occupies Apache's workers."""
+    """2,500 send nothing, then another 2,500 send half a header, which occupies Apache's workers."""
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     took = []
@@ -273,7 +274,7 @@ def test_2500_silent_connections_keep_nobody_waiting(service: Service, record_pr
             took.append(time.monotonic() - started)
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
-    assert max(took) < 2  # a worker waits for one of them for 10 seconds
+    assert max(took) < 2  # a worker waits 10 seconds for each of them
     record_property("figures", f"GET /livez within {max(took):.2f} s")
 
 

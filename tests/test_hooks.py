@@ -1,4 +1,4 @@
-"""bin/test: what it leaves out, and that it says so."""
+"""bin/test and hooks.py: which tests they leave out, and that they say so."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def test_faults(kind):
 """
 
 
-def test_every_registered_marker_is_left_out_and_every_other_is_registered() -> None:
+def test_quick_leaves_out_exactly_the_registered_markers() -> None:
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     registered = [line.split(":")[0].split("(")[0] for line in options["markers"]]
 
@@ -45,7 +45,7 @@ def test_contributing_has_a_row_for_every_marker() -> None:
     assert [name for name in hooks.SLOW if f"| `{name}` |" not in text] == []
 
 
-def test_help_names_both_forms() -> None:
+def test_help_names_bin_test_with_and_without_all() -> None:
     printed = subprocess.check_output([ROOT / "bin/test", "--help"], text=True, timeout=60)
 
     assert "\n  bin/test  " in printed
@@ -62,17 +62,7 @@ def test_the_closing_line_counts_each_kind() -> None:
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
 def test_a_quick_run_ends_with_what_it_left_out(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "hooks",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-    ]
+    command = [sys.executable, "-m", "pytest", "-p", "hooks", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
 
     printed = subprocess.check_output(
@@ -82,5 +72,5 @@ def test_a_quick_run_ends_with_what_it_left_out(tmp_path: Path, workers: list[st
     assert "4 passed" in printed
     by = re.findall(r"^test_quick\[\d\]: by (\w+)$", printed, re.MULTILINE)
     assert len(by) == 4
-    assert len(set(by)) == 1  # worker, since they are in one file
+    assert len(set(by)) == 1  # the tests of a file run on one worker
     assert printed.splitlines()[-1] == "* Left out 3 tests (2 fault, 1 slow); bin/test --all runs them"

@@ -1,6 +1,6 @@
 """What hostile clients send: mutated images, odd files, bombs, malformed forms and malformed HTTP.
 
-None may cause a 5xx, end a process or leak memory.
+None may end a process or leak memory. Only malformed HTTP may get a 5xx.
 """
 
 import gc
@@ -47,7 +47,7 @@ from run_web_server import create_app
 from web import image_preparation as preparation
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
-WARM = EXAMPLES // 2  # after so many, each process has used every decoder at its worst
+WARM = EXAMPLES // 2  # by then, each process has reached the highest memory use of every decoder
 MUTANT_CLIENTS = 2
 CODES = {400: {"bad_image", "missing_image"}, 413: {"too_large"}}
 GOOD = saved(hostile.SMALL, "PNG")
@@ -56,7 +56,7 @@ BITMAP = saved(hostile.SMALL, "BMP")
 
 @pytest.fixture
 def unharmed(service: Service) -> Iterator[Service]:
-    """The service. Afterwards, the same processes run and answer a good request, and no traceback was logged."""
+    """The service. Afterwards, the same processes must run and answer a good request, without a logged traceback."""
     processes = web_processes(service.url)
     yield service
     assert service.post(GOOD).status_code == 200
@@ -69,7 +69,7 @@ def unharmed(service: Service) -> Iterator[Service]:
 
 
 def post_mutants(service: Service, numbers: range) -> Counter[int]:
-    """Post these mutants, MUTANT_CLIENTS at once, check each answer, and count the statuses."""
+    """Post these mutants, MUTANT_CLIENTS at once; check each answer and count the statuses."""
 
     def client(first: int) -> Counter[int]:
         with requests.Session() as session:
@@ -95,7 +95,7 @@ def check_mutant(session: requests.Session, url: str, number: int) -> int:
 def test_mutated_images_never_harm_the_service(
     unharmed: Service, record_property: Callable[[str, object], None]
 ) -> None:
-    """Some of each format pass the first checks, see hostile/mutations.py. FUZZ_EXAMPLES=100000 posts more of them."""
+    """FUZZ_EXAMPLES=100000 posts more of them."""
     middle = (WARM + EXAMPLES) // 2
     statuses, found = Counter[int](), []
     for numbers in (range(WARM), range(WARM, middle), range(middle, EXAMPLES)):
@@ -105,14 +105,14 @@ def test_mutated_images_never_harm_the_service(
     assert statuses.total() == EXAMPLES
     early, halfway, late = found
     assert early.keys() == halfway.keys() == late.keys()
-    # Each process gets about 625 mutants in each half. A leak of 2 kB for each would be 1.25 MB in both halves and both
-    # processes. A process that gets its worst image late grows in one half only.
+    # Each process gets about 625 mutants in each half, so a leak of 2 kB per mutant would add 1.25 MB in each half. A
+    # process that gets its most expensive image late grows in one half only.
     grown = min(after[pid] - before[pid] for before, after in ((early, halfway), (halfway, late)) for pid in late)
     assert grown < 1e6
     answered = ", ".join(f"{times} x {status}" for status, times in statuses.most_common())
-    whole = min(late[pid] - early[pid] for pid in late)
-    megabytes = f"{whole / 1e6:.1f} of {max(late.values()) / 1e6:.0f} MB"
-    record_property("figures", f"{answered}; each web process grew by {megabytes}")
+    growth = min(late[pid] - early[pid] for pid in late)
+    megabytes = f"at least {growth / 1e6:.1f} MB, to at most {max(late.values()) / 1e6:.0f} MB"
+    record_property("figures", f"{answered}; the web processes grew by {megabytes}")
 
 
 def sizes(service: Service) -> dict[int, int]:
@@ -147,7 +147,7 @@ def test_an_eps_never_reaches_ghostscript(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_warnings_of_pillow_are_not_kept() -> None:
-    """Python would keep the text of each for as long as the process lives."""
+    """Otherwise Python would keep the text of each warning until the process ends."""
     code = """if True:
         import io, sys
         sys.path.insert(0, "tests")
@@ -187,7 +187,7 @@ def test_a_bad_image_is_logged_with_its_request_and_the_reason(
 
 
 def test_an_error_does_not_keep_its_image_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error may wait for the other images of its request, and an image takes up to half a gigabyte."""
+    """The error may have to wait for the other images of its request, and an image takes up to half a gigabyte."""
     monkeypatch.setattr(WebQueue, "shape", lambda _: (224, 224, 3))
     gc.collect()
 
@@ -202,7 +202,7 @@ def test_an_error_does_not_keep_its_image_in_memory(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def costs() -> dict[str, dict[str, Any]]:
-    """What each bomb costs, each measured in a process of its own."""
+    """What each bomb costs, measured in a separate process for each."""
     printed = subprocess.check_output([sys.executable, "tests/bomb_costs.py"], cwd=ROOT, timeout=200)
     return {cost["name"]: cost for cost in map(json.loads, printed.splitlines())}
 
@@ -215,7 +215,8 @@ def test_no_bomb_takes_200_ms_or_50_mb(
 
     assert seconds < 0.2
     assert megabytes < 50
-    record_property("figures", f"{len(costs)} bombs, at most {seconds * 1000:.0f} ms of CPU and {megabytes:.0f} MB")
+    most = f"{seconds * 1000:.0f} ms of CPU and {megabytes:.0f} MB"
+    record_property("figures", f"{len(costs)} bombs, each at most {most}")
 
 
 @pytest.mark.slow("decodes 81 decompression bombs")
@@ -284,7 +285,7 @@ def sized(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-# Each with its status and its error code; 200 has none.
+# Each request with its expected status and error code; 200 has no code.
 FORMS: dict[str, tuple[bytes, int, str]] = {
     "no boundary": (request(kind=b"multipart/form-data"), 400, "bad_request"),
     "an empty boundary": (request(kind=MULTIPART), 400, "bad_request"),
@@ -376,8 +377,8 @@ LINES: dict[str, tuple[bytes, int, str]] = {
     "a header of 10 MB": (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 10_000_000 + b"\r\n\r\n", 400, "bad_request"),
 }  # fmt: skip
 
-# Bodies that break off or have invalid chunks. mod_wsgi treats this as a fault of its own: it answers 500, or appends
-# its 500 to Apache's answer. Only the client that broke off can see it.
+# Bodies that are cut off or have invalid chunks. mod_wsgi treats this as its own fault: it answers 500, or appends its
+# 500 to Apache's answer. Only the client that sent the body sees it.
 BROKEN = {
     "a length that is too large": request(length=b"%d" % (len(FORM) + 500)),
     "a chunk size that is not a number": chunked(b"zz\r\n", FORM),
@@ -404,7 +405,7 @@ def test_a_malformed_request_gets_the_expected_answer(service: Service, name: st
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_body_that_breaks_off_is_answered_in_json(service: Service, name: str) -> None:
+def test_a_broken_body_is_answered_in_json(service: Service, name: str) -> None:
     answer = talk(service, BROKEN[name])
 
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -415,7 +416,7 @@ def test_a_body_that_breaks_off_is_answered_in_json(service: Service, name: str)
 
 
 def test_malformed_requests_never_harm_the_service(unharmed: Service) -> None:
-    """Each connection is closed as soon as everything is sent, without waiting for the answer."""
+    """The client closes each connection without waiting for the answer."""
     for sent in [*(sent for sent, _, _ in (FORMS | LINES).values()), *BROKEN.values()]:
         with connected(unharmed) as connection, suppress(ConnectionError):
             connection.sendall(sent)
@@ -427,7 +428,7 @@ def connected(service: Service) -> socket.socket:
 
 
 def talk(service: Service, sent: bytes) -> bytes:
-    """Send this and nothing more; return everything that is received."""
+    """Send this and close the sending side; return everything that is received."""
     with connected(service) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
