@@ -9,7 +9,6 @@ import pwd
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import flask
 import keras
@@ -34,6 +33,7 @@ from harness import (
     Service,
     answers,
     assert_error,
+    connect,
     free_port,
     make_certificates,
     need,
@@ -63,8 +63,7 @@ def bearer(key: str) -> dict[str, str]:
 
 def raw(url: str, request: bytes) -> bytes:
     """Send raw bytes; return everything that Apache sends until it closes the connection."""
-    where = urlsplit(url)
-    with socket.create_connection((str(where.hostname), int(where.port or 0)), timeout=60) as connection:
+    with connect(url) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
@@ -402,9 +401,7 @@ def test_old_tls_versions_are_rejected(guarded: Guarded, version: ssl.TLSVersion
     context = ssl.create_default_context(cafile=guarded.certificates["ca"])
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = version
-    where = urlsplit(guarded.tls_url)
-    plain = socket.create_connection((str(where.hostname), int(where.port or 0)), timeout=60)
-    with plain, pytest.raises(ssl.SSLError) as refusal:
+    with connect(guarded.tls_url) as plain, pytest.raises(ssl.SSLError) as refusal:
         context.wrap_socket(plain, server_hostname="localhost")
 
     assert refusal.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"

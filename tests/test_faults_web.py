@@ -23,6 +23,7 @@ from harness import (
     ROOT,
     Service,
     apache_of,
+    connect,
     free_port,
     run_apache,
     run_model_server,
@@ -37,9 +38,9 @@ pytestmark = pytest.mark.fault
 
 
 @pytest.fixture(scope="module")
-def hurt(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def victim(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service for faults that it recovers from. Tests may add model servers and Apaches to its queue."""
-    with run_service(tmp_path_factory.mktemp("hurt")) as service:
+    with run_service(tmp_path_factory.mktemp("victim")) as service:
         yield service
 
 
@@ -53,12 +54,12 @@ def reload(url: str) -> None:
     wait_until(lambda: len(set(web_processes(url)) - set(before)) == len(before), "new web processes", 60)
 
 
-def test_five_graceful_reloads_fail_almost_no_request(hurt: Service, record_property: Record) -> None:
+def test_five_graceful_reloads_fail_almost_no_request(victim: Service, record_property: Record) -> None:
     """Apache fails requests that an old worker has accepted but not passed on when the web processes stop."""
-    with Load(hurt.url) as load:
+    with Load(victim.url) as load:
         for _ in range(5):
             load.wait_for(100)
-            reload(hurt.url)
+            reload(victim.url)
         load.wait_for(200)
 
     assert set(load.failures) <= {"503 unavailable", "500 internal_error", "502 bad_gateway"}
@@ -66,17 +67,17 @@ def test_five_graceful_reloads_fail_almost_no_request(hurt: Service, record_prop
     record_property("figures", load.figures)
 
 
-def test_request_spanning_a_reload_gets_503_with_retry_after(hurt: Service, record_property: Record) -> None:
+def test_request_spanning_a_reload_gets_503_with_retry_after(victim: Service, record_property: Record) -> None:
     """An old worker has received the first half of the headers when its web processes end."""
     image = known_images()[0]
     request = requests.Request("POST", "http://x/predict", files={"image": image.data}).prepare()
     assert isinstance(request.body, bytes)
     head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    with connect(hurt.url) as connection:
+    with connect(victim.url, 10) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
         wait_until(lambda: is_accepted(connection), "a worker has the connection")
-        reload(hurt.url)
-        assert ask(hurt.url, image).right
+        reload(victim.url)
+        assert ask(victim.url, image).right
 
         connection.sendall(f"{head}\r\n".encode() + request.body)
         answer = HTTPResponse(connection)
@@ -96,23 +97,23 @@ def is_accepted(connection: socket.socket) -> bool:
     return any(row[2].endswith(f":{mine}") and row[9] != "0" for row in rows)
 
 
-def test_restarting_the_web_processes_alone_five_times_loses_nothing(hurt: Service, record_property: Record) -> None:
+def test_restarting_the_web_processes_alone_five_times_loses_nothing(victim: Service, record_property: Record) -> None:
     """During the fifth restart, requests take longer than mod_wsgi's default limit of 5 seconds."""
-    with Load(hurt.url) as load:
+    with Load(victim.url) as load:
         for _ in range(4):
             load.wait_for(100)
-            reload_web_processes(hurt.url)
+            reload_web_processes(victim.url)
         load.wait_for(100)
-        wait_until(lambda: all_serving(hurt.url), "web processes that serve")
-        hurt.servers[0].send(signal.SIGSTOP)
-        before = all_serving(hurt.url)
+        wait_until(lambda: all_serving(victim.url), "web processes that serve")
+        victim.servers[0].send(signal.SIGSTOP)
+        before = all_serving(victim.url)
         (ROOT / "keras_rest_api_app.wsgi").touch()
         with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(requests.get, f"{hurt.url}/livez", timeout=60) for _ in range(8)]
+            asked = [pool.submit(requests.get, f"{victim.url}/livez", timeout=60) for _ in range(8)]
             time.sleep(7)
-            hurt.servers[0].send(signal.SIGCONT)
+            victim.servers[0].send(signal.SIGCONT)
             assert all(each.result().status_code == 200 for each in asked)
-        wait_until(lambda: not set(before) & set(web_processes(hurt.url)), "new web processes", 60)
+        wait_until(lambda: not set(before) & set(web_processes(victim.url)), "new web processes", 60)
         load.wait_for(200)
 
     assert load.failures == {}
@@ -139,16 +140,16 @@ def all_serving(url: str) -> list[int]:
 # Dead web processes, absent model servers, impatient clients
 
 
-def test_killed_web_process_fails_only_its_own_requests(redis: Redis, hurt: Service, record_property: Record) -> None:
-    before = set(redis.keys(f"{hurt.queue}:*"))  # keys of other tests that have not expired yet
-    with run_apache(IMAGE_QUEUE=hurt.queue, REQUEST_TIMEOUT="5") as url, Load(url) as load:
+def test_killed_web_process_fails_only_its_own_requests(redis: Redis, victim: Service, record_property: Record) -> None:
+    before = set(redis.keys(f"{victim.queue}:*"))  # keys of other tests that have not expired yet
+    with run_apache(IMAGE_QUEUE=victim.queue, REQUEST_TIMEOUT="5") as url, Load(url) as load:
         load.wait_for(100)
-        hurt.servers[0].send(signal.SIGSTOP)
-        wait_until(lambda: redis.llen(hurt.queue) + in_flight(redis, hurt.queue) == CLIENTS, "all requests wait")
+        victim.servers[0].send(signal.SIGSTOP)
+        wait_until(lambda: redis.llen(victim.queue) + in_flight(redis, victim.queue) == CLIENTS, "all requests wait")
         killed, other = web_processes(url)
         os.kill(killed, signal.SIGKILL)
         died = time.monotonic()
-        hurt.servers[0].send(signal.SIGCONT)
+        victim.servers[0].send(signal.SIGCONT)
         load.wait_for(200)
         assert other in web_processes(url)
 
@@ -158,7 +159,7 @@ def test_killed_web_process_fails_only_its_own_requests(redis: Redis, hurt: Serv
     assert all(o.started < died < o.started + o.seconds + 0.1 for o in failed)
     assert len(failed) < CLIENTS
     wait_until(
-        lambda: not set(redis.keys(f"{hurt.queue}*")) - before - heartbeats(redis, hurt.queue),
+        lambda: not set(redis.keys(f"{victim.queue}*")) - before - heartbeats(redis, victim.queue),
         "their keys are gone",
     )
     record_property("figures", f"{load.figures}, all of them in the killed process")
@@ -212,14 +213,14 @@ def test_images_of_clients_that_hung_up_are_not_computed(redis: Redis, tmp_path:
 
 
 def test_full_queue_gets_503_and_accepted_images_are_answered(
-    redis: Redis, hurt: Service, record_property: Record
+    redis: Redis, victim: Service, record_property: Record
 ) -> None:
     images = known_images()[:64]
-    with run_apache(IMAGE_QUEUE=hurt.queue, MAX_QUEUE="8") as url, ThreadPoolExecutor(64) as pool:
-        hurt.servers[0].send(signal.SIGSTOP)
+    with run_apache(IMAGE_QUEUE=victim.queue, MAX_QUEUE="8") as url, ThreadPoolExecutor(64) as pool:
+        victim.servers[0].send(signal.SIGSTOP)
         asked = [pool.submit(ask, url, image) for image in images]
-        wait_until(lambda: redis.llen(hurt.queue) == 8 and sum(a.done() for a in asked) >= 48, "the queue is full")
-        hurt.servers[0].send(signal.SIGCONT)
+        wait_until(lambda: redis.llen(victim.queue) == 8 and sum(a.done() for a in asked) >= 48, "the queue is full")
+        victim.servers[0].send(signal.SIGCONT)
         outcomes = [each.result() for each in asked]
 
     refused = [o for o in outcomes if o.status == 503]
@@ -239,7 +240,7 @@ def test_200_slow_connections_are_cut_while_others_are_served(service: Service, 
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     form = b"Content-Length: 100000\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n"
     load = Load(service.url)
-    slow = [connect(service.url) for _ in range(200)]
+    slow = [connect(service.url, 10) for _ in range(200)]
     for number, connection in enumerate(slow):
         connection.sendall(head if number % 2 else head + form)
     started, cut = time.monotonic(), 0
@@ -268,7 +269,7 @@ def test_2500_silent_connections_keep_nobody_waiting(service: Service, record_pr
     for beginning in (b"", b"POST /predict HTTP/1.1\r\nHost: x"):
         with ExitStack() as stack:
             for _ in range(2500):
-                stack.enter_context(connect(service.url)).sendall(beginning)
+                stack.enter_context(connect(service.url, 10)).sendall(beginning)
             started = time.monotonic()
             assert requests.get(f"{service.url}/livez", timeout=60).ok
             took.append(time.monotonic() - started)
@@ -276,8 +277,3 @@ def test_2500_silent_connections_keep_nobody_waiting(service: Service, record_pr
 
     assert max(took) < 2  # a worker waits 10 seconds for each of them
     record_property("figures", f"GET /livez within {max(took):.2f} s")
-
-
-def connect(url: str) -> socket.socket:
-    host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10)

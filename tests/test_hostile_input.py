@@ -27,6 +27,7 @@ from harness import (
     ROOT,
     Service,
     assert_error,
+    connect,
     raw_answer,
     resident_bytes,
     web_processes,
@@ -418,18 +419,13 @@ def test_a_broken_body_is_answered_in_json(service: Service, name: str) -> None:
 def test_malformed_requests_never_harm_the_service(unharmed: Service) -> None:
     """The client closes each connection without waiting for the answer."""
     for sent in [*(sent for sent, _, _ in (FORMS | LINES).values()), *BROKEN.values()]:
-        with connected(unharmed) as connection, suppress(ConnectionError):
+        with connect(unharmed.url) as connection, suppress(ConnectionError):
             connection.sendall(sent)
-
-
-def connected(service: Service) -> socket.socket:
-    host, port = service.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def talk(service: Service, sent: bytes) -> bytes:
     """Send this and close the sending side; return everything that is received."""
-    with connected(service) as connection:
+    with connect(service.url) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -450,7 +446,7 @@ def test_http_0_9_is_answered_without_status_and_headers(service: Service) -> No
 def test_a_client_that_expects_100_continue_gets_it(service: Service) -> None:
     asking = request(FORM, MULTIPART + b"b", b"Expect: 100-continue")
     head = asking[: -len(FORM)]
-    with connected(service) as connection:
+    with connect(service.url) as connection:
         connection.sendall(head)
         assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
         connection.sendall(FORM)

@@ -21,7 +21,7 @@ from harness.processes import (
     variables,
     wait_until,
 )
-from harness.responses import assert_error, raw_answer
+from harness.responses import assert_error, connect, raw_answer
 from harness.services import (
     Serve,
     Service,
@@ -53,6 +53,7 @@ __all__ = [
     "apache_of",
     "assert_error",
     "command_line",
+    "connect",
     "descendants",
     "free_port",
     "make_certificates",

@@ -1,19 +1,25 @@
-"""Send requests that no client library would send, and check what errors look like."""
+"""Send requests that no client library would send, and check the format of errors."""
 
 import json
 import socket
 from http.client import HTTPResponse
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
 from harness.services import Service
 
 
+def connect(url: str, timeout: float = 60) -> socket.socket:
+    """Connect to the host and port of `url`."""
+    where = urlsplit(url)
+    return socket.create_connection((str(where.hostname), int(where.port or 0)), timeout=timeout)
+
+
 def raw_answer(service: Service, request: bytes) -> requests.Response:
     """Send these bytes; return the answer as a requests.Response."""
-    host, port = service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with connect(service.url) as connection:
         connection.sendall(request)
         answer = HTTPResponse(connection)
         answer.begin()
