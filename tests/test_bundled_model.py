@@ -24,7 +24,7 @@ from harness import (
 MODEL = ROOT / "models/efficientnet_lite0.keras"
 ABOUT = json.loads(MODEL.with_suffix(".json").read_text())
 # Probabilities with float32 weights for the original photos, resized in one step.
-SHOWN = {
+EXPECTED = {
     "cat.jpg": {"Egyptian_cat": 0.771, "tiger_cat": 0.101, "tabby": 0.077},
     "coffee.jpg": {"espresso": 0.900, "cup": 0.035},
     "officer.jpg": {"military_uniform": 0.463},
@@ -39,13 +39,13 @@ def imagenet(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield service
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_sample_photo_gets_its_known_probability(imagenet: Service, name: str) -> None:
     predictions = imagenet.predictions((ROOT / "images" / name).read_bytes())
 
     probabilities = {each["label"]: each["probability"] for each in predictions}
-    assert list(probabilities)[: len(SHOWN[name])] == list(SHOWN[name])
-    for label, probability in SHOWN[name].items():
+    assert list(probabilities)[: len(EXPECTED[name])] == list(EXPECTED[name])
+    for label, probability in EXPECTED[name].items():
         assert probabilities[label] == pytest.approx(probability, abs=2e-3)
 
 
@@ -54,10 +54,10 @@ def test_every_sample_photo_is_listed_with_label_and_license() -> None:
     table = re.findall(r"^\| `(.+?)` \| (\w+), (0\.\d{3}) \| .+ \| (CC0|public domain) \|", text, re.M)
 
     photos = sorted(path.name for path in (ROOT / "images").iterdir() if path.suffix != ".md")
-    assert sorted(name for name, *_ in table) == photos == sorted(SHOWN)
+    assert sorted(name for name, *_ in table) == photos == sorted(EXPECTED)
     for name, label, probability, _ in table:
-        assert label == next(iter(SHOWN[name]))
-        assert float(probability) == pytest.approx(SHOWN[name][label], abs=2e-3)
+        assert label == next(iter(EXPECTED[name]))
+        assert float(probability) == pytest.approx(EXPECTED[name][label], abs=2e-3)
     assert all((ROOT / "images" / name).stat().st_size < 150_000 for name in photos)
 
 
@@ -121,7 +121,7 @@ def compared() -> dict[str, Any]:
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
         raise Missing(f"{', '.join(absent)} is not installed")
-    photos = [ROOT / "images" / name for name in SHOWN]
+    photos = [ROOT / "images" / name for name in EXPECTED]
     ended = subprocess.run(
         [sys.executable, "-c", COMPARE, MODEL, *photos],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "models")}, capture_output=True, text=True, timeout=250,

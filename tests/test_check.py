@@ -73,7 +73,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "large.jpg": lambda: saved(SEVEN.resize((3000, 4000)), "JPEG"),
     "an-image-with-another-suffix.txt": lambda: saved(SEVEN, "BMP"),
 }  # fmt: skip
-WRONG: dict[str, Callable[[], bytes]] = {
+UNREADABLE: dict[str, Callable[[], bytes]] = {
     "text.png": lambda: b"no image",
     "empty.png": lambda: b"",
     "cut.png": lambda: saved(SEVEN, "PNG")[:5000],
@@ -123,12 +123,12 @@ def test_check_predicts_what_the_service_predicts(
     assert said == pytest.approx({each["label"]: each["probability"] for each in answered}, abs=2e-4)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", UNREADABLE)
 def test_check_refuses_what_the_service_refuses(
     service: Service, check: Callable[[Path], int], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     path = tmp_path / name
-    path.write_bytes(WRONG[name]())
+    path.write_bytes(UNREADABLE[name]())
 
     assert check(path) == 2
 

@@ -76,7 +76,7 @@ class Image:
     def run(self, *arguments: str) -> str:
         return subprocess.check_output([*self.buildah, *arguments], text=True, timeout=120).strip()
 
-    def entered(self, service: dict[str, Any], command: list[str], **more: str) -> tuple[list[str], dict[str, str]]:
+    def enter(self, service: dict[str, Any], command: list[str], **more: str) -> tuple[list[str], dict[str, str]]:
         """Return the command and the environment that run `command` in the image as compose.yaml says."""
         inside = dict(each.split("=", 1) for each in self.config["Env"]) | defaults(service) | more
         unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private"]
@@ -91,7 +91,7 @@ class Image:
     def running(self, service: dict[str, Any], log: Path, **more: str) -> Iterator[Process]:
         log.touch()
         log.chmod(0o666)  # the container's user writes to it
-        command, about = self.entered(service, self.config["Cmd"], **more)
+        command, about = self.enter(service, self.config["Cmd"], **more)
         with running(command, log, **about) as process:
             try:
                 yield process
@@ -103,7 +103,7 @@ class Image:
         """Return the error of the image's health check; empty if it passes."""
         kind, *command = self.config["Healthcheck"]["Test"]
         assert kind == "CMD"
-        command, about = self.entered(service, command, **more)
+        command, about = self.enter(service, command, **more)
         done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True, timeout=60, check=False)
         return done.stderr.strip() or "unhealthy" if done.returncode else ""
 
@@ -210,17 +210,17 @@ def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path)
     need_root()
     buildah = [need("buildah"), "--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"),
                "--storage-driver", "overlay"]  # fmt: skip
-    taken = {"settings.py", "requirements/service.txt", "requirements/constraints.txt", "app.wsgi",
-             "web/static/page.js", "deploy/apache/a.conf", "images/cat.jpg", "image_queue/take.lua",
-             "models/own.keras", "models/own.json", "models/own.labels.txt", "models/own.h5",
-             "models/classes.txt", "model_server/a.py",
-             "models/nested/own.json"}  # fmt: skip
-    left = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "models/digits/three.png",
-            "models/train.py", "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py",
-            "deploy/remove.sh", "deploy/copy_code.py",
-            "deploy/systemd/a.service", "requirements/dev.txt", "compose.yaml", "Dockerfile"}  # fmt: skip
+    included = {"settings.py", "requirements/service.txt", "requirements/constraints.txt", "app.wsgi",
+                "web/static/page.js", "deploy/apache/a.conf", "images/cat.jpg", "image_queue/take.lua",
+                "models/own.keras", "models/own.json", "models/own.labels.txt", "models/own.h5",
+                "models/classes.txt", "model_server/a.py",
+                "models/nested/own.json"}  # fmt: skip
+    excluded = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "models/digits/three.png",
+                "models/train.py", "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py",
+                "deploy/remove.sh", "deploy/copy_code.py",
+                "deploy/systemd/a.service", "requirements/dev.txt", "compose.yaml", "Dockerfile"}  # fmt: skip
     context = tmp_path / "context"
-    for name in taken | left:
+    for name in included | excluded:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         (context / name).write_text("")
     shutil.copy(ROOT / ".dockerignore", context)
@@ -229,7 +229,7 @@ def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path)
         subprocess.run([*buildah, "bud", "--isolation", "chroot", "-q", "-t", "it", str(context)], check=True,
                        capture_output=True, timeout=60)  # fmt: skip
         root = Path(Image(buildah[1:], "it").root)
-        assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == taken
+        assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == included
     finally:
         subprocess.run([*buildah, "rm", "--all"], check=False, capture_output=True)
         subprocess.run([*buildah, "rmi", "--all", "--force"], check=False, capture_output=True)

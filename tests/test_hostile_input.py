@@ -334,7 +334,7 @@ FORMS: dict[str, tuple[bytes, int, str]] = {
     ),
 }  # fmt: skip
 
-LINES: dict[str, tuple[bytes, int, str]] = {
+HEADS: dict[str, tuple[bytes, int, str]] = {
     "a length that is too small": (request(length=b"100"), 400, "bad_request"),
     "a negative length": (request(length=b"-5"), 400, "bad_request"),
     "a length that is not a number": (request(length=b"many"), 400, "bad_request"),
@@ -380,7 +380,7 @@ LINES: dict[str, tuple[bytes, int, str]] = {
 
 # Bodies that are cut off or have invalid chunks. mod_wsgi treats this as its own fault: it answers 500, or appends its
 # 500 to Apache's answer. Only the client that sent the body sees it.
-BROKEN = {
+BROKEN_BODIES = {
     "a length that is too large": request(length=b"%d" % (len(FORM) + 500)),
     "a chunk size that is not a number": chunked(b"zz\r\n", FORM),
     "a negative chunk size": chunked(b"-5\r\n", FORM),
@@ -392,9 +392,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", [*FORMS, *LINES])
+@pytest.mark.parametrize("name", [*FORMS, *HEADS])
 def test_a_malformed_request_gets_the_expected_answer(service: Service, name: str) -> None:
-    sent, status, code = (FORMS | LINES)[name]
+    sent, status, code = (FORMS | HEADS)[name]
 
     answer = raw_answer(service, sent)
 
@@ -405,9 +405,9 @@ def test_a_malformed_request_gets_the_expected_answer(service: Service, name: st
         assert_error(answer, status, code)
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", BROKEN_BODIES)
 def test_a_broken_body_is_answered_in_json(service: Service, name: str) -> None:
-    answer = talk(service, BROKEN[name])
+    answer = talk(service, BROKEN_BODIES[name])
 
     head, _, body = answer.partition(b"\r\n\r\n")
     assert re.match(rb"HTTP/1.1 (400|413|500) ", head)
@@ -418,7 +418,7 @@ def test_a_broken_body_is_answered_in_json(service: Service, name: str) -> None:
 
 def test_malformed_requests_never_harm_the_service(unharmed: Service) -> None:
     """The client closes each connection without waiting for the answer."""
-    for sent in [*(sent for sent, _, _ in (FORMS | LINES).values()), *BROKEN.values()]:
+    for sent in [*(sent for sent, _, _ in (FORMS | HEADS).values()), *BROKEN_BODIES.values()]:
         with connect(unharmed.url) as connection, suppress(ConnectionError):
             connection.sendall(sent)
 
