@@ -62,11 +62,11 @@ def test_the_closing_line_counts_each_kind() -> None:
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one", "two"])
 def test_a_quick_run_ends_with_what_it_left_out(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-p", "hooks", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
+    options = ["-p", "hooks", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--quick", *workers]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
 
     printed = subprocess.check_output(
-        [*command, "--quick", *workers, str(tmp_path)], cwd=tmp_path, env=environment, text=True, timeout=240
+        [sys.executable, "-m", "pytest", *options, tmp_path], cwd=tmp_path, env=environment, text=True, timeout=240
     )
 
     assert "4 passed" in printed

@@ -130,7 +130,7 @@ def run_service(directory: Path, servers: int = 1, **environment: str) -> Iterat
             )
             for i in range(servers)
         ]
-        url = stack.enter_context(run_apache(log=directory / "apache", **environment))
+        url = stack.enter_context(run_apache(wait=True, log=directory / "apache", **environment))
         for process in processes:
             process.wait_for_log("* Model loaded")
         wait_until(lambda: len(ready(url).get("model_servers", {})) == servers, f"{servers} model servers are alive")
