@@ -9,14 +9,14 @@ import time
 import requests
 from measure import Bench, Figures, batch_sizes
 from system import AS_INSTALLED, ROOT, START_LIMIT, Measured, child, responds, run_serve, service, wait_until
-from targets import PHOTO, serial_limit
+from targets import PHOTO, in_series, serial_limit
 
 RESNET50 = {"MODEL": "ResNet50", "MODEL_WEIGHTS": "random"}
 BUNDLED = {"MODEL": str(ROOT / "models/efficientnet_lite0.keras")}
 DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
-LIMITS_SIZES = (1, 8, 32)
+LIMITS_SIZES = (1, 8, 32)  # of the batches
 CLIENTS = (1, 8, 64, 256)
-OVERLOAD = 1.75
+OVERLOAD = 1.75  # times what the cores can serve
 FIRST_ANSWER_LIMIT = 120  # seconds; the service itself gives up after REQUEST_TIMEOUT
 
 
@@ -57,7 +57,7 @@ def _baseline(bench: Bench, clients: int) -> dict[str, float]:
     if clients == 64 and "model" in bench.figures:
         way, size = max(bench.figures["model"], key=bench.figures["model"].__getitem__).split()
         model = child("alone.py", "model", size, way)["per_s"]
-        return {"L": 1 / (1 / model + 1 / bench.prepare(PHOTO)["per_s"])}
+        return {"L": in_series(model, bench.prepare(PHOTO)["per_s"])}
     return {}
 
 
@@ -105,8 +105,11 @@ def bundled(bench: Bench) -> None:
     # Again in reverse order: the speed of a shared machine drifts within minutes.
     for name, model in reversed(models.items()):
         per_s = (alone[name]["per_s"] + _alone(bench, name, model)["per_s"]) / 2
-        limit = 1 / (1 / per_s + 1 / prepare)
-        rows[name] |= {"alone_per_s": per_s, "batch_size": alone[name]["batch_size"], "limit_per_s": limit}
+        rows[name] |= {
+            "alone_per_s": per_s,
+            "batch_size": alone[name]["batch_size"],
+            "limit_per_s": in_series(per_s, prepare),
+        }
     for name, model in models.items():
         bench.show(f"start-up with {name}")
         rows[name] |= _start(bench, model)

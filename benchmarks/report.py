@@ -126,7 +126,7 @@ def bursts(rows: Figures) -> str:
 
 
 def fast_server(row: Figures) -> str:
-    """Return the table for a model server with a model as fast as a GPU."""
+    """Return the table for a model server whose model is as fast as a GPU."""
     cores = ", ".join(f"{who} {used:.2f}" for who, used in row["cores"].items())
     body = [["the model alone", 16_000.0, "", ""], ["fed from Redis", row["per_s"], row["batches"]["mean"], cores]]
     return table(["", "images/s", "mean batch", "cores used"], body)
