@@ -1,4 +1,4 @@
-"""Fixtures and helpers of the tests of the queue, which name this module in pytest_plugins."""
+"""Fixtures and helpers of test_image_queue_*.py, which name this module in pytest_plugins."""
 
 import json
 import time
@@ -61,7 +61,7 @@ def result_of(redis: Redis, job_id: str) -> Any:
 
 
 def die(queue: ServerQueue) -> None:
-    """Leave what kill -9 leaves once the heartbeat has expired."""
+    """Leave the keys in Redis as after a kill -9, once the heartbeat has expired."""
     queue.redis.delete(queue.heartbeat)
 
 

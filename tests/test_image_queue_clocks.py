@@ -16,7 +16,7 @@ pytest_plugins = ["queue_fixtures"]
 
 
 def shift_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Change the clock of this process, as if the next to read it ran on a machine with a wrong clock."""
+    """Shift the clock of this process, so that what runs from now on seems to be on a machine with a wrong clock."""
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + seconds)
 
@@ -60,11 +60,11 @@ def test_clock_change_on_the_web_server_has_no_effect(
     asked = ask_in_background(web, 3)
     wait_until(lambda: web.waiting() == 1, "the job waits")
     shift_clock(monkeypatch, shift)
-    stepped = time.monotonic()
+    shifted = time.monotonic()
     if shift < 0:
         with pytest.raises(ResultTimeout):
             asked.result(10)
-        assert time.monotonic() - stepped < 6
+        assert time.monotonic() - shifted < 6
         return
     before = polls(redis)
     wait_until(lambda: polls(redis) >= before + 5, "the web polls five times")
@@ -75,7 +75,7 @@ def test_clock_change_on_the_web_server_has_no_effect(
 
 
 def polls(redis: Redis) -> int:
-    """How often anybody has waited for an answer in this Redis."""
+    """How often this Redis has been polled for an answer."""
     statistics: dict[str, Any] = redis.info("commandstats")
     return int(statistics.get("cmdstat_blpop", {"calls": 0})["calls"])
 
@@ -84,7 +84,7 @@ def polls(redis: Redis) -> int:
 def test_job_with_an_expired_marker_is_dropped(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, shift: float
 ) -> None:
-    """The web process died; otherwise it would have removed the job."""
+    """The job is still queued because its web process died."""
     job = Job("late", IMAGE, time.time() + 0.3)
     web._push(PendingJob(job), accepted=False)
     push(redis, "in-time", deadline=time.time() + shift + 30)
@@ -102,7 +102,7 @@ def test_job_with_an_expired_marker_is_dropped(
 def test_job_in_a_batch_expires_with_its_marker(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
-    """The deadlines, by a wrong clock, have no effect."""
+    """The deadlines are from a wrong clock and have no effect."""
     for name, seconds in (("soon", 2.0), ("later", 30.0)):
         job = PendingJob(Job(name, IMAGE, time.time() - 7200))
         job.until = time.monotonic() + seconds
@@ -121,12 +121,12 @@ def test_job_in_a_batch_expires_with_its_marker(
 def test_answer_is_kept_until_the_deadline_but_at_most_an_hour(
     redis: Redis, server: ServerQueue, marked: int | None, left: int
 ) -> None:
-    push(redis, "tool", deadline=1e300)
+    push(redis, "endless", deadline=1e300)
     if marked:
-        redis.set(server.accepted_key("tool"), "", ex=marked)
+        redis.set(server.accepted_key("endless"), "", ex=marked)
     batch = server.take(1)
 
     answer(server, batch)
 
-    assert result_of(redis, "tool") == ANSWER
-    assert left - 5 <= redis.ttl(server.result_key("tool")) <= left + 1
+    assert result_of(redis, "endless") == ANSWER
+    assert left - 5 <= redis.ttl(server.result_key("endless")) <= left + 1

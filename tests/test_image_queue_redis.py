@@ -1,4 +1,4 @@
-"""Both sides of the queue when Redis fails, restarts or is full."""
+"""Both sides of the queue with a Redis that fails, restarts, is full or too old."""
 
 import errno
 import io
@@ -73,14 +73,14 @@ def test_job_is_pushed_again_when_redis_is_replaced_between_polls(
     web = WebQueue()
     poll, polled, replaced = web._poll, threading.Event(), threading.Event()
 
-    def poll_then_wait(*arguments: Any) -> Any:
+    def poll_then_hold(*arguments: Any) -> Any:
         reply = poll(*arguments)
         if not replaced.is_set():
             polled.set()
             replaced.wait(20)
         return reply
 
-    monkeypatch.setattr(web, "_poll", poll_then_wait)
+    monkeypatch.setattr(web, "_poll", poll_then_hold)
     with ready_redis(tmp_path / "log", port):
         asked = ask_in_background(web)
         assert polled.wait(10)
@@ -95,11 +95,11 @@ def test_job_is_pushed_again_when_redis_is_replaced_between_polls(
         assert asked.result(10) == ANSWER
 
 
-def no_file(**_: Any) -> IO[bytes]:
+def no_space(**_: Any) -> IO[bytes]:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def half_a_file(**_: Any) -> IO[bytes]:
+def space_for_ten_bytes(**_: Any) -> IO[bytes]:
     """Return a file on a disk that is full after ten bytes."""
 
     class Full(io.BytesIO):
@@ -109,19 +109,19 @@ def half_a_file(**_: Any) -> IO[bytes]:
     return Full()
 
 
-@pytest.mark.parametrize("disk", [no_file, half_a_file])
+@pytest.mark.parametrize("disk", [no_space, space_for_ten_bytes])
 def test_full_disk_loses_no_image(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue, disk: Any
 ) -> None:
     monkeypatch.setattr("image_queue.pending_job.TemporaryFile", disk)
     poll = web._poll
 
-    def forgetting_poll(*arguments: Any) -> Any:
+    def poll_after_a_restart(*arguments: Any) -> Any:
         monkeypatch.setattr(web, "_poll", poll)
         redis.delete(*own_keys(redis))
         raise RedisError("Redis has restarted")
 
-    monkeypatch.setattr(web, "_poll", forgetting_poll)
+    monkeypatch.setattr(web, "_poll", poll_after_a_restart)
     asked = ask_in_background(web)
     wait_until(lambda: web._poll is poll and web.waiting() == 1, "the job is pushed again")
     server.join()

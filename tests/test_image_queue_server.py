@@ -105,7 +105,7 @@ def test_invalid_json_that_contains_an_id_can_be_answered(redis: Redis, server: 
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_oversized_entry_is_answered_without_parsing_it(
+def test_only_the_start_of_an_oversized_entry_is_parsed(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ServerQueue, waits: bool
 ) -> None:
     parsed: list[int] = []
@@ -159,9 +159,9 @@ def test_only_one_of_several_servers_reclaims_a_dead_one(redis: Redis, server: S
     server.take(40)
     die(server)
     others = [ServerQueue(ABOUT, 5) for _ in range(6)]
-    all_found_it = threading.Barrier(len(others))
+    all_ready = threading.Barrier(len(others))
     for other in others:
-        other._scripts["reclaim"] = after(all_found_it, other._scripts["reclaim"])  # type: ignore[assignment]
+        other._scripts["reclaim"] = together(all_ready, other._scripts["reclaim"])  # type: ignore[assignment]
 
     with ThreadPoolExecutor(len(others)) as pool:
         list(pool.map(lambda other: other.reclaim(), others))
@@ -169,8 +169,8 @@ def test_only_one_of_several_servers_reclaims_a_dead_one(redis: Redis, server: S
     assert waiting_ids(redis) == [f"job{i}" for i in range(40)]
 
 
-def after(barrier: threading.Barrier, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wait until all threads of the barrier are about to call `call`."""
+def together(barrier: threading.Barrier, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `call`, delayed until all threads of the barrier are about to call it."""
 
     def wait_and_call(*arguments: Any) -> Any:
         barrier.wait(10)
@@ -186,11 +186,11 @@ def test_restarted_server_reclaims_its_jobs_at_once(redis: Redis) -> None:
     killed.take(2)
     killed._slot_socket.close()  # as the kernel does when the process dies
 
-    again = ServerQueue(ABOUT, 60)
-    again.join()
+    restarted = ServerQueue(ABOUT, 60)
+    restarted.join()
 
     assert waiting_ids(redis) == ["a", "b"]
-    assert list(again.live_servers()) == [again.name]
+    assert list(restarted.live_servers()) == [restarted.name]
 
 
 def test_restarted_server_may_serve_another_model(redis: Redis) -> None:
@@ -198,10 +198,10 @@ def test_restarted_server_may_serve_another_model(redis: Redis) -> None:
     killed.join()
     killed._slot_socket.close()
 
-    again = ServerQueue(ABOUT | {"weights": "better.keras"}, 60)
-    again.join()
+    restarted = ServerQueue(ABOUT | {"weights": "better.keras"}, 60)
+    restarted.join()
 
-    assert [about["weights"] for about in again.live_servers().values()] == ["better.keras"]
+    assert [about["weights"] for about in restarted.live_servers().values()] == ["better.keras"]
 
 
 def test_two_live_servers_never_share_a_slot(server: ServerQueue, second: ServerQueue) -> None:
@@ -209,7 +209,7 @@ def test_two_live_servers_never_share_a_slot(server: ServerQueue, second: Server
 
 
 def test_jobs_taken_by_a_delayed_command_are_reclaimed(redis: Redis, server: ServerQueue) -> None:
-    """The connection was cut, and the network delivers the command later."""
+    """Its connection broke, and the network delivers the command after the server has joined again."""
     old_list = server.taken
     server.join()
     push(redis, "a", "b")
@@ -312,7 +312,7 @@ def test_late_answer_is_published_without_touching_the_lists(
     die(server)
     second.reclaim()
     push(redis, "b")
-    server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it noticed
+    server.redis.lmove(settings.IMAGE_QUEUE, server.taken, "RIGHT", "RIGHT")  # taken before it notices
 
     with pytest.raises(HeartbeatExpired):
         answer(server, frozen)

@@ -14,9 +14,7 @@ import keras
 import numpy as np
 import pytest
 import sample_models as models
-from harness import (
-    wait_until,
-)
+from harness import wait_until
 from PIL import Image
 from redis import Redis
 from samples import colors, saved

@@ -23,13 +23,7 @@ import harness
 import numpy as np
 import pytest
 import requests
-from harness import (
-    Process,
-    free_port,
-    run_redis,
-    running,
-    wait_until,
-)
+from harness import Process, free_port, run_redis, running, wait_until
 from PIL import Image
 from redis import Redis
 

@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
-from harness import (
-    ROOT,
-    Service,
-    need,
-)
+from harness import ROOT, Service, need
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import ignored_auth

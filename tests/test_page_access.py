@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 from axe_core_python.selenium import Axe
 from browser import LINE, SEVEN, STAND_IN, THREE, Browser, server, shares, stats
-from harness import (
-    Service,
-    wait_until,
-)
+from harness import Service, wait_until
 from selenium.webdriver.common.by import By
 
 pytest_plugins = ["browser"]

@@ -5,13 +5,7 @@ import shutil
 from pathlib import Path
 
 from browser import HELD, KEY, SEVEN, THREE, TWO, Browser, shares
-from harness import (
-    Service,
-    assert_error,
-    free_port,
-    run_apache,
-    wait_until,
-)
+from harness import Service, assert_error, free_port, run_apache, wait_until
 from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By

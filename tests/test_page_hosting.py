@@ -13,17 +13,7 @@ from typing import Any
 import pytest
 import requests
 from browser import BROWSERS, KEY, LINE, SEVEN, THREE, Browser, shares
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    free_port,
-    need,
-    responds,
-    run_apache,
-    running,
-    wait_until,
-)
+from harness import ROOT, Service, assert_error, free_port, need, responds, run_apache, running, wait_until
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import HELD, LINE, SEVEN, THREE, TWO, Browser, shares
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    wait_until,
-)
+from harness import ROOT, Service, assert_error, wait_until
 from selenium.webdriver.common.keys import Keys
 
 pytest_plugins = ["browser"]

@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import requests
 from browser import IMAGENET, STAND_IN, THREE, Browser, server, shares, stats
-from harness import (
-    ROOT,
-    Service,
-    wait_until,
-)
+from harness import ROOT, Service, wait_until
 from selenium.webdriver.common.keys import Keys
 
 from web.pages import SAMPLES

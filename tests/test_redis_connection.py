@@ -18,14 +18,7 @@ from typing import Any
 import flask
 import pytest
 from forwarder import name_for
-from harness import (
-    ROOT,
-    answers,
-    free_port,
-    make_certificates,
-    run_redis,
-    wait_until,
-)
+from harness import ROOT, answers, free_port, make_certificates, run_redis, wait_until
 from redis import Redis
 from redis.exceptions import RedisError
 

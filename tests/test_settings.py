@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import (
-    PATH,
-    ROOT,
-)
+from harness import PATH, ROOT
 
 import settings
 

@@ -12,14 +12,7 @@ from typing import cast
 
 import pytest
 import requests
-from harness import (
-    Service,
-    free_port,
-    run_apache,
-    run_redis,
-    running,
-    wait_until,
-)
+from harness import Service, free_port, run_apache, run_redis, running, wait_until
 from redis import Redis
 from test_model_server import MeanClassifier, push
 

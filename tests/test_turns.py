@@ -9,13 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import (
-    ROOT,
-    Service,
-    resident_bytes,
-    wait_until,
-    web_processes,
-)
+from harness import ROOT, Service, resident_bytes, wait_until, web_processes
 from hostile.png import header, make_png
 
 import settings
