@@ -169,7 +169,7 @@ def test_one_error_moves_all_connections_to_the_new_primary(monkeypatch: pytest.
 
 
 def test_replica_behind_the_name_differs_from_an_old_connection(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
-    """The first is an error. The second is replaced by a new connection without an error."""
+    """A name that leads to a replica is an error. If only the old connection does, a new one replaces it silently."""
     with name_for(port_of(pair.primary)) as name:
         use(monkeypatch, name.port)
         web = WebQueue()
@@ -203,7 +203,7 @@ def test_broken_connection_closes_the_idle_ones(monkeypatch: pytest.MonkeyPatch,
 # How many connections
 
 
-def test_connections_of_a_burst_are_closed_but_steady_ones_kept(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+def test_surplus_connections_are_closed_and_the_others_kept(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     use(monkeypatch, port_of(pair.primary))
     pool = connect().connection_pool
     assert isinstance(pool, QueuePool)
@@ -327,7 +327,7 @@ def test_unusable_redis_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, line
     assert time.monotonic() - started < GRACE
 
 
-def test_unchecked_redis_cluster_is_refused_at_once(
+def test_image_for_an_unchecked_cluster_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
@@ -498,7 +498,7 @@ def test_wrong_password_tls_and_database_are_told_apart(monkeypatch: pytest.Monk
             monkeypatch.setattr(settings, "REDIS_URL", url)
             found[url] = current_fault()
 
-    assert "client certificate" in found[no_certificate]  # whether TLS 1.3 says so or the connection is closed
+    assert "client certificate" in found[no_certificate]  # whether TLS 1.3 reports it or the connection is closed
     for url, words in wanted.items():
         assert found[url].startswith(words), (url, found[url])
         assert bool(found[url]) == bool(words), (url, found[url])
