@@ -146,19 +146,19 @@ def test_dragging_files_shows_where_to_drop_them(service: Service, browser: Brow
 def test_without_a_network_the_user_can_try_again(service: Service, browser: Browser) -> None:
     browser.open(service.url)
     browser.open_figures()
-    away = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    limits = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.cdp("Network.enable")
-    browser.cdp("Network.emulateNetworkConditions", offline=True, **away)
+    browser.cdp("Network.emulateNetworkConditions", offline=True, **limits)
     browser.choose(SEVEN)
     browser.bars()
-    told = browser.text(".error")
+    message = browser.text(".error")
     wait_until(lambda: browser.text("#live-state") == "no answer", "the figures say that they are old")
-    browser.cdp("Network.emulateNetworkConditions", offline=False, **away)
+    browser.cdp("Network.emulateNetworkConditions", offline=False, **limits)
     browser.console()  # the browser's own messages about the network
 
     browser.all(".again")[0].click()
 
-    assert told == "The service can't be reached, so check your network and try again."
+    assert message == "The service can't be reached, so check your network and try again."
     assert browser.bars() == [shares(service, SEVEN)]
     assert browser.texts(".error") == []
 

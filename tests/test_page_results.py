@@ -1,4 +1,4 @@
-"""The page in a browser: choosing, dropping and pasting images, their results, and copying these."""
+"""The page in a browser: choosing, dropping and pasting images, seeing their results and copying them."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The page in a browser: what it says about the model and the service, and the sample photos."""
+"""The page in a browser: what it says about the model and the service, and its sample photos."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_samples_are_offered_only_if_all_models_know_imagenet(
     assert any("/samples/" in url for url in browser.requested()) == samples
 
 
-def test_it_says_whether_a_model_is_running(service: Service, browser: Browser) -> None:
+def test_the_page_says_whether_a_model_is_running(service: Service, browser: Browser) -> None:
     browser.before_the_page(STAND_IN % json.dumps(stats(10, model_servers={})))
     browser.open(service.url)
     wait_until(lambda: browser.text("#model").startswith("No model is running"), "it says that none is running")
@@ -58,7 +58,7 @@ def test_it_says_whether_a_model_is_running(service: Service, browser: Browser) 
     wait_until(lambda: browser.text("#model") == RECOGNIZES, "it notices by itself")
 
 
-def test_it_says_what_the_running_model_recognizes(service: Service, browser: Browser) -> None:
+def test_the_page_says_what_the_running_model_recognizes(service: Service, browser: Browser) -> None:
     browser.open(service.url)
 
     wait_until(lambda: browser.text("#model") == "Recognizes handwritten digits. Model: digits.", "it says so")
