@@ -60,7 +60,7 @@ def markdown(figures: Figures) -> str:
 
 
 def limits(figures: Figures) -> list[list[Any]]:
-    """Return the rows for the model and the decoding, each by itself."""
+    """Return the rows for the model alone and for decoding alone."""
     model = ((*name.split(), rate) for name, rate in figures["model"].items())
     rows: list[list[Any]] = [[f"ResNet50, {way}, batch of {size}", rate] for way, size, rate in model]
     if "L" in figures:

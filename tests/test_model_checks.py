@@ -219,7 +219,7 @@ def nobody(_: int) -> None:
 
 def test_keras_downloads_are_found_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container whose user has only a number
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container whose user has no name
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))
     assert downloads.keras_downloads() == tmp_path / "cache/models"
 

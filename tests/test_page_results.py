@@ -178,7 +178,7 @@ def copy(browser: Browser, form: str) -> str:
     """Press the button, and return the text in the clipboard once the page says that it was copied."""
     button = browser.all(f"#copy-{form}")[0]
     button.click()
-    wait_until(lambda: button.text == "Copied", "it says so")
+    wait_until(lambda: button.text == "Copied", "the button says that it was copied")
     return str(browser.chrome.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
 
 

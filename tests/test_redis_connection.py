@@ -141,7 +141,7 @@ def test_blocking_poll_ends_when_its_primary_is_demoted(monkeypatch: pytest.Monk
     redis = connect()
     with ThreadPoolExecutor(1) as pool:
         polled = pool.submit(redis.blpop, ["k"], 20)
-        wait_until(lambda: pair.primary.info("clients")["blocked_clients"], "it waits")
+        wait_until(lambda: pair.primary.info("clients")["blocked_clients"], "the poll waits")
         pair.demote()
 
         with pytest.raises(NotPrimary):
@@ -255,7 +255,7 @@ def test_redis_without_a_free_connection_is_reported(monkeypatch: pytest.MonkeyP
 
 
 def current_fault() -> str:
-    """Return what is wrong with the Redis of the settings."""
+    """Return the fault of the Redis in the settings; empty if there is none."""
     try:
         WebQueue().check()
     except (RedisError, UnusableRedis) as error:

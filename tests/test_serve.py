@@ -124,7 +124,7 @@ def descendants(pid: int) -> dict[int, dict[str, str]]:
     """A process and its descendants, each with its entry in /proc."""
     family, found = {pid}, {}
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has just ended
             status = dict(re.findall(r"^(\w+):[ \t]*(.*)$", (folder / "status").read_text(), re.MULTILINE))
             if int(folder.name) == pid or int(status["PPid"]) in family:
                 family.add(int(folder.name))
@@ -162,8 +162,12 @@ def listeners(pid: int) -> set[str]:
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
             inodes.update(re.findall(r"socket:\[(\d+)\]", str(link.readlink())))
-    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
-    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+    return {row[1].split(":")[0] for row in tcp_sockets() if row[3] == "0A" and row[9] in inodes}
+
+
+def tcp_sockets() -> list[list[str]]:
+    """The rows of /proc/net/tcp and tcp6, split into columns."""
+    return [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
 
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
@@ -221,8 +225,7 @@ def test_processes_that_wait_for_a_frozen_redis_are_not_left_behind(impatient: d
 
 def waiting_requests(port: str) -> int:
     """How many connections to the port are open."""
-    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
+    return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in tcp_sockets())
 
 
 @pytest.mark.slow("waits for time limits to pass")
