@@ -1,4 +1,4 @@
-"""Measure the limits of the hardware, one in each process; print a line of JSON.
+"""Measure one limit of the hardware and print it as a line of JSON.
 
     alone.py model SIZE WAY    images/s of ResNet50 in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice (two batches at once, as in the model server)
@@ -8,7 +8,7 @@
     alone.py served            images/s of the model server's model (MODEL) at its batch size, two batches at once
     alone.py load              seconds for the model server's model to load and to warm up
 
-ResNet50 is untrained, which costs the same.
+ResNet50 is untrained, which takes the same time as a trained one.
 """
 
 import io
@@ -32,7 +32,7 @@ SECONDS = 8.0  # of each measurement
 TARGET = (224, 224)
 
 
-def rate(call: Callable[[], object], seconds: float = SECONDS) -> float:
+def median_seconds(call: Callable[[], object], seconds: float = SECONDS) -> float:
     """Return the median seconds of a call, after two warm-up calls."""
     call()
     call()
@@ -47,36 +47,36 @@ def rate(call: Callable[[], object], seconds: float = SECONDS) -> float:
 
 def model(size: int, way: str) -> dict[str, float]:
     """Return images/s of ResNet50 in batches of `size`, from raw pixels to probabilities."""
-    from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - only here
+    from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - slow
     from model_server.keras_import import import_keras  # noqa: PLC0415
 
     network = import_keras().applications.ResNet50(weights=None)
     pixels = np.random.default_rng(0).integers(0, 256, (size, *TARGET, 3)).astype(np.uint8)
     if way == "predict":
-        return {"per_s": size / rate(lambda: network.predict(pixels, verbose=0))}
+        return {"per_s": size / median_seconds(lambda: network.predict(pixels, verbose=0))}
     if way.startswith("frozen"):
         network = TensorFlow(network)
     else:
         network.compile(jit_compile=way == "xla")
     if way == "frozen-twice":
-        return {"per_s": at_once(lambda: network.predict_on_batch(pixels), 2) * size}
-    return {"per_s": size / rate(lambda: network.predict_on_batch(pixels))}
+        return {"per_s": calls_per_second(lambda: network.predict_on_batch(pixels), 2) * size}
+    return {"per_s": size / median_seconds(lambda: network.predict_on_batch(pixels))}
 
 
-def at_once(call: Callable[[], object], threads: int) -> float:
-    """Return the calls a second when `threads` threads call in a loop."""
+def calls_per_second(call: Callable[[], object], threads: int) -> float:
+    """Return how often `threads` threads together can run `call`, in calls a second."""
     call()
     call()
     counts = [0] * threads
     begun = time.perf_counter()
 
-    def again(thread: int) -> None:
+    def keep_calling(thread: int) -> None:
         while time.perf_counter() < begun + SECONDS:
             call()
             counts[thread] += 1
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(again, range(threads)))
+        list(pool.map(keep_calling, range(threads)))
     return sum(counts) / (time.perf_counter() - begun)
 
 
@@ -99,24 +99,24 @@ def count_decodes(data: bytes, start: float, seconds: float) -> int:
 
 
 def prepare(path: str, seconds: float) -> dict[str, float]:
-    """Return images/s on all cores at once, and ms of a single image with JPEG draft mode and without."""
+    """Return images/s on all cores at once, and ms of a single image with and without JPEG draft mode."""
     data = Path(path).read_bytes()
     cores = os.cpu_count() or 1
-    one = rate(lambda: decode(data), seconds / 4)
-    full = rate(lambda: decode(data, draft=False), seconds / 4)
+    one = median_seconds(lambda: decode(data), seconds / 4)
+    full = median_seconds(lambda: decode(data, draft=False), seconds / 4)
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         done = pool.starmap(count_decodes, [(data, time.time() + 2, seconds)] * cores)
     return {"per_s": sum(done) / seconds, "one_ms": 1000 * one, "full_ms": 1000 * full}
 
 
 def answer(path: str) -> dict[str, float]:
-    """Return ms of one image from file to probabilities, in one process: what a service without overhead would take."""
-    from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - only here
+    """Return the ms from file to probabilities for one image in one process, as in a service without overhead."""
+    from model_server.backends.tensorflow import TensorFlow  # noqa: PLC0415 - slow
     from model_server.keras_import import import_keras  # noqa: PLC0415
 
     data = Path(path).read_bytes()
     network = TensorFlow(import_keras().applications.ResNet50(weights=None))
-    return {"one_ms": 1000 * rate(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
+    return {"one_ms": 1000 * median_seconds(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
 
 
 def served() -> dict[str, float]:
@@ -127,13 +127,13 @@ def served() -> dict[str, float]:
     network.warm_up()
     size = network.batch_size
     pixels = np.random.default_rng(0).integers(0, 256, (size, *network.shape)).astype(np.uint8)
-    return {"per_s": at_once(lambda: network.classify(pixels), 2) * size, "batch_size": size}
+    return {"per_s": calls_per_second(lambda: network.classify(pixels), 2) * size, "batch_size": size}
 
 
 def load() -> dict[str, float]:
     """Return the seconds of each step of a model server's start."""
     started = time.perf_counter()
-    from model_server import classifier, keras_import  # noqa: PLC0415 - is measured
+    from model_server import classifier, keras_import  # noqa: PLC0415 - its time is measured
 
     keras_import.import_keras()
     imported = time.perf_counter()

@@ -3,8 +3,8 @@
     closed_loop.py URL IMAGE CLIENTS SECONDS
 
 Each client keeps its connection open and sends its next request when the last one is answered. A request costs 0.2 ms
-of CPU here; 64 threads with `requests`, as in tests/load.py, cost 2 ms. The first fifth of the time is warm-up and does
-not count. Prints a line of JSON; latencies in ms.
+of CPU here, and 2 ms from 64 threads with `requests`, as in tests/load.py. The first fifth of the time is warm-up and
+does not count. Prints a line of JSON; latencies are in ms.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ def request(host: str, image: bytes) -> bytes:
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[bool, bool]:
-    """Read a response; return whether it is a prediction, and whether Apache closes the connection (every 100th)."""
+    """Read a response; return whether it is a prediction, and whether Apache closes the connection afterwards."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     length = int(head.split("content-length:")[1].split("\r\n")[0])
     body = await reader.readexactly(length)
@@ -81,7 +81,7 @@ async def closed_loop(url: str, image: bytes, clients: int, seconds: float) -> d
             group.create_task(client(host, data, begun + seconds, ends, failures))
     cpu = time.process_time() - cpu
     everything = len(ends) + len(failures)
-    # Leave out the warm-up, and what is answered at the end, when fewer and fewer clients are still asking.
+    # Leave out the warm-up, and the answers after the end, when fewer and fewer clients are still sending.
     counted = [(end, latency) for end, latency in ends if begun + seconds * WARM_UP < end <= begun + seconds]
     return summary(counted) | {"failed": len(failures), "requests": everything, "client_ms": 1000 * cpu / everything}
 

@@ -2,7 +2,7 @@
 
     costless.py FILE.keras
 
-The labels go beside it.
+Writes its labels beside it.
 """
 
 import sys

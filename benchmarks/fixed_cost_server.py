@@ -1,6 +1,6 @@
-"""run_model_server.py with a model that only sleeps, like a GPU to the CPU: what remains is the service's own cost.
+"""run_model_server.py with a model that only sleeps.
 
-MODEL_MS is the time for a batch.
+Like a model on a GPU it takes no CPU time, so the CPU time measured is the service's. MODEL_MS is the time for a batch.
 """
 
 import os

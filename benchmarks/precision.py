@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from alone import rate
+from alone import median_seconds
 from system import ROOT
 
 sys.path.append(str(ROOT))
@@ -37,7 +37,7 @@ def probabilities(model: classifier.Classifier, pixels: Pixels) -> classifier.Pr
 
 
 def accuracy(model: classifier.Classifier) -> dict[str, float]:
-    """Return the share of digits read right, and the largest difference of a probability from float32."""
+    """Return the share of digits recognized, and the largest difference of a probability from float32."""
     from train_digits import PRESENTATIONS, SEED, render, served, split  # noqa: PLC0415 - needs scikit-learn
 
     _, (digits, classes) = split()
@@ -49,11 +49,11 @@ def accuracy(model: classifier.Classifier) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what the command line names."""
+    """Measure the speed, and the accuracy of models/digits.keras."""
     policy, xla = sys.argv[1:]
     model = load(policy, xla == "True")
     batch = np.random.default_rng(0).integers(0, 256, (model.batch_size, *model.shape)).astype(np.uint8)
-    figures = {"per_s": model.batch_size / rate(lambda: model.classify(batch))}
+    figures = {"per_s": model.batch_size / median_seconds(lambda: model.classify(batch))}
     if Path(settings.MODEL) == ROOT / "models/digits.keras":
         figures |= accuracy(model)
     print(json.dumps(figures))

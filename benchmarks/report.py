@@ -60,7 +60,7 @@ def markdown(figures: Figures) -> str:
 
 
 def limits(figures: Figures) -> list[list[Any]]:
-    """Return the rows for the model and the decoding, each by itself."""
+    """Return the rows for the model alone and for decoding alone."""
     model = ((*name.split(), rate) for name, rate in figures["model"].items())
     rows: list[list[Any]] = [[f"ResNet50, {way}, batch of {size}", rate] for way, size, rate in model]
     if "L" in figures:
@@ -126,7 +126,7 @@ def bursts(rows: Figures) -> str:
 
 
 def fast_server(row: Figures) -> str:
-    """Return the table for a model server with a model as fast as a GPU."""
+    """Return the table for a model server whose model is as fast as a GPU."""
     cores = ", ".join(f"{who} {used:.2f}" for who, used in row["cores"].items())
     body = [["the model alone", 16_000.0, "", ""], ["fed from Redis", row["per_s"], row["batches"]["mean"], cores]]
     return table(["", "images/s", "mean batch", "cores used"], body)

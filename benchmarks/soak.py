@@ -40,8 +40,8 @@ CLIENTS = 256  # requests in flight at most
 CAPACITY_SECONDS = 40.0
 TIMEOUT = 120.0  # seconds for a request
 GROWTH = 0.05  # the end may exceed minute 2 by this share
-FEW_KEYS = 5  # this many more keys are noise
-DRIFT = 1.25  # p99 of the last third over that of the first: less is measurement noise
+FEW_KEYS = 5  # so many more keys are noise
+DRIFT = 1.25  # p99 of the last third over p99 of the first: less is measurement noise
 
 
 @dataclass
@@ -88,7 +88,7 @@ def post(url: str, number: int, check: bool) -> str:
 
 
 def capacity(url: str, check: bool) -> float:
-    """Return the requests a second of CLIENTS in a closed loop, after a first half that warms up."""
+    """Return the throughput of CLIENTS in a closed loop, in requests a second. The first half is warm-up."""
     ends: list[float] = []
     begun = time.monotonic()
 
@@ -206,8 +206,8 @@ def verdicts(seen: list[Minute], sent: int, answered: int) -> list[tuple[bool, s
     return results
 
 
-def main() -> int:
-    """Run the soak; return the exit code."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the options; exits with code 2 if one is invalid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, default=20, help="at least 4 (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.8, help="of the capacity (default: %(default)s)")
@@ -215,8 +215,14 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.minutes < 4 or not 0 < arguments.share <= 1:
         parser.error("--minutes must be at least 4, and --share between 0 and 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops bin/serve, too
-    log = Path(f"/tmp/soak-{os.getpid()}.log")  # noqa: S108 - kept, to see what went wrong
+    return arguments
+
+
+def main() -> int:
+    """Run the soak; return the exit code."""
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops bin/serve too
+    log = Path(f"/tmp/soak-{os.getpid()}.log")  # noqa: S108 - kept, to see what failed
     with run_serve(log, MODEL=os.environ.get("MODEL", DIGITS)) as serve:
         serve.process.wait_for_log("* Ready on port")
         check, url = os.environ.get("MODEL", DIGITS) == DIGITS, f"{serve.url}/predict"

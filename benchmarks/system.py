@@ -1,4 +1,4 @@
-"""Services to measure, and the CPU time and memory of their processes. Programs run on the tests' harness."""
+"""Services to measure, and the CPU time and memory of their processes. Built on the tests' harness."""
 
 import json
 import os
@@ -37,11 +37,11 @@ from harness import (
     wait_until,
 )
 
-# What the benchmark programs use, so that only this file puts tests/ on the path.
+# Re-exported for the benchmark programs, so that only this file puts tests/ on the path.
 __all__ = ["AS_INSTALLED", "ROOT", "START_LIMIT", "Missing", "Process", "Serve", "command_line", "descendants",
            "resident_bytes", "responds", "run_serve", "running", "wait_until"]  # fmt: skip
 
-TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time, in a second
+TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in a second
 WEB_PROCESSES = max(2, os.cpu_count() or 1)  # as in bin/serve
 WORKERS = 640
 WEB = {"APACHE_DEFINES": f"WEB_PROCESSES={WEB_PROCESSES} WEB_THREADS={-(-WORKERS // WEB_PROCESSES)}"}
@@ -60,7 +60,7 @@ def directory() -> Iterator[Path]:
 
 @contextmanager
 def redis_server(log: Path) -> Iterator[tuple[Redis, dict[str, str]]]:
-    """Run a Redis; give a client, and the settings that name it."""
+    """Run a Redis; give a client, and the settings with its address."""
     port = free_port()
     with run_redis(log, port):
         client = Redis(port=port, socket_timeout=60)
@@ -89,7 +89,7 @@ def application(wsgi: str) -> Iterator[Path]:
 
 @dataclass
 class Measured:
-    """A running service, with what its processes have used."""
+    """A running service, and what its processes have used."""
 
     url: str
     server: Process
@@ -134,7 +134,7 @@ def service(**settings: str) -> Iterator[Measured]:
 
 @contextmanager
 def service_in(root: Path, **settings: str) -> Iterator[Measured]:
-    """Run the same with the run_model_server.py and the keras_rest_api_app.wsgi of another folder."""
+    """Run the same, with run_model_server.py and keras_rest_api_app.wsgi from another folder."""
     with (
         directory() as logs,
         redis_server(logs / "redis") as (redis, where),

@@ -1,4 +1,4 @@
-"""The targets: ratios of figures within one run, and what was measured."""
+"""The targets of bench.py: ratios of figures within one run, each with its limit and its measured value."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ def ratios(figures: Figures) -> list[tuple[str, str, float]]:
     """Return each target: description, limit and measured value; NaN where its parts were not measured."""
     return [
         ("throughput at 64 clients / L", "at least 0.95", _value(lambda: _throughput_to_limit(figures))),
-        ("the same of the tutorial's design", "", _value(lambda: _throughput_to_limit(figures, "tutorial"))),
+        ("the same for the tutorial's design", "", _value(lambda: _throughput_to_limit(figures, "tutorial"))),
         ("p50 of one idle request minus decode and predict, ms", "at most 5", _value(lambda: _idle(figures))),
         ("plumbing / decode only behind the same Apache", "at least 0.85", _value(lambda: _plumbing(figures))),
         ("plumbing / decode and resize alone", "at least 0.72", _value(lambda: _plumbing_alone(figures))),
@@ -40,7 +40,7 @@ def _throughput_to_limit(figures: Figures, part: str = "resnet50") -> float:
 
 
 def _idle(figures: Figures) -> float:
-    """Return the milliseconds that an idle request takes longer than the same work in one process."""
+    """Return the milliseconds by which an idle request is slower than the same work in one process."""
     return float(figures["resnet50"][f"{PHOTO} x 1"]["p50"] - figures["in_process_ms"])
 
 
@@ -69,7 +69,7 @@ def _redis_traffic(figures: Figures) -> float:
 def _backlog(figures: Figures) -> float:
     """Return p99 of the fastest burst with an interval, over the unavoidable backlog.
 
-    The cores run the clients too, so a request takes them 1/L + a client's CPU time / cores seconds, and request n is
+    The clients run on the same cores, so a request takes (1/L + its client's CPU time / cores) seconds. Request n is
     answered after n times that at the earliest.
     """
     apart = [each for each in figures["bursts"].values() if each["interval_s"]]
@@ -81,7 +81,7 @@ def _backlog(figures: Figures) -> float:
 
 
 def _large_jpeg(figures: Figures) -> float:
-    """Return the web's CPU time for a request with the costless model, over that of a full decode."""
+    """Return the web's CPU time for a request with the costless model, over the CPU time of a full decode."""
     row = figures["plumbing"]["service, jpeg-12MP x 64"]
     return float(row["cores"]["web"] / row["per_s"] * 1000 / figures["prepare"]["jpeg-12MP"]["full_ms"])
 
@@ -92,7 +92,10 @@ def _start(figures: Figures) -> float:
 
 
 def serial_limit(figures: Figures, image: str) -> float:
-    """Return images/s when the same cores decode and compute: 1 / (1/R_model + 1/R_prepare), with the fastest call."""
-    best: float = max(figures["model"].values())
-    prepare: float = figures["prepare"][image]["per_s"]
-    return 1 / (1 / best + 1 / prepare)
+    """Return L, the images/s when the same cores decode an image and compute it in the fastest way."""
+    return in_series(max(figures["model"].values()), figures["prepare"][image]["per_s"])
+
+
+def in_series(compute: float, prepare: float) -> float:
+    """Return the images/s when the same cores do both, from the images/s of each alone."""
+    return 1 / (1 / compute + 1 / prepare)

@@ -1,6 +1,7 @@
-"""A reconstruction of the 2018 tutorial's design, web side, as a baseline: as slow, and losing requests, as it was.
+"""A reconstruction of the 2018 tutorial's design, web side, as a baseline.
 
-float32 pixels go onto a Redis list, and a poll every 0.25 s looks for the result.
+It is as slow as the original and loses requests as well: float32 pixels go onto a Redis list, and a poll every 0.25 s
+looks for the result.
 """
 
 import base64

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-pytest.register_assert_rewrite("browser", "harness", "load")  # before they are imported
+pytest.register_assert_rewrite("browser", "harness", "load", "queue_fixtures")  # before they are imported
 
 from harness import (  # noqa: E402
     ROOT,

@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 from chroot import Chroot, copy_of, copy_project, need_root
 from conftest import images_are_wanted
-from harness import (
-    PATH,
-    ROOT,
-    make_certificates,
-    need,
-)
+from harness import PATH, ROOT, make_certificates, need
 from test_docs import commands
 
 sys.path.insert(0, str(ROOT / "deploy"))
@@ -26,7 +21,7 @@ import copy_code
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 TARGET = "/opt/keras-rest-api"
 INSTALL = "/srv/app/bin/install"
-APACHE_STATE = "/var/lib/apache2"  # who has enabled which site and module
+APACHE_STATE = "/var/lib/apache2"  # which sites and modules are enabled, and who enabled them
 NO_INDEX = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_RETRIES": "0"}
 START = """
 service redis-server start >/dev/null
@@ -54,7 +49,7 @@ def system(debian: Path, request: pytest.FixtureRequest) -> Iterator[Chroot]:
         yield chroot
 
 
-def said(system: Chroot, command: str) -> list[str]:
+def output_of(system: Chroot, command: str) -> list[str]:
     """Run a command that must succeed; return the lines it printed."""
     done = system.run(command, seconds=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +61,7 @@ def mentions(system: Chroot) -> set[str]:
     listed = "grep -rIls -e keras-rest-api -e model-server /etc /var /opt /usr/local /lib/systemd || true"
     named = {path for path in system.files("/srv/app") if re.search("keras|model-server", path)}
     logs = r"/var/(log|cache/apt)/|/etc/\w+-$"
-    return {path for path in {*said(system, listed), *named} if not re.match(logs, path)}
+    return {path for path in {*output_of(system, listed), *named} if not re.match(logs, path)}
 
 
 @pytest.mark.timeout(900)
@@ -75,12 +70,12 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
     failed = system.run(INSTALL, seconds=300, variables=NO_INDEX)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
-    said(system, f"{INSTALL} --purge")
+    output_of(system, f"{INSTALL} --purge")
     bare = system.files("/srv/app", "/var/log", "/root", "/run", APACHE_STATE)
     assert mentions(system) == set()
 
     # When the service is installed
-    first = said(system, INSTALL)
+    first = output_of(system, INSTALL)
 
     # Then it says what it did and what it did not do
     assert all(line.startswith("* ") for line in first), first
@@ -91,7 +86,7 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
     answer = system.run(START, network=False, seconds=200)
     assert '"label":"Egyptian_cat"' in answer.stdout.split("}")[0], answer.stdout + answer.stderr
     users = {tuple(line.split("\t")) for line in answer.stdout.splitlines()[1:]}
-    account = said(system, "id -u keras-rest-api")[0]
+    account = output_of(system, "id -u keras-rest-api")[0]
     assert ("python", account) in users
     assert not {user for user in users if user[0] in ("python", "redis-server") and user[1] == "0"}
 
@@ -99,24 +94,24 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
     [counted] = (system.root / "tmp/counted").read_text().splitlines()
     assert counted.split() == ["10", 'keras_rest_api_requests_total{endpoint="/predict",status="200"}', "1.0"]
 
-    # And the model is set where the example had it, in a single line
+    # And MODEL is set on one line, the one where the example has it
     lines = (system.root / TARGET[1:] / ".env").read_text().splitlines()
     assert [line for line in lines if re.match("(# )?MODEL=", line)] == ["MODEL=models/efficientnet_lite0.keras"]
 
     # And only those who need the settings can read them, and the services can't write to the folder
-    assert said(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]
+    assert output_of(system, f"stat -c %U:%G:%a {TARGET}/.env") == ["root:keras-rest-api:640"]
     as_user = "setpriv --reuid={0} --regid={0} --init-groups"
-    for user, may in {"www-data": "yes", "keras-rest-api": "yes", "nobody": "no"}.items():
+    for user, allowed in {"www-data": "yes", "keras-rest-api": "yes", "nobody": "no"}.items():
         groups = as_user.format(user) if user != "nobody" else "setpriv --reuid=nobody --regid=nogroup --clear-groups"
-        assert said(system, f"{groups} test -r {TARGET}/.env && echo yes || echo no") == [may]
-        assert said(system, f"{groups} find {TARGET} -writable ! -type l | head -n 3") == []
+        assert output_of(system, f"{groups} test -r {TARGET}/.env && echo yes || echo no") == [allowed]
+        assert output_of(system, f"{groups} find {TARGET} -writable ! -type l | head -n 3") == []
 
     # When it is run again, nothing changes
     before = system.files("/srv/app", "/var/log")
-    assert said(system, INSTALL) == ["* Nothing to do: everything is up to date"]
+    assert output_of(system, INSTALL) == ["* Nothing to do: everything is up to date"]
     assert before.items() ^ system.files("/srv/app", "/var/log").items() == set()
 
-    # When TLS is set up as the document says, it answers there too, with Debian's certificate or another
+    # When TLS is set up as docs/operations.md says, it answers over TLS, with Debian's certificate and with another
     check_tls(system, tmp_path)
 
     # When the project has changed, and somebody has added files
@@ -127,7 +122,7 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
     with (target / ".env").open("a") as settings:
         settings.write("TOP=1\n")
     touched = (target / "keras_rest_api_app.wsgi").stat().st_mtime_ns
-    assert "* Copied the code to /opt/keras-rest-api (2 files)" in said(system, INSTALL)
+    assert "* Copied the code to /opt/keras-rest-api (2 files)" in output_of(system, INSTALL)
 
     # Then the code is new, the web loads it, and files that are not ours stay
     assert (target / "helpers.py").read_text().endswith("# newer\n")
@@ -136,7 +131,7 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
     assert (target / "models/own.keras").exists()
     assert (target / ".env").read_text().endswith("TOP=1\n")
 
-    # When it is removed, nothing of it is left
+    # When it is removed, nothing is left
     check_removal(system)
     assert mentions(system) == set()
     after = system.files("/srv/app", "/var/log", "/root", "/run", APACHE_STATE)
@@ -144,10 +139,10 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
 
 
 def check_removal(system: Chroot) -> None:
-    """Remove it while a program runs as its user. The first run fails halfway, the second finishes it."""
+    """Remove the service while a program runs as its user. The first run fails halfway, the second finishes."""
     other = system.root / "etc/apache2/sites-available/other.conf"
     other.write_text("<IfModule mod_headers.c>\n</IfModule>\n")
-    said(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
+    output_of(system, "a2ensite -q other; mkdir /tmp/broken; ln -s /bin/false /tmp/broken/userdel")
     runs = "setpriv --reuid=keras-rest-api --regid=keras-rest-api --init-groups sleep 600 & "
     broken = system.run(f"{runs} PATH=/tmp/broken:$PATH {INSTALL} --remove", seconds=100)
     assert broken.returncode == 1
@@ -155,40 +150,41 @@ def check_removal(system: Chroot) -> None:
     assert "'userdel keras-rest-api' failed" in broken.stderr
     assert "* Waiting for the programs of keras-rest-api to end" in broken.stdout
 
-    # Then the next run goes on, although Apache's configuration has a fault by now. It keeps the settings, readable
-    # by root only, files that are not ours, and the modules that the other site needs
+    # Then the next run finishes, although Apache's configuration is invalid by now. It keeps the settings, readable
+    # by root only; files that are not ours; and the modules that the other site needs
     other.write_text("Nonsense\n")
-    kept = said(system, f"{runs} {INSTALL} --remove")
+    kept = output_of(system, f"{runs} {INSTALL} --remove")
     assert any("since others may use them: the packages" in line for line in kept)
-    assert said(system, "a2query -m headers")[0].startswith("headers (enabled")
+    assert output_of(system, "a2query -m headers")[0].startswith("headers (enabled")
     assert any("which bin/install --purge removes" in line for line in kept)
-    left = said(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
+    left = output_of(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
     assert left == [f"{TARGET}/.env", f"{TARGET}/.installed", f"{TARGET}/models/own.keras", "root:600"]
 
     # And --purge leaves only packages, modules and files that are not ours
-    assert f"{TARGET}/models/own.keras" in said(system, f"{INSTALL} --purge")[-1]
-    said(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
-    said(system, "a2dismod -q -f ssl socache_shmcb headers unique_id; apt-get purge -y ssl-cert")
-    said(system, "rm -f /etc/ssl/*/ssl-cert* /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
-    said(system, "rm -f /var/lib/dpkg/statoverride-old")  # dpkg keeps it beside what the package registers
+    assert f"{TARGET}/models/own.keras" in output_of(system, f"{INSTALL} --purge")[-1]
+    output_of(system, f"rm -r {TARGET} /tmp/broken; a2dissite -q other; rm /etc/apache2/sites-available/other.conf")
+    output_of(system, "a2dismod -q -f ssl socache_shmcb headers unique_id; apt-get purge -y ssl-cert")
+    output_of(system, "rm -f /etc/ssl/*/ssl-cert* /var/cache/apt/archives/ssl-cert* /etc/ssl/example.*")
+    output_of(system, "rm -f /var/lib/dpkg/statoverride-old")  # dpkg's backup of its list
 
 
 def check_tls(system: Chroot, folder: Path) -> None:
     certificates = make_certificates(folder)
     for name, place in (("certificate", "example.pem"), ("key", "example.key"), ("ca", "example.ca")):
         shutil.copy(certificates[name], system.root / "etc/ssl" / place)
-    [told] = re.findall(r"^### TLS\n.*?(?=^### )", OPERATIONS, re.MULTILINE | re.DOTALL)
-    steps = [line.replace("systemctl restart apache2", "true") for line in commands(told)]  # no systemd in the chroot
+    [section] = re.findall(r"^### TLS\n.*?(?=^### )", OPERATIONS, re.MULTILINE | re.DOTALL)
+    # The chroot has no systemd.
+    steps = [line.replace("systemctl restart apache2", "true") for line in commands(section)]
     assert [line.split()[0] for line in steps] == ["apt-get", "cp", "a2enmod", "a2ensite", "apache2ctl",
                                                    "sed", "sed", "apache2ctl"]  # fmt: skip
-    for some, trust in ((steps[:5], "--insecure"), (steps[5:], "--cacert /etc/ssl/example.ca")):
-        said(system, " && ".join(some))
+    for part, trust in ((steps[:5], "--insecure"), (steps[5:], "--cacert /etc/ssl/example.ca")):
+        output_of(system, " && ".join(part))
         ask = f"apache2ctl start 2>/dev/null; curl -s {trust} --retry 20 --retry-all-errors https://localhost/livez"
         assert '"live":true' in system.run(ask, network=False, seconds=60).stdout
 
 
 def run(script: str, app: Path = ROOT, *before: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` with the functions of bin/install. On this machine, so it must not change anything."""
+    """Run `script` with the functions of bin/install. It runs on this machine, so it must not change anything."""
     command = [*before, "bash", "-euc", f". {app}/bin/install; {script}"]
     environment = {**os.environ, "PATH": PATH}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -200,20 +196,20 @@ def release(folder: Path, name: str, version: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "taken"),
+    ("name", "version", "supported"),
     [("debian", "12", True), ("debian", "13", True), ("ubuntu", "24.04", True), ("ubuntu", "22.04", False),
      ("debian", "11", False), ("fedora", "44", False)],
 )  # fmt: skip
-def test_unsupported_system_is_refused_in_one_line(tmp_path: Path, name: str, version: str, taken: bool) -> None:
+def test_unsupported_system_is_refused_in_one_line(tmp_path: Path, name: str, version: str, supported: bool) -> None:
     done = run(f"{release(tmp_path, name, version)}; check_machine")
 
-    assert (done.returncode == 0) is taken, done.stderr
-    if not taken:
+    assert (done.returncode == 0) is supported, done.stderr
+    if not supported:
         [line] = done.stderr.splitlines()
         assert f"{name} {version} is not supported: use Debian 12, Ubuntu 24.04 or newer" in line
 
 
-def test_without_root_it_stops_in_one_line() -> None:
+def test_install_without_root_stops_in_one_line() -> None:
     for option in ("", "--remove", "--purge"):
         done = run(f"id() {{ echo 1000; }}; main {option}")
 
@@ -270,7 +266,7 @@ def test_archive_has_the_same_files_as_a_clone_without_ignored_ones(tmp_path: Pa
     assert not {".env", "bench/bench.md", "tests/__pycache__/x.pyc"} & listed[0]
 
 
-def test_copy_replaces_changed_files_and_removes_dropped_ones_but_keeps_others(
+def test_copy_replaces_changed_files_removes_dropped_and_keeps_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, target = tmp_path / "app", tmp_path / "target"

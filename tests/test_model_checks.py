@@ -9,10 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import (
-    ROOT,
-    free_port,
-)
+from harness import ROOT, free_port
 
 import settings
 from helpers import StartupError
@@ -29,7 +26,7 @@ ZIP = b"PK\x03\x04"
 
 
 def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A model server without Redis; the last line of its output says whether it imported Keras."""
+    """A model server that ran without Redis; the last line of its output says whether it imported Keras."""
     command = [sys.executable, "-c", CODE, *arguments]
     variables = {**os.environ, "REDIS_PORT": str(free_port()), **environment}
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
@@ -58,8 +55,8 @@ def test_an_invalid_name_is_refused_before_keras_is_imported(values: dict[str, s
 
     assert ended.returncode == 2
     assert ended.stdout == "imported []\n"
-    [said] = ended.stderr.splitlines()
-    assert f"ERROR {line}" in said
+    [logged] = ended.stderr.splitlines()
+    assert f"ERROR {line}" in logged
 
 
 def test_the_model_option_is_checked_like_the_setting() -> None:
@@ -98,7 +95,7 @@ def test_bin_serve_refuses_an_invalid_name_before_it_starts_anything(tmp_path: P
     assert line.startswith("bin/serve: MODEL=resnet50 is invalid: did you mean ResNet50?")
 
 
-def test_the_names_are_those_of_keras() -> None:
+def test_application_names_match_those_of_keras() -> None:
     assert model_checks.application_names() == sorted(applications.applications())
 
 
@@ -114,7 +111,7 @@ def test_a_misspelled_name_gets_a_suggestion(monkeypatch: pytest.MonkeyPatch, na
         model_checks.check()
 
 
-def of_members(*names: str) -> Callable[[Path], None]:
+def zip_of(*names: str) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             for name in names:
@@ -132,7 +129,7 @@ def saved_model(path: Path) -> None:
     (path / "saved_model.pb").touch()
 
 
-def cut(path: Path) -> None:
+def cut_off(path: Path) -> None:
     path.write_bytes((ROOT / "models/digits.keras").read_bytes()[:20_000])
 
 
@@ -146,7 +143,7 @@ def weights_alone(path: Path) -> None:
 KERAS_NEEDED = "the service needs a Keras model, saved with model.save('name.keras')."
 FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.keras", of_bytes(b""), " is empty: copy it here again, whole."),
-    ("a.keras", cut, " is cut off or damaged: copy it here again, whole."),
+    ("a.keras", cut_off, " is cut off or damaged: copy it here again, whole."),
     ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy it here again, whole."),
     ("a.keras", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), " with `git lfs pull`."),
     ("a.keras", of_bytes(b"\n<!DOCTYPE html><html>"), " is a web page, as a failed download leaves: download the file"),
@@ -157,10 +154,10 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.tflite", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model: save the Keras model that it was made"),
     ("a.keras", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model"),
     ("a.onnx", of_bytes(b"\x08\x07"), f" is an ONNX model: {KERAS_NEEDED}"),
-    ("a.pt", of_members("archive/data.pkl"), f" is a PyTorch model: {KERAS_NEEDED}"),
+    ("a.pt", zip_of("archive/data.pkl"), f" is a PyTorch model: {KERAS_NEEDED}"),
     ("a.pkl", of_bytes(b"\x80\x04\x95"), f" is a Python pickle, such as PyTorch's: {KERAS_NEEDED}"),
     ("a.safetensors", of_bytes(b'\x10\0\0\0\0\0\0\0{"a":1}'), f" is a safetensors file: {KERAS_NEEDED}"),
-    ("a.keras", of_members("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
+    ("a.keras", zip_of("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
     ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a packed file: unpack it"),
     ("model.json", of_bytes(b'{"class_name": "Sequential"}'), " is a JSON file, at most a model's architecture: save"),
     ("a.keras", of_bytes(b"\0" * 500), f" is not a file that Keras writes, or damaged: {KERAS_NEEDED}"),
@@ -222,7 +219,7 @@ def nobody(_: int) -> None:
 
 def test_keras_downloads_are_found_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container whose user has only a number
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container whose user has no name
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "cache"))
     assert downloads.keras_downloads() == tmp_path / "cache/models"
 

@@ -1,4 +1,4 @@
-"""Which models are served, and the one line with which others are refused."""
+"""Which models are served, and the one line that says why another is refused."""
 
 import errno
 import json
@@ -14,9 +14,7 @@ import keras
 import numpy as np
 import pytest
 import sample_models as models
-from harness import (
-    wait_until,
-)
+from harness import wait_until
 from PIL import Image
 from redis import Redis
 from samples import colors, saved
@@ -38,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "BATCH_SIZE", 1)
 
 
@@ -96,7 +94,7 @@ def refused(
         ("too_deep_for_its_images", "can't take images of 224x224 ("),
     ],
 )
-def test_a_model_of_another_kind_ends_with_code_2(
+def test_a_model_that_is_no_image_classifier_ends_with_code_2(
     folder: Path, refused: Callable[[Path], str], name: str, line: str
 ) -> None:
     assert line in refused(models.build(name, folder))
@@ -160,7 +158,7 @@ def test_one_sigmoid_is_the_probability_of_the_second_label(
     server = ModelServer(model, ServerQueue(model.about, 30))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    monkeypatch.setattr(WebQueue, "shape", lambda _: models.SHAPE)  # not that of another test's server
+    monkeypatch.setattr(WebQueue, "shape", lambda _: models.SHAPE)  # not the shape of another test's server
     web = create_app().test_client()
     data = saved(PICTURE.resize(models.SHAPE[1::-1]), "PNG")
     try:
@@ -226,7 +224,7 @@ def test_code_in_an_hdf5_file_is_named_and_not_run(
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".hdf5.keras"])
 def test_a_file_of_keras_2_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str) -> None:
-    """Also an HDF5 file with the suffix of the other format."""
+    """So is an HDF5 file with the suffix of the other format."""
     path, plain = models.of_keras2(tmp_path, suffix)
     images = np.random.default_rng(0).integers(0, 256, (2, *models.SHAPE), dtype=np.uint8)
 
@@ -253,7 +251,7 @@ def test_a_file_of_keras_3_is_served_whatever_its_suffix(
      ("2.15.0", "was saved by Keras 2.15.0 in a way that Keras 3 can't read (Unrecognized keyword arguments"),
      (keras.__version__, "can't be loaded as a Keras model (Unrecognized keyword arguments")],
 )  # fmt: skip
-def test_a_file_of_another_keras_version_says_so(
+def test_the_error_names_the_keras_version_of_the_file(
     folder: Path, tmp_path: Path, refused: Callable[[Path], str], version: str, line: str
 ) -> None:
     path = tmp_path / "own.h5"
@@ -274,7 +272,7 @@ def test_a_file_of_another_keras_version_says_so(
 def test_transient_errors_are_not_blamed_on_the_model(
     monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception, where: str
 ) -> None:
-    """They end the process with another exit code than 2, so that a supervisor tries again."""
+    """They end the process with an exit code other than 2, so that its supervisor tries again."""
 
     def fail(*_: object, **__: object) -> None:
         raise error

@@ -23,13 +23,7 @@ import harness
 import numpy as np
 import pytest
 import requests
-from harness import (
-    Process,
-    free_port,
-    run_redis,
-    running,
-    wait_until,
-)
+from harness import Process, free_port, run_redis, running, wait_until
 from PIL import Image
 from redis import Redis
 
@@ -130,7 +124,7 @@ def test_an_undecodable_image_does_not_affect_its_batch(redis: Redis, server: Mo
 
 @contextmanager
 def held_up(server: ModelServer, batches: int = BATCHES_AT_ONCE) -> Iterator[None]:
-    """Run the server with computing held up within the block, which begins when so many batches are computed."""
+    """Run the server, its model held up until the block ends. The block begins once `batches` are being computed."""
     classifier = cast(MeanClassifier, server.classifier)
     go_on = threading.Event()
     classifier.before = lambda images: go_on.wait(30)
@@ -271,7 +265,7 @@ def test_stopping_answers_what_is_computed_and_requeues_the_rest(redis: Redis, s
 def test_a_server_whose_heartbeat_expired_joins_again(
     redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    """Its heartbeat lapses while it computes, as in a long freeze."""
+    """Its heartbeat expires while it computes, as in a long freeze."""
     push(redis, 1)
     classifier.before = lambda images: redis.delete(server.queue.heartbeat)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -288,7 +282,7 @@ def test_a_server_whose_heartbeat_expired_joins_again(
 
 
 def test_answers_outlive_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Redis is killed while a batch is computed and comes back empty: the answers are still handed out."""
+    """Redis is killed while a batch is computed and comes back empty; the answers still reach their clients."""
     port = free_port()
     monkeypatch.setattr(settings, "REDIS_PORT", port)
     web, classifier = WebQueue(), MeanClassifier()
@@ -437,7 +431,7 @@ def test_check_prints_the_predictions_and_the_speed() -> None:
     done = checked("models/efficientnet_lite0.keras")
 
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing by TensorFlow
+    assert re.fullmatch(r"\S+ \S+ INFO \* Loading model\.\.\.\n", done.stderr)  # and nothing from TensorFlow
     summary, image, speed = done.stdout.splitlines()
     assert summary == (
         "models/efficientnet_lite0.keras: input 224x224 RGB, preprocessing none, 1000 labels, "
@@ -479,12 +473,12 @@ def test_garbage_is_collected_once_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, error: StartupError | None
 ) -> None:
     collecting: list[bool] = []
-    left: list[weakref.ref[Mock]] = []
+    loaded: list[weakref.ref[Mock]] = []
 
     def load() -> Mock:
         weights = Mock()
         weights.itself = weights  # a cycle, which only the garbage collector frees
-        left.append(weakref.ref(weights))
+        loaded.append(weakref.ref(weights))
         collecting.append(gc.isenabled())
         if error:
             raise error
@@ -498,4 +492,4 @@ def test_garbage_is_collected_once_the_model_is_loaded(
     assert collecting == [False]
     assert gc.isenabled()
     if not error:
-        assert left[0]() is None
+        assert loaded[0]() is None

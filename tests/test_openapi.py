@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
-from harness import (
-    ROOT,
-    Service,
-    need,
-)
+from harness import ROOT, Service, need
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import ignored_auth
@@ -38,7 +34,7 @@ described = schemathesis.openapi.from_path(ROOT / "web/static/openapi.json")
 def test_service_conforms_to_openapi(service: Service, case: schemathesis.Case[Any]) -> None:
     excluded = [ignored_auth]  # API_KEYS is not set here; in the description a key is optional
     if case.operation.path.endswith("/infer"):
-        excluded.append(schemathesis.checks.not_a_server_error)  # 501 until it is implemented
+        excluded.append(schemathesis.checks.not_a_server_error)  # 501: the service takes no tensors
     case.call_and_validate(base_url=service.url, excluded_checks=excluded)
 
 
@@ -60,8 +56,8 @@ def test_openapi_describes_exactly_the_routes() -> None:
 def test_every_route_is_documented() -> None:
     text = API.read_text(encoding="utf-8")
 
-    described = [path.replace("{name}", "NAME").replace("{version}", "VERSION") for path in document()["paths"]]
-    assert [path for path in described if f"{path}`" not in text] == []
+    paths = [path.replace("{name}", "NAME").replace("{version}", "VERSION") for path in document()["paths"]]
+    assert [path for path in paths if f"{path}`" not in text] == []
 
 
 @pytest.mark.parametrize("status", ["400", "401", "413", "415", "429", "500", "502", "503", "504"])

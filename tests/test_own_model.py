@@ -49,28 +49,29 @@ from model_server.loop import ModelServer, resized
 
 LABELS = ["dark", "medium", "bright"]
 SMALL: Shape = (64, 96, 1)  # height, width, channels
-WEB_PROCESSES = 2  # that run_apache() runs
-LEARNED = 2  # seconds within which every web process knows the size of a new model
+WEB_PROCESSES = 2  # of run_apache()
+LEARN_LIMIT = 2  # seconds within which every web process learns the size of a new model
 
 Record = Callable[[str, object], None]
 
 
 def save_model(
-    path: Path, shape: tuple[int | None, int | None, int] = SMALL, said: Any = None, gain: float = 0.1
+    path: Path, shape: tuple[int | None, int | None, int] = SMALL, facts: Any = None, gain: float = 0.1
 ) -> Path:
-    """Save a small network, and `said` as its JSON file. With the default gain, pixels 0..255 do not saturate it."""
-    layers = [keras.Input(shape), keras.layers.Conv2D(4, 5, strides=3, activation="relu", kernel_initializer=drawn(1)),
+    """Save a small network, and `facts` as its JSON file. With the default gain, pixels 0..255 do not saturate it."""
+    layers = [keras.Input(shape),
+              keras.layers.Conv2D(4, 5, strides=3, activation="relu", kernel_initializer=initializer(1)),
               keras.layers.GlobalAveragePooling2D(),
-              keras.layers.Dense(3, activation="softmax", kernel_initializer=drawn(2))]  # fmt: skip
+              keras.layers.Dense(3, activation="softmax", kernel_initializer=initializer(2))]  # fmt: skip
     model = keras.Sequential(layers)
     model.set_weights([each * (gain if each.ndim == 4 else 1) for each in model.get_weights()])
     model.save(path)
-    if said is not None:
-        path.with_suffix(".json").write_text(said if isinstance(said, str) else json.dumps(said))
+    if facts is not None:
+        path.with_suffix(".json").write_text(facts if isinstance(facts, str) else json.dumps(facts))
     return path
 
 
-def drawn(seed: int) -> Any:
+def initializer(seed: int) -> Any:
     return keras.initializers.GlorotUniform(seed)
 
 
@@ -90,8 +91,8 @@ def pixels_of(shape: Shape, count: int = 2) -> Any:
 
 
 def test_the_json_file_gives_labels_top_and_description(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = {"labels": LABELS, "top": 2, "description": "how bright it is", "width": 96, "height": 64, "channels": 1}
-    model = load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
+    facts = {"labels": LABELS, "top": 2, "description": "how bright it is", "width": 96, "height": 64, "channels": 1}
+    model = load(monkeypatch, save_model(tmp_path / "own.keras", facts=facts))
 
     [first, _] = model.classify(pixels_of(SMALL))
 
@@ -106,15 +107,15 @@ def test_the_json_file_may_name_a_labels_file(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "names").write_text("a\nb\nc\n")
     (tmp_path / "own.labels.txt").write_text("not\nthese\nthree\n")
 
-    model = load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": "names"}))
+    model = load(monkeypatch, save_model(tmp_path / "own.keras", facts={"labels": "names"}))
 
     assert list(model.facts.labels) == ["a", "b", "c"]
 
 
 def test_a_setting_overrides_the_file_and_the_file_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
-    said = {"labels": LABELS, "top": 2, "width": 50, "height": 40}
-    path = save_model(tmp_path / "any.keras", (None, None, 3), said)
+    facts = {"labels": LABELS, "top": 2, "width": 50, "height": 40}
+    path = save_model(tmp_path / "any.keras", (None, None, 3), facts)
     assert load(monkeypatch, path).shape == (40, 50, 3)
 
     model = load(monkeypatch, path, LABELS=str(tmp_path / "names"), TOP=1, IMAGE_WIDTH=60)
@@ -159,14 +160,14 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("said", "line"), WRONG, ids=[line[:40] for _, line in WRONG])
+@pytest.mark.parametrize(("facts", "line"), WRONG, ids=[line[:40] for _, line in WRONG])
 def test_an_invalid_json_file_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Any, line: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, facts: Any, line: str
 ) -> None:
-    said = {"labels": LABELS} | said if isinstance(said, dict) else said
+    facts = {"labels": LABELS} | facts if isinstance(facts, dict) else facts
 
     with pytest.raises(StartupError) as refusal:
-        load(monkeypatch, save_model(tmp_path / "own.keras", said=said))
+        load(monkeypatch, save_model(tmp_path / "own.keras", facts=facts))
 
     assert line in str(refusal.value)
     assert str(tmp_path / "own.json") in str(refusal.value)
@@ -175,7 +176,7 @@ def test_an_invalid_json_file_is_refused_in_one_line(
 
 
 def test_the_model_server_ends_with_code_2_and_that_line(tmp_path: Path) -> None:
-    path = save_model(tmp_path / "own.keras", said={"labels": LABELS, "tpo": 3})
+    path = save_model(tmp_path / "own.keras", facts={"labels": LABELS, "tpo": 3})
 
     ended = subprocess.run(
         [sys.executable, "run_model_server.py"],
@@ -203,7 +204,7 @@ def test_a_model_with_2_or_4_channels_is_refused(
 
 def test_a_setting_that_contradicts_the_model_size_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="another size: set IMAGE_WIDTH=96 and IMAGE_CHANS=1"):
-        load(monkeypatch, save_model(tmp_path / "own.keras", said={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
+        load(monkeypatch, save_model(tmp_path / "own.keras", facts={"labels": LABELS}), IMAGE_WIDTH=100, IMAGE_CHANS=3)
 
 
 @pytest.mark.slow("serves a large network")
@@ -297,10 +298,10 @@ def server(redis: Redis) -> Iterator[ModelServer]:
     queue._slot_socket.close()
 
 
-def queued(redis: Redis, level: int, pixels: Shape, **said: Any) -> Callable[[], Any]:
-    """Queue a flat image of this shape, with other fields of the job; return a function that waits for the answer."""
+def queued(redis: Redis, level: int, pixels: Shape, **others: Any) -> Callable[[], Any]:
+    """Queue a flat image of this shape, with `others` in its job; return a function that waits for the answer."""
     image = base64_encode_image(np.full(pixels, level, settings.IMAGE_DTYPE))
-    job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": pixels} | said
+    job = {"id": f"job{level}", "image": image, "deadline": time.time() + 60, "shape": pixels} | others
     redis.rpush(settings.IMAGE_QUEUE, json.dumps({name: value for name, value in job.items() if value is not None}))
 
     def answer() -> Any:
@@ -325,7 +326,7 @@ def test_jobs_of_other_shapes_are_resized_in_one_batch(
 
 
 def test_a_job_without_a_shape_has_the_shape_of_the_model(redis: Redis, server: ModelServer) -> None:
-    """As jobs from a web server of an older version."""
+    """An older web server sends jobs without a shape."""
     right, wrong = queued(redis, 10, (4, 6, 3), shape=None), queued(redis, 20, (224, 224, 3), shape=None)
 
     server.step()
@@ -359,19 +360,19 @@ def test_a_job_keeps_its_shape_when_its_server_dies() -> None:
     assert Job.parse(job.dump()) == job
 
 
-def test_resizing_is_bicubic_and_keeps_sides_and_colors_apart() -> None:
+def test_resizing_is_bicubic_and_swaps_neither_sides_nor_colors() -> None:
     pixels = colors(0, (90, 60))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC))
 
     assert (resized(pixels, (20, 30, 3)) == expected).all()
-    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((30, 20), Image.Resampling.BICUBIC))
-    assert (resized(pixels, (20, 30, 1))[:, :, 0] == grey).all()
+    gray = np.asarray(Image.fromarray(pixels).convert("L").resize((30, 20), Image.Resampling.BICUBIC))
+    assert (resized(pixels, (20, 30, 1))[:, :, 0] == gray).all()
 
 
 # How the web learns the size
 
 
-def beating(monkeypatch: pytest.MonkeyPatch, shape: Any) -> ServerQueue:
+def live_server(shape: Any) -> ServerQueue:
     """A live model server for images of this shape."""
     server = ServerQueue({"model": "own", "weights": "own.keras", "shape": shape}, 5)
     server.join()
@@ -379,36 +380,36 @@ def beating(monkeypatch: pytest.MonkeyPatch, shape: Any) -> ServerQueue:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def refresh_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("image_queue.web_queue.SHAPE_REFRESH", 0.0)
 
 
-@pytest.mark.usefixtures("hasty")
-def test_the_web_takes_the_size_from_the_last_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("refresh_at_once")
+def test_the_web_takes_the_size_from_the_last_model_server(redis: Redis) -> None:
     web = WebQueue()
     assert web.shape() == (224, 224, 3)
 
-    server = beating(monkeypatch, SMALL)
+    server = live_server(SMALL)
     assert web.shape() == SMALL
     server.leave()
-    assert web.shape() == WebQueue().shape() == SMALL  # so does another process
+    assert web.shape() == WebQueue().shape() == SMALL  # another process learns it too
     redis.delete(web.shape_key)
     assert web.shape() == SMALL
     assert WebQueue().shape() == (224, 224, 3)
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_live_server_of_an_older_version_overrides_a_dead_one(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("refresh_at_once")
+def test_a_live_server_of_an_older_version_overrides_a_dead_one(redis: Redis) -> None:
     """An older version writes only a heartbeat."""
     web = WebQueue()
-    beating(monkeypatch, SMALL).leave()
+    live_server(SMALL).leave()
     redis.set(web.server_key("older.1"), json.dumps({"model": "a", "weights": "b", "shape": [20, 30, 3]}), ex=60)
 
     assert web.shape() == (20, 30, 3)
 
 
-@pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"shape": [1, 2]}', b'{"shape": SMALL, "server": 7}'])
+@pytest.mark.usefixtures("refresh_at_once")
+@pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"shape": [1, 2]}', b'{"shape": "SMALL", "server": 7}'])
 def test_invalid_sizes_in_redis_are_ignored(redis: Redis, rubbish: bytes) -> None:
     web = WebQueue()
     redis.set(web.shape_key, rubbish, ex=60)
@@ -417,9 +418,9 @@ def test_invalid_sizes_in_redis_are_ignored(redis: Redis, rubbish: bytes) -> Non
     assert web.shape() == (224, 224, 3)
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("refresh_at_once")
 def test_settings_override_the_size_of_the_model_server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    beating(monkeypatch, SMALL)
+    live_server(SMALL)
     web = WebQueue()
 
     monkeypatch.setattr(settings, "IMAGE_WIDTH", 50)
@@ -435,7 +436,7 @@ def test_with_all_sizes_set_the_web_does_not_ask_redis(redis: Redis, monkeypatch
     assert web.shape() == (3, 3, 3)
 
 
-class SlowLook:
+class SlowRefresh:
     """Refreshes that block until `go_on`; the n-th finds the shape n x n."""
 
     def __init__(self, web: WebQueue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +455,7 @@ def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
 ) -> None:
     web = WebQueue()
     web._next_refresh = time.monotonic()
-    slow = SlowLook(web, monkeypatch)
+    slow = SlowRefresh(web, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(web.shape)
         wait_until(lambda: slow.count, "the refresh has begun")
@@ -468,7 +469,7 @@ def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
 def test_after_an_idle_time_all_wait_for_the_refresh(redis_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the first requests to a web process that was idle would get a size that is an hour old."""
     web = WebQueue()
-    slow = SlowLook(web, monkeypatch)
+    slow = SlowRefresh(web, monkeypatch)
     with ThreadPoolExecutor(8) as pool:
         looking = pool.submit(web.shape)
         wait_until(lambda: slow.count, "the refresh has begun")
@@ -480,9 +481,9 @@ def test_after_an_idle_time_all_wait_for_the_refresh(redis_port: int, monkeypatc
     assert slow.count == 1
 
 
+@pytest.mark.usefixtures("refresh_at_once")
 def test_a_failed_refresh_keeps_the_cached_size(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("image_queue.web_queue.SHAPE_REFRESH", 0.0)
-    server, web = beating(monkeypatch, SMALL), WebQueue()
+    server, web = live_server(SMALL), WebQueue()
     assert web.shape() == SMALL
     server.leave()
 
@@ -509,14 +510,14 @@ def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]
     return keras.saving.load_model(path).predict(prepare(pixels), verbose=0)
 
 
-def test_a_grey_model_of_another_size_needs_only_its_path(redis_port: int, tmp_path: Path) -> None:
-    said = {"labels": LABELS, "preprocessing": "scale", "top": 3}
-    path = save_model(tmp_path / "grey.keras", said=said, gain=5)
+def test_a_gray_model_of_another_size_needs_only_its_path(redis_port: int, tmp_path: Path) -> None:
+    facts = {"labels": LABELS, "preprocessing": "scale", "top": 3}
+    path = save_model(tmp_path / "gray.keras", facts=facts, gain=5)
     images = photos(12)
     with run_service(tmp_path, MODEL=str(path)) as service:
         with ThreadPoolExecutor(12) as pool:
             answered = list(pool.map(service.predictions, images))
-        metadata = requests.get(f"{service.url}/v2/models/grey", timeout=10).json()
+        metadata = requests.get(f"{service.url}/v2/models/gray", timeout=10).json()
         [server] = ready(service.url)["model_servers"].values()
 
     plain = plain_answers(path, images, PLAIN["scale"])
@@ -544,8 +545,8 @@ def queued_shapes(url: str, redis: Redis, queue: str, count: int) -> set[tuple[i
 
 @pytest.mark.slow("waits for heartbeats to expire")
 def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path) -> None:
-    """Running processes learn it within seconds; those started while no model server is alive know it at once."""
-    path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
+    """Running processes learn it within seconds. Those started while no model server is alive know it at once."""
+    path = save_model(tmp_path / "gray.keras", facts={"labels": LABELS})
     queue = f"queue-{free_port()}"
     limits: Any = {"IMAGE_QUEUE": queue, "REQUEST_TIMEOUT": "3"}
     with run_apache(**limits) as url:
@@ -553,7 +554,7 @@ def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path)
         with running([sys.executable, "run_model_server.py"], tmp_path / "log", MODEL=str(path), IMAGE_QUEUE=queue):
             wait_until(lambda: redis.exists(f"{queue}:shape"), "the model server has joined", 120)
             joined = time.monotonic()
-        wait_until(lambda: time.monotonic() > joined + LEARNED, "the web has had time to learn it")
+        wait_until(lambda: time.monotonic() > joined + LEARN_LIMIT, "the web has had time to learn it")
         assert redis.keys(f"{queue}:server:*") == []
         assert queued_shapes(url, redis, queue, 16) == {SMALL}
     with run_apache(**limits) as url:
@@ -565,7 +566,7 @@ def test_web_processes_learn_and_remember_the_size(redis: Redis, tmp_path: Path)
 def test_replacing_the_model_under_load_loses_no_request(
     redis: Redis, tmp_path: Path, end: signal.Signals, record_property: Record
 ) -> None:
-    path = save_model(tmp_path / "grey.keras", said={"labels": LABELS})
+    path = save_model(tmp_path / "gray.keras", facts={"labels": LABELS})
     images, answers, over = photos(16), [], threading.Event()
 
     def keep_asking(image: bytes) -> None:
@@ -578,8 +579,8 @@ def test_replacing_the_model_under_load_loses_no_request(
             wait_until(lambda: len(answers) > 100, "the first model answers")
             service.servers[0].stop(end)
             gone = time.monotonic()
-            with run_model_server(tmp_path / "grey", MODEL=str(path), IMAGE_QUEUE=service.queue) as server:
-                wait_until(lambda: sum(begun > gone + LEARNED for begun, _ in answers) > 300, "so does the second", 60)
+            with run_model_server(tmp_path / "gray", MODEL=str(path), IMAGE_QUEUE=service.queue) as server:
+                wait_until(lambda: sum(at > gone + LEARN_LIMIT for at, _ in answers) > 300, "the second answers", 60)
                 over.set()
                 for client in clients:
                     client.result(60)
@@ -615,7 +616,7 @@ def asked_of_redis(redis: Redis, url: str, images: list[bytes]) -> tuple[Counter
 
 @pytest.mark.slow("starts the service twice, for 400 requests")
 def test_learning_the_size_costs_no_command_per_request(tmp_path: Path, record_property: Record) -> None:
-    """Each web process only looks it up once a second."""
+    """Each web process looks it up only once a second."""
     port, images = free_port(), photos(20) * 20
     where: Any = {"REDIS_PORT": str(port), "IMAGE_QUEUE": "queue-of-its-own"}
     size: Any = {"IMAGE_WIDTH": "224", "IMAGE_HEIGHT": "224", "IMAGE_CHANS": "3"}

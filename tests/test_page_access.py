@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 from axe_core_python.selenium import Axe
 from browser import LINE, SEVEN, STAND_IN, THREE, Browser, server, shares, stats
-from harness import (
-    Service,
-    wait_until,
-)
+from harness import Service, wait_until
 from selenium.webdriver.common.by import By
 
 pytest_plugins = ["browser"]
@@ -34,7 +31,7 @@ def test_the_page_is_accessible_in_every_state(service: Service, browser: Browse
 
     browser.script("document.querySelector('#key-form').hidden = true")
     browser.bring("drop", *[THREE] * 6)
-    wait_until(browser.all_answered, "they are rows")
+    wait_until(browser.all_answered, "all have an answer")
     browser.all(".more")[0].click()
     assert_accessible(browser)
 
@@ -86,7 +83,7 @@ def test_a_phone_scrolls_only_down_and_can_take_a_photo(service: Service, browse
     wait_until(lambda: browser.texts(".result h3")[0] == "three.png", "the photo is the first")
     assert browser.bars()[0] == shares(service, THREE)
     browser.bring("drop", *[photo, text] * 3)
-    wait_until(browser.all_answered, "they are rows")
+    wait_until(browser.all_answered, "all have an answer")
     browser.all(".more")[0].click()
     assert browser.script(width) == [360, 360]
 

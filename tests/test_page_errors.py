@@ -5,13 +5,7 @@ import shutil
 from pathlib import Path
 
 from browser import HELD, KEY, SEVEN, THREE, TWO, Browser, shares
-from harness import (
-    Service,
-    assert_error,
-    free_port,
-    run_apache,
-    wait_until,
-)
+from harness import Service, assert_error, free_port, run_apache, wait_until
 from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
@@ -35,7 +29,7 @@ def test_waiting_images_show_their_seconds(service: Service, browser: Browser) -
 
     browser.script("ahead = 90000")
     long = r"Still waiting, 9\d s: the upload is slow, or other images are ahead in the queue\."
-    wait_until(lambda: re.fullmatch(long, browser.texts(".wait")[0]), "it says why")
+    wait_until(lambda: re.fullmatch(long, browser.texts(".wait")[0]), "the page says why")
 
     browser.media(prefers_reduced_motion="reduce")
     assert browser.script("return document.getAnimations().length") == 0
@@ -89,7 +83,7 @@ def test_files_that_are_not_photos_are_named_and_get_a_tile(service: Service, br
     browser.bars()
 
     errors = browser.texts(".error")
-    assert [error.startswith(said) for error, (_, said) in zip(errors, kinds.values(), strict=True)] == [True] * 4
+    assert [error.startswith(start) for error, (_, start) in zip(errors, kinds.values(), strict=True)] == [True] * 4
     wait_until(lambda: len(browser.texts(".tile")) == 3, "those without a preview have a tile")
     assert browser.texts(".tile b") == ["PDF", "MP4", "JPG"]
     assert browser.texts(".file-size")[:2] == ["8 bytes", "62 bytes"]
@@ -128,7 +122,7 @@ def test_the_images_in_a_dropped_folder_are_classified(service: Service, browser
     assert browser.text("#notice") == "1 file in the folder is not an image and was left out."
 
     browser.drop(empty)
-    wait_until(lambda: browser.text("#notice").startswith("There are no images in this folder"), "it says so")
+    wait_until(lambda: browser.text("#notice").startswith("There are no images in this folder"), "a notice")
     assert len(browser.all(".result")) == 3
 
 
@@ -143,7 +137,7 @@ def test_dragging_files_shows_where_to_drop_them(service: Service, browser: Brow
     browser.drag(SEVEN)
     assert browser.text(".drop") == "Drop to classify"
     browser.script("document.body.dispatchEvent(new DragEvent('dragleave', {bubbles: true}))")  # leaves the window
-    wait_until(lambda: not browser.all(".drop"), "it is gone with the files")
+    wait_until(lambda: not browser.all(".drop"), "the mark is gone with the files")
     browser.drop(SEVEN)
     assert browser.bars() == [shares(service, SEVEN)]
     assert browser.all(".drop") == []
@@ -152,19 +146,19 @@ def test_dragging_files_shows_where_to_drop_them(service: Service, browser: Brow
 def test_without_a_network_the_user_can_try_again(service: Service, browser: Browser) -> None:
     browser.open(service.url)
     browser.open_figures()
-    away = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    limits = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.cdp("Network.enable")
-    browser.cdp("Network.emulateNetworkConditions", offline=True, **away)
+    browser.cdp("Network.emulateNetworkConditions", offline=True, **limits)
     browser.choose(SEVEN)
     browser.bars()
-    told = browser.text(".error")
+    message = browser.text(".error")
     wait_until(lambda: browser.text("#live-state") == "no answer", "the figures say that they are old")
-    browser.cdp("Network.emulateNetworkConditions", offline=False, **away)
+    browser.cdp("Network.emulateNetworkConditions", offline=False, **limits)
     browser.console()  # the browser's own messages about the network
 
     browser.all(".again")[0].click()
 
-    assert told == "The service can't be reached, so check your network and try again."
+    assert message == "The service can't be reached, so check your network and try again."
     assert browser.bars() == [shares(service, SEVEN)]
     assert browser.texts(".error") == []
 
@@ -178,7 +172,7 @@ def test_without_redis_the_page_counts_down_to_the_next_try(browser: Browser) ->
         [button] = browser.all(".again")
         assert re.fullmatch(r"Try again in [2-5] seconds", button.text)
         assert not button.is_enabled()
-        wait_until(button.is_enabled, "the time is over")
+        wait_until(button.is_enabled, "the countdown is over")
         assert button.text == "Try again"
 
 
@@ -206,7 +200,7 @@ def test_a_file_and_the_api_key_can_be_given_by_keyboard_alone(service: Service,
         assert "Not sent yet: a key is needed." in browser.texts(".wait")
 
         give_key(browser, "a-wrong-one")
-        wait_until(lambda: browser.text("#key-hint").startswith("This key is not accepted."), "it says so")
+        wait_until(lambda: browser.text("#key-hint").startswith("This key is not accepted."), "the key is refused")
         assert "The key is not accepted: enter another above." in browser.texts(".error")
         assert browser.chrome.find_element(By.ID, "key").get_attribute("aria-invalid") == "true"
         assert browser.script("return sessionStorage.length") == 0
@@ -222,5 +216,8 @@ def test_a_file_and_the_api_key_can_be_given_by_keyboard_alone(service: Service,
 
 
 def give_key(browser: Browser, key: str) -> None:
-    wait_until(lambda: browser.chrome.switch_to.active_element.get_attribute("id") == "key", "it has the focus")
+    wait_until(
+        lambda: browser.chrome.switch_to.active_element.get_attribute("id") == "key",
+        "the field for the key has the focus",
+    )
     ActionChains(browser.chrome).send_keys(key, Keys.ENTER).perform()

@@ -13,17 +13,7 @@ from typing import Any
 import pytest
 import requests
 from browser import BROWSERS, KEY, LINE, SEVEN, THREE, Browser, shares
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    free_port,
-    need,
-    responds,
-    run_apache,
-    running,
-    wait_until,
-)
+from harness import ROOT, Service, assert_error, free_port, need, responds, run_apache, running, wait_until
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
@@ -53,7 +43,7 @@ def test_docs_classifies_a_file(service: Service, browser: Browser) -> None:
     field[0].send_keys(str(SEVEN))
 
     assert re.search(r'"label": "7",\s+"probability": 0\.9', execute(browser))
-    # From Swagger UI itself, which then falls back to another component.
+    # Swagger UI itself logs this, and then falls back to another component.
     assert all("Could not find component" in each for each in browser.console())
     browser.url = service.url
 
@@ -170,7 +160,7 @@ def test_an_allowed_origin_can_read_predictions_and_errors(service: Service, chr
         assert (status, body["predictions"][0]["label"]) == (200, "3")
         assert headers[0]
         assert "total;dur=" in headers[1]
-        assert post(url, no_image)[:2] == [400, assert_body("bad_image", service.post(b"No image."))]
+        assert post(url, no_image)[:2] == [400, error_body("bad_image", service.post(b"No image."))]
         assert [post(url, three, key=wrong)[0] for wrong in ("", "another-key-than-that")] == [401, 401]
         assert post(url, size=17_000_000)[0] == 413
         assert post(url, three)[0] == 200
@@ -181,7 +171,7 @@ def test_an_allowed_origin_can_read_predictions_and_errors(service: Service, chr
         chrome.get("about:blank")
 
 
-def assert_body(code: str, answer: requests.Response) -> Any:
+def error_body(code: str, answer: requests.Response) -> Any:
     assert_error(answer, 400, code)
     return answer.json()
 

@@ -1,4 +1,4 @@
-"""The page in a browser: choosing, dropping and pasting images, their results, and copying these."""
+"""The page in a browser: choosing, dropping and pasting images, seeing their results and copying them."""
 
 import csv
 import io
@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import HELD, LINE, SEVEN, THREE, TWO, Browser, shares
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    wait_until,
-)
+from harness import ROOT, Service, assert_error, wait_until
 from selenium.webdriver.common.keys import Keys
 
 pytest_plugins = ["browser"]
@@ -183,7 +178,7 @@ def copy(browser: Browser, form: str) -> str:
     """Press the button, and return the text in the clipboard once the page says that it was copied."""
     button = browser.all(f"#copy-{form}")[0]
     button.click()
-    wait_until(lambda: button.text == "Copied", "it says so")
+    wait_until(lambda: button.text == "Copied", "the button says that it was copied")
     return str(browser.chrome.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
 
 

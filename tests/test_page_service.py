@@ -1,4 +1,4 @@
-"""The page in a browser: what it says about the model and the service, and the sample photos."""
+"""The page in a browser: what it says about the model and the service, and its sample photos."""
 
 import json
 import re
@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import requests
 from browser import IMAGENET, STAND_IN, THREE, Browser, server, shares, stats
-from harness import (
-    ROOT,
-    Service,
-    wait_until,
-)
+from harness import ROOT, Service, wait_until
 from selenium.webdriver.common.keys import Keys
 
 from web.pages import SAMPLES
@@ -49,23 +45,23 @@ def test_samples_are_offered_only_if_all_models_know_imagenet(
     assert any("/samples/" in url for url in browser.requested()) == samples
 
 
-def test_it_says_whether_a_model_is_running(service: Service, browser: Browser) -> None:
+def test_the_page_says_whether_a_model_is_running(service: Service, browser: Browser) -> None:
     browser.before_the_page(STAND_IN % json.dumps(stats(10, model_servers={})))
     browser.open(service.url)
-    wait_until(lambda: browser.text("#model").startswith("No model is running"), "it says that none is running")
+    wait_until(lambda: browser.text("#model").startswith("No model is running"), "the page says that none is running")
     browser.script("answer = arguments[0]; document.dispatchEvent(new Event('visibilitychange'))",
                    stats(10, model_servers={}, queue_length=None))  # fmt: skip
-    wait_until(lambda: "can't reach its queue" in browser.text("#model"), "it says that Redis is down")
+    wait_until(lambda: "can't reach its queue" in browser.text("#model"), "the page says that Redis is down")
 
     browser.script("answer = arguments[0]", stats(10, model_servers={"a": server()}))
 
-    wait_until(lambda: browser.text("#model") == RECOGNIZES, "it notices by itself")
+    wait_until(lambda: browser.text("#model") == RECOGNIZES, "the page notices the model by itself")
 
 
-def test_it_says_what_the_running_model_recognizes(service: Service, browser: Browser) -> None:
+def test_the_page_says_what_the_running_model_recognizes(service: Service, browser: Browser) -> None:
     browser.open(service.url)
 
-    wait_until(lambda: browser.text("#model") == "Recognizes handwritten digits. Model: digits.", "it says so")
+    wait_until(lambda: browser.text("#model") == "Recognizes handwritten digits. Model: digits.", "the model")
     assert browser.all("#samples") == []
 
 
@@ -146,10 +142,10 @@ def test_the_figures_cover_the_last_minute_and_reset_on_a_restart(service: Servi
 def test_a_hidden_page_does_not_poll(service: Service, browser: Browser) -> None:
     browser.before_the_page(STAND_IN % json.dumps(stats(10)))
     browser.open(service.url)
-    wait_until(lambda: browser.text("#model"), "it has asked for the model")
+    wait_until(lambda: browser.text("#model"), "the page has asked for the model")
     assert browser.all(".figures") == []
     browser.open_figures()
-    wait_until(lambda: browser.script("return polls") >= 3, "it asks")
+    wait_until(lambda: browser.script("return polls") >= 3, "the page polls")
     show = "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
     show += "document.dispatchEvent(new Event('visibilitychange')); return polls"
     before = browser.script(show, True)

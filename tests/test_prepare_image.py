@@ -92,7 +92,7 @@ def test_a_jpeg_just_above_twice_the_target_is_decoded_at_full_size() -> None:
 
     preparation.prepare_image(image, (224, 224))
 
-    # At half the size, 256 high, it would be hardly larger than the target, and the probability of a real photo changes
+    # At half the size, 256 high, it would be hardly larger than the target: the probability of a real photo changed
     # from 0.46 to 0.43.
     assert image.size == (600, 512)
 
@@ -215,22 +215,22 @@ def webp_with(kind: bytes, data: bytes) -> bytes:
 
 def gif_with(label: bytes, *blocks: bytes) -> bytes:
     extension = b"!" + label + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
-    return PLAIN_GIF[: at_gif_frame()] + extension + PLAIN_GIF[at_gif_frame() :]
+    return PLAIN_GIF[: gif_frame_offset()] + extension + PLAIN_GIF[gif_frame_offset() :]
 
 
-def at_gif_frame() -> int:
+def gif_frame_offset() -> int:
     return 13 + 3 * (2 << (PLAIN_GIF[10] & 7))
 
 
 def tiff_with(*tags: tuple[int, int, int]) -> bytes:
-    """A TIFF with tags of this number, type and count, whose values are all after its pixels."""
+    """A TIFF with these tags (number, type, count); the values of all of them begin after the pixels."""
     more = [(*tag, 1200) for tag in tags]
     return tiff_of_strip(20, 10, bytes(range(200)) + (MEGABYTES if tags else b""), (STRIP_LENGTHS, 4, 1, 200), *more)
 
 
 PLAIN_PNG = saved(Image.fromarray(colors(8)), "PNG")
 PLAIN_GIF = saved(Image.fromarray(colors(8)).quantize(16), "GIF")
-# A file with the metadata, and one with the same picture without it.
+# A file with the metadata, and a file with the same picture without it.
 METADATA: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
     "a PNG's profile of 2.5 MB": (partial(compressed_png, b"iCCP"), lambda: PLAIN_PNG),
     "a PNG's compressed text of 2.5 MB": (partial(compressed_png, b"zTXt"), lambda: PLAIN_PNG),
@@ -399,12 +399,12 @@ def test_floats_outside_of_a_map_keep_their_lowest_value() -> None:
 @pytest.mark.parametrize(
     "size", [(8160, 6144), (8192, 6144), (9280, 6944), (12032, 9024), (16320, 12240), (16384, 12288)], ids=str
 )
-def test_photos_of_phones_are_not_too_large(size: tuple[int, int]) -> None:
+def test_photos_from_phones_are_not_too_large(size: tuple[int, int]) -> None:
     assert prepare(claiming(*size)).shape == (224, 224, 3)
 
 
 @pytest.mark.parametrize("form", ["HEIF", "AVIF", "WEBP"])
-def test_50_megapixels_fit_in_memory_in_any_format_of_phones(form: str) -> None:
+def test_50_megapixels_fit_in_memory_in_every_format_of_phones(form: str) -> None:
     image = Image.new("RGB", (1, 1))
     image.format, image._size = form, (8192, 6144)
 
@@ -507,7 +507,7 @@ def test_a_heif_that_is_cut_off_anywhere_is_refused(form: str) -> None:
             prepare(whole[:size])
 
 
-def test_the_reason_in_the_log_is_one_line_without_addresses() -> None:
+def test_the_reason_in_the_log_is_one_line_without_memory_addresses() -> None:
     for data in (WHOLE[:40], b"RIFF\xff\xff\0\0WEBPVP8 rubbish", WHOLE[:-3000], b"II*\0\x08\0\0\0\1\0" + b"\n" * 90):
         with pytest.raises(preparation.BadImage) as raised:
             prepare(data)
@@ -535,10 +535,10 @@ def test_resizing_in_strips_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatc
         assert np.abs(prepare(data).astype(int) - expected).max() <= 1
 
 
-def test_a_tower_of_many_rows_is_resized_right() -> None:
-    tower = np.repeat(np.linspace(0, 255, 400_000).astype(np.uint8)[:, None], 2, axis=1)
+def test_a_very_tall_image_is_resized_correctly() -> None:
+    tall = np.repeat(np.linspace(0, 255, 400_000).astype(np.uint8)[:, None], 2, axis=1)
 
-    prepared = prepare(saved(Image.fromarray(tower), "PNG"))
+    prepared = prepare(saved(Image.fromarray(tall), "PNG"))
 
     assert np.abs(prepared[:, 100, 0].astype(int) - np.linspace(0.6, 254.4, 224)).max() <= 2
 

@@ -18,14 +18,7 @@ from typing import Any
 import flask
 import pytest
 from forwarder import name_for
-from harness import (
-    ROOT,
-    answers,
-    free_port,
-    make_certificates,
-    run_redis,
-    wait_until,
-)
+from harness import ROOT, answers, free_port, make_certificates, run_redis, wait_until
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -148,7 +141,7 @@ def test_blocking_poll_ends_when_its_primary_is_demoted(monkeypatch: pytest.Monk
     redis = connect()
     with ThreadPoolExecutor(1) as pool:
         polled = pool.submit(redis.blpop, ["k"], 20)
-        wait_until(lambda: pair.primary.info("clients")["blocked_clients"], "it waits")
+        wait_until(lambda: pair.primary.info("clients")["blocked_clients"], "the poll waits")
         pair.demote()
 
         with pytest.raises(NotPrimary):
@@ -176,7 +169,7 @@ def test_one_error_moves_all_connections_to_the_new_primary(monkeypatch: pytest.
 
 
 def test_replica_behind_the_name_differs_from_an_old_connection(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
-    """The first is an error. The second is replaced by a new connection without an error."""
+    """A name that leads to a replica is an error. If only the old connection does, a new one replaces it silently."""
     with name_for(port_of(pair.primary)) as name:
         use(monkeypatch, name.port)
         web = WebQueue()
@@ -210,7 +203,7 @@ def test_broken_connection_closes_the_idle_ones(monkeypatch: pytest.MonkeyPatch,
 # How many connections
 
 
-def test_connections_of_a_burst_are_closed_but_steady_ones_kept(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+def test_surplus_connections_are_closed_and_the_others_kept(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     use(monkeypatch, port_of(pair.primary))
     pool = connect().connection_pool
     assert isinstance(pool, QueuePool)
@@ -262,7 +255,7 @@ def test_redis_without_a_free_connection_is_reported(monkeypatch: pytest.MonkeyP
 
 
 def current_fault() -> str:
-    """Return what is wrong with the Redis of the settings."""
+    """Return the fault of the Redis in the settings; empty if there is none."""
     try:
         WebQueue().check()
     except (RedisError, UnusableRedis) as error:
@@ -334,7 +327,7 @@ def test_unusable_redis_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, line
     assert time.monotonic() - started < GRACE
 
 
-def test_unchecked_redis_cluster_is_refused_at_once(
+def test_image_for_an_unchecked_cluster_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
@@ -505,7 +498,7 @@ def test_wrong_password_tls_and_database_are_told_apart(monkeypatch: pytest.Monk
             monkeypatch.setattr(settings, "REDIS_URL", url)
             found[url] = current_fault()
 
-    assert "client certificate" in found[no_certificate]  # whether TLS 1.3 says so or the connection is closed
+    assert "client certificate" in found[no_certificate]  # whether TLS 1.3 reports it or the connection is closed
     for url, words in wanted.items():
         assert found[url].startswith(words), (url, found[url])
         assert bool(found[url]) == bool(words), (url, found[url])

@@ -22,11 +22,13 @@ from harness import (
     PATH,
     ROOT,
     Service,
+    apache_of,
     free_port,
     make_certificates,
     model_servers,
     need,
     processes_with,
+    responds,
     run_redis,
     running,
     variables,
@@ -45,7 +47,7 @@ import serve_redis
 from helpers import StartupError
 
 SERVE = str(ROOT / "bin/serve")
-# As bin/serve, but requests in flight get less than the usual 30 seconds.
+# Like bin/serve, but requests in flight get 2 seconds to finish, instead of 30.
 SERVE_IMPATIENTLY = [sys.executable, "-c", "import serve; serve.DRAIN_LIMIT = 2; serve.main()"]
 DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
 THREE, CAT = ((ROOT / name).read_bytes() for name in ("models/digits/three.png", "images/cat.jpg"))
@@ -54,14 +56,14 @@ NO_INTERNET = {"https_proxy": "http://127.0.0.1:1"}  # nothing listens there
 
 @pytest.fixture
 def nothing_cached(tmp_path: Path) -> dict[str, str]:
-    """The environment of a machine that never had internet, with free ports."""
+    """The environment of a machine without internet and with nothing cached, and free ports."""
     need("apache2")
     ports = {"PORT": str(free_port()), "REDIS_PORT": str(free_port()), "REDIS_HOST": "localhost"}
     return {**ports, **NO_INTERNET, "KERAS_HOME": str(tmp_path / "keras")}
 
 
 def files_of_ours() -> set[Path]:
-    """The files in the project's folder, without .venv and caches, and those that bin/serve could leave in /tmp."""
+    """The files that bin/serve could leave: in the project's folder, except .venv and caches, and its own in /tmp."""
     temporary = Path(tempfile.gettempdir())
     ours = {
         path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache|\.hypothesis", str(path.relative_to(ROOT)))
@@ -97,7 +99,7 @@ def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
         with ThreadPoolExecutor(4) as pool:
             asked = in_flight(nothing_cached, pool)
             process.send(signal.SIGINT)
-            wait_until(lambda: not connects(nothing_cached["PORT"]), "it takes no more")
+            wait_until(lambda: not connects(nothing_cached["PORT"]), "it accepts no more requests")
             thaw(*model_servers(mark))
             assert [each() for each in asked] == 4 * ["Egyptian_cat"]
         assert process.popen.wait(60) == 0
@@ -119,10 +121,10 @@ def assert_answered_as_the_readme_shows(pasted: str, port: str, answer: str) -> 
 
 
 def descendants(pid: int) -> dict[int, dict[str, str]]:
-    """A process, its children and theirs, each with its entry in /proc."""
+    """A process and its descendants, each with its entry in /proc."""
     family, found = {pid}, {}
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
-        with suppress(OSError):  # it ended while we looked
+        with suppress(OSError):  # it has just ended
             status = dict(re.findall(r"^(\w+):[ \t]*(.*)$", (folder / "status").read_text(), re.MULTILINE))
             if int(folder.name) == pid or int(status["PPid"]) in family:
                 family.add(int(folder.name))
@@ -160,8 +162,12 @@ def listeners(pid: int) -> set[str]:
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
             inodes.update(re.findall(r"socket:\[(\d+)\]", str(link.readlink())))
-    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
-    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+    return {row[1].split(":")[0] for row in tcp_sockets() if row[3] == "0A" and row[9] in inodes}
+
+
+def tcp_sockets() -> list[list[str]]:
+    """The rows of /proc/net/tcp and tcp6, split into columns."""
+    return [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
 
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
@@ -219,22 +225,21 @@ def test_processes_that_wait_for_a_frozen_redis_are_not_left_behind(impatient: d
 
 def waiting_requests(port: str) -> int:
     """How many connections to the port are open."""
-    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in rows)
+    return sum(row[1].endswith(f":{int(port):04X}") and row[3] == "01" for row in tcp_sockets())
 
 
 @pytest.mark.slow("waits for time limits to pass")
-def test_killed_with_a_frozen_web_process_it_leaves_none(impatient: dict[str, str], tmp_path: Path) -> None:
-    """Its Apache is killed first, and the rest of it does not keep the next one from the port."""
+def test_bin_serve_killed_with_a_frozen_web_process_leaves_nothing(impatient: dict[str, str], tmp_path: Path) -> None:
+    """Its first Apache was killed, whose remaining processes must not keep the next one from the port."""
     url = f"http://127.0.0.1:{impatient['PORT']}"
     with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
         process.wait_for_log("* Ready on port")
         old = web_processes(url)
-        os.kill(parent(old[0]), signal.SIGKILL)
+        os.kill(apache_of(url), signal.SIGKILL)
         wait_until(
             lambda: set(web_processes(url)) - set(old) and not set(web_processes(url)) & set(old), "a new Apache"
         )
-        wait_until(lambda: answers_livez(url), "it answers")
+        wait_until(lambda: responds(url), "it answers")
         everything = descendants(process.popen.pid)
         os.kill(web_processes(url)[0], signal.SIGSTOP)
 
@@ -243,19 +248,9 @@ def test_killed_with_a_frozen_web_process_it_leaves_none(impatient: dict[str, st
         wait_until(lambda: not still_there(everything), "all processes have ended")
 
 
-def parent(pid: int) -> int:
-    return int(re.findall(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
-
-
-def answers_livez(url: str) -> bool:
-    with suppress(requests.RequestException):
-        return requests.get(f"{url}/livez", timeout=5).ok
-    return False
-
-
 @pytest.mark.slow("starts bin/serve three times")
 def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str], tmp_path: Path) -> None:
-    """Of two that start at once, one serves. A third, started while that one ends, gets its own Redis."""
+    """If two start at once, one serves. A third, started while that one stops, gets its own Redis."""
     environment = nothing_cached | DIGITS
     port = environment["REDIS_PORT"]
     with (
@@ -280,7 +275,7 @@ def test_two_on_one_redis_port_never_share_a_redis(nothing_cached: dict[str, str
 
 
 def assert_refused(port: str) -> None:
-    """A bin/serve that starts now stops with one line, because the other goes on."""
+    """A bin/serve that starts now stops with one line, because the other keeps running."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_redis, "ENDING_LIMIT", 0.3)
         patch.setattr(settings, "REDIS_PORT", int(port))
@@ -294,8 +289,8 @@ def assert_refused(port: str) -> None:
 
 
 @pytest.mark.slow("starts bin/serve")
-def test_running_redis_is_used_and_neither_replaced_nor_ended(nothing_cached: dict[str, str], tmp_path: Path) -> None:
-    """Started in another folder, it serves a model from that folder."""
+def test_running_redis_is_used_but_never_replaced_or_stopped(nothing_cached: dict[str, str], tmp_path: Path) -> None:
+    """bin/serve is started in another folder and serves a model from there."""
     port = nothing_cached["REDIS_PORT"]
     url = f"http://127.0.0.1:{nothing_cached['PORT']}"
     shutil.copy(ROOT / "models/digits.keras", tmp_path / "own.keras")
@@ -307,7 +302,7 @@ def test_running_redis_is_used_and_neither_replaced_nor_ended(nothing_cached: di
             process.wait_for_log("* Ready on port")
             assert f"* Using the Redis at localhost:{port}" in process.log
             own.stop(signal.SIGKILL)
-            wait_until(lambda: requests.get(f"{url}/readyz", timeout=20).status_code == 503, "it is missed")
+            wait_until(lambda: requests.get(f"{url}/readyz", timeout=20).status_code == 503, "it is reported missing")
             assert not [each for each in descendants(process.popen.pid).values() if "redis-server" in each["command"]]
             with run_redis(tmp_path / "redis", int(port)) as again:
                 wait_until(lambda: requests.get(f"{url}/readyz", timeout=20).ok, "it is used again")
@@ -337,7 +332,7 @@ def test_taken_port_is_reported_in_one_line(nothing_cached: dict[str, str]) -> N
         assert f"port {port} is taken: choose another" in one_line(nothing_cached | {"MODEL": "ResNet50"})
 
 
-def test_port_that_is_released_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_that_is_released_in_a_moment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setattr(settings, "PORT", listener.getsockname()[1])
         threading.Timer(0.3, listener.close).start()
@@ -379,7 +374,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "reason"),
     [
         ("redis://:secret-wrong@{plain}", "rejects the password"),
         ("redis://nobody:secret@{plain}", "rejects the password"),
@@ -395,7 +390,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     ],
 )
 def test_redis_that_refuses_us_is_reported_with_the_reason(
-    guarded: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str, said: str
+    guarded: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str, reason: str
 ) -> None:
     monkeypatch.setattr(settings, "REDIS_URL", url.format(**guarded))
     monkeypatch.setattr("image_queue.connection.SOCKET_GRACE", 0.5)
@@ -403,28 +398,28 @@ def test_redis_that_refuses_us_is_reported_with_the_reason(
     with pytest.raises(StartupError) as refused:
         serve_redis.redis_answers()
 
-    assert said in str(refused.value)
-    assert ("does not answer" in str(refused.value)) is ("answer" in said)
+    assert reason in str(refused.value)
+    assert ("does not answer" in str(refused.value)) is ("answer" in reason)
     assert "secret" not in str(refused.value)
 
 
 def test_redis_in_protected_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake server sends what Redis sends to other machines, since this machine may only have loopback."""
-    said = b"-DENIED Redis is running in protected mode because protected mode is enabled.\r\n"
+    """A fake server sends the reply that other machines get: this machine may have no address but loopback."""
+    reply = b"-DENIED Redis is running in protected mode because protected mode is enabled.\r\n"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=deny, args=(server, said), daemon=True).start()
+        threading.Thread(target=deny, args=(server, reply), daemon=True).start()
         monkeypatch.setattr(settings, "REDIS_URL", f"redis://127.0.0.1:{server.getsockname()[1]}")
 
         with pytest.raises(StartupError, match=r"accepts only local connections \(protected mode\), so set a password"):
             serve_redis.redis_answers()
 
 
-def deny(server: socket.socket, said: bytes) -> None:
+def deny(server: socket.socket, reply: bytes) -> None:
     with suppress(OSError):
         while True:
             connection, _ = server.accept()
             with connection:
-                connection.sendall(said)
+                connection.sendall(reply)
 
 
 def test_remote_redis_that_does_not_answer_is_reported_in_one_line(nothing_cached: dict[str, str]) -> None:

@@ -133,7 +133,7 @@ def test_wrong_method_is_405(service: Service, method: str, path: str) -> None:
 
 
 def test_too_many_pixels_are_413(service: Service) -> None:
-    """The header alone decides: this file has no pixel data."""
+    """The header is enough: this file has no pixel data."""
     header = saved(Image.new("1", (8100, 8100)), "PNG")[:100]
 
     assert "megapixels" in assert_error(service.post(header), 413, "too_large")
@@ -144,7 +144,7 @@ def test_web_rejects_too_many_bytes_with_413(service: Service) -> None:
 
 
 def test_apache_rejects_far_too_many_bytes_with_413(service: Service) -> None:
-    """Content-Length alone decides: the body is never sent."""
+    """Content-Length is enough: the body is never sent."""
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 170000000\r\n\r\n"
 
     assert "far larger" in assert_error(raw_answer(service, head), 413, "too_large")
@@ -178,7 +178,6 @@ def test_apaches_own_errors_are_json(service: Service, request_bytes: bytes, sta
     assert_error(raw_answer(service, request_bytes), status, code)
 
 
-@pytest.mark.slow("waits for the site's limit of 20 seconds")
 @pytest.mark.slow("waits for the 20-second limit of the site")
 def test_stalled_request_gets_408(service: Service) -> None:
     started = time.monotonic()
@@ -198,7 +197,7 @@ def test_web_process_that_cannot_start_gives_json_500() -> None:
 
 
 def answers(url: str) -> list[requests.Response]:
-    """The homepage's response in a list, empty if there is none; a bare error response would be falsy."""
+    """The homepage's response in a list, which is empty if there is none. A response with an error status is falsy."""
     with suppress(requests.RequestException):
         return [requests.get(url, timeout=60)]
     return []
@@ -267,7 +266,7 @@ def test_full_queue_is_503_with_retry_after(
 
 
 def test_model_error_is_500_model_failed(without_server: tuple[Service, str], redis: Redis) -> None:
-    """The test plays the model server, with the answer for an image that breaks the model."""
+    """The test stands in for the model server, with its answer to an image that breaks the model."""
     service, queue = without_server
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.post, PNG)
@@ -325,7 +324,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(service: Service, held_
 def test_two_model_servers_answer_each_request_correctly_once(
     redis_port: int, tmp_path: Path, held_out: list[tuple[bytes, str]]
 ) -> None:
-    """1,000 distinct images."""
+    """All 1,000 images differ."""
     rng = np.random.default_rng(1)
     _, (digits, classes) = split()
     chosen = rng.permutation(np.resize(np.arange(len(digits)), 1000))
@@ -333,7 +332,7 @@ def test_two_model_servers_answer_each_request_correctly_once(
     assert len(set(images)) == 1000
     with run_service(tmp_path, servers=2) as two:
         responses = post_all(two, images)
-        served = [sum(map(int, re.findall(r"Batch size: \((\d+),", server.log))) for server in two.servers]
+        served = [sum(server.batches) for server in two.servers]
 
     assert [response.status_code for response in responses] == [200] * 1000
     right = sum(r.json()["predictions"][0]["label"] == str(classes[i]) for r, i in zip(responses, chosen, strict=True))
@@ -458,7 +457,7 @@ def imagenet_names() -> bool:
 
 
 def decoded(probabilities: Any, imagenet_names: bool) -> list[list[tuple[str, float]]]:
-    """The top five of each row, by Keras' decode_predictions or the test's own labels file."""
+    """The top five of each row, with labels from Keras' decode_predictions or from the test's labels file."""
     if imagenet_names:
         rows = keras.applications.resnet50.decode_predictions(probabilities, top=5)
         return [[(label, probability) for _, label, probability in row] for row in rows]

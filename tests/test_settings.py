@@ -1,4 +1,4 @@
-"""Settings: where they are read from, what an invalid one says, and the documents generated from them."""
+"""Settings: where they are read from, the error for an invalid one, and the documents generated from them."""
 
 import json
 import os
@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import (
-    PATH,
-    ROOT,
-)
+from harness import PATH, ROOT
 
 import settings
 
@@ -89,7 +86,7 @@ def test_invalid_value_is_reported_with_what_is_allowed(name: str, value: str, a
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_stops_with_that_line(program: str) -> None:
+def test_every_program_stops_with_a_line_about_an_invalid_value(program: str) -> None:
     ended = run(program, env={"BATCH_SIZE": "0"})
 
     assert ended.returncode == 2
@@ -174,7 +171,7 @@ def test_comments_and_empty_lines_in_the_file_are_ignored(tmp_path: Path) -> Non
     assert run("-c", "import settings; print(settings.TOP)", cwd=tmp_path, env={}).stdout == "3\n"
 
 
-def test_line_breaks_and_escape_codes_in_a_value_are_shown_as_question_marks() -> None:
+def test_control_characters_in_a_value_are_shown_as_question_marks() -> None:
     ended = run("-c", "import settings", env={"BATCH_SIZE": "8\n\x1b[31mERROR" + "x" * 10_000})
 
     assert ended.stderr.startswith("BATCH_SIZE=8??[31mERRORxxx")
@@ -218,7 +215,7 @@ def test_names_of_other_programs_are_not_reported(tmp_path: Path) -> None:
     assert warnings(tmp_path, "".join(f"export {name}=\n" for name in others)) == []
 
 
-def test_only_unmistakable_misspellings_in_the_environment_are_reported(tmp_path: Path) -> None:
+def test_only_clear_misspellings_in_the_environment_are_reported(tmp_path: Path) -> None:
     found = warnings(tmp_path, "", RATELIMIT="1/minute", api_keys="a", API_KEY="b", port="80", MODELS="c")
 
     assert sorted(line.removeprefix("the environment has ") for line in found) == [
@@ -228,7 +225,7 @@ def test_only_unmistakable_misspellings_in_the_environment_are_reported(tmp_path
 
 
 def test_similar_name_beside_the_real_one_is_not_reported(tmp_path: Path) -> None:
-    """For example a client's API_KEY in the same file."""
+    """The file may also hold a client's API_KEY."""
     assert warnings(tmp_path, "API_KEY=the-key-of-the-client\nAPI_KEYS=the-key-of-the-client\n") == []
     assert len(warnings(tmp_path, "API_KEY=the-key-of-the-client\nAPI_KEYS=\n")) == 1
 
@@ -260,7 +257,7 @@ def test_generated_document_matches_the_settings(name: str) -> None:
     assert (ROOT / name).read_text() == FILES[name](), "run .venv/bin/python docs/generate_settings.py"
 
 
-def test_every_setting_is_declared_under_its_own_name_with_its_real_default() -> None:
+def test_every_setting_is_declared_with_its_name_and_default() -> None:
     code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
     values = json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={"PATH": PATH}, timeout=60))
     declared = {setting.name: str(setting.default) for section in settings.sections.values() for setting in section}

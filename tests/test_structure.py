@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import AS_INSTALLED, ROOT
 
-# What each module may import of ours directly; it may import what those import, too. A package stands for its modules.
+# What each of our top-level modules and packages may import: those in its set, and what those may import.
 LAYERS: dict[str, set[str]] = {
     "settings": set(),
     "helpers": {"settings"},
@@ -22,8 +22,8 @@ LAYERS: dict[str, set[str]] = {
 }
 KERAS = {"keras", "tensorflow", "torch", "jax"}
 
-# Imports what its argument names; prints what that changed. NumPy comes first because it starts threads for BLAS, and
-# mod_wsgi is there because some modules do more below Apache.
+# Imports the module that its argument names; prints what that changed. NumPy comes first because it starts threads for
+# BLAS. mod_wsgi is faked because some modules do more under Apache.
 IMPORT = """
 import gc, importlib, json, os, sys
 from concurrent.futures import Executor
@@ -52,40 +52,40 @@ def imported(module: str) -> dict[str, Any]:
     return found
 
 
-def rooms(module: str) -> set[str]:
-    """Return the top-level names of all that a module imports."""
+def packages(module: str) -> set[str]:
+    """Return the top-level packages that a module imports, directly or not."""
     return {name.partition(".")[0] for name in imported(module)["modules"]}
 
 
 def test_the_web_never_imports_keras() -> None:
-    assert "flask" in rooms("run_web_server")
-    assert not rooms("run_web_server") & (KERAS | {"run_model_server", "model_server"})
+    assert "flask" in packages("run_web_server")
+    assert not packages("run_web_server") & (KERAS | {"run_model_server", "model_server"})
 
 
 @pytest.mark.parametrize("module", ["run_model_server", "model_server.applications", "model_server.model_loading"])
 def test_the_model_side_never_imports_flask(module: str) -> None:
-    assert not rooms(module) & {"flask", "run_web_server"}
+    assert not packages(module) & {"flask", "run_web_server"}
 
 
 def test_loading_a_model_imports_keras() -> None:
-    assert "keras" in rooms("model_server.model_loading")
+    assert "keras" in packages("model_server.model_loading")
 
 
-def modules_of(room: str) -> list[str]:
-    """Return the modules of a package, or the one of a file."""
-    paths = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).rglob("*.py"))
+def modules_of(layer: str) -> list[str]:
+    """Return the modules of a package, or the name of a single module."""
+    paths = [ROOT / f"{layer}.py"] if (ROOT / f"{layer}.py").exists() else sorted((ROOT / layer).rglob("*.py"))
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
-MODULES = [module for room in LAYERS for module in modules_of(room)]
+MODULES = [module for layer in LAYERS for module in modules_of(layer)]
 
 
-def below(room: str) -> set[str]:
-    """Return what a room may import, directly or not."""
-    return LAYERS[room].union(*map(below, LAYERS[room]))
+def below(layer: str) -> set[str]:
+    """Return the layers that a layer may import, directly or not."""
+    return LAYERS[layer].union(*map(below, LAYERS[layer]))
 
 
-def test_every_python_file_of_the_product_is_in_a_room() -> None:
+def test_every_python_file_of_the_product_is_in_a_layer() -> None:
     files = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
 
     assert files == {*LAYERS, "simple_request", "stress_test"}
@@ -93,9 +93,9 @@ def test_every_python_file_of_the_product_is_in_a_room() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_each_module_imports_only_those_below_it(module: str) -> None:
-    room = module.partition(".")[0]
+    layer = module.partition(".")[0]
 
-    assert rooms(module) & LAYERS.keys() <= below(room) | {room}
+    assert packages(module) & LAYERS.keys() <= below(layer) | {layer}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "settings"])
@@ -112,4 +112,4 @@ def test_importing_a_module_starts_nothing_and_sets_no_variable(module: str) -> 
 
 @pytest.mark.parametrize("client", ["simple_request", "stress_test"])
 def test_the_clients_stand_alone(client: str) -> None:
-    assert not rooms(client) & LAYERS.keys()
+    assert not packages(client) & LAYERS.keys()

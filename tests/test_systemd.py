@@ -1,4 +1,4 @@
-"""What the model server reports to systemd. A socket of the test stands in for systemd."""
+"""What the model server reports to systemd, for which a socket of the test stands in."""
 
 import queue
 import signal
@@ -12,14 +12,7 @@ from typing import cast
 
 import pytest
 import requests
-from harness import (
-    Service,
-    free_port,
-    run_apache,
-    run_redis,
-    running,
-    wait_until,
-)
+from harness import Service, free_port, run_apache, run_redis, running, wait_until
 from redis import Redis
 from test_model_server import MeanClassifier, push
 
@@ -27,33 +20,33 @@ from image_queue import ServerQueue
 from model_server.classifier import Classifier
 from model_server.loop import ModelServer, notify_systemd
 
-LONG = 2.0  # seconds that count as silence; an idle model server reports four times a second
+SILENCE = 2.0  # seconds; an idle model server reports four times a second
 
 
 class Systemd:
-    """The messages to an abstract socket, in order. They are read at once: a full socket would block the sender."""
+    """The messages to an abstract socket, in order. A thread reads them, since a full socket would block the sender."""
 
     def __init__(self) -> None:
         self.address = f"@keras-rest-api-test-{time.monotonic_ns()}"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(self.address.replace("@", "\0"))
-        self.said: queue.Queue[str] = queue.Queue()
+        self.messages: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
         while message := self.socket.recv(1000):
-            self.said.put(message.decode())
+            self.messages.put(message.decode())
 
-    def hear(self, seconds: float = LONG) -> str:
+    def hear(self, seconds: float = SILENCE) -> str:
         """The next message; empty if none comes."""
         try:
-            return self.said.get(timeout=seconds)
+            return self.messages.get(timeout=seconds)
         except queue.Empty:
             return ""
 
-    def heard_all(self) -> list[str]:
+    def hear_all(self) -> list[str]:
         """All messages that have not been read yet."""
-        return [self.said.get() for _ in range(self.said.qsize())]
+        return [self.messages.get() for _ in range(self.messages.qsize())]
 
 
 @pytest.fixture
@@ -68,40 +61,38 @@ def serves(redis: Redis, name: str) -> bool:
     return bool(list(redis.scan_iter(f"{name}:server:*")))
 
 
-def test_ready_when_it_serves_then_a_beat_until_it_hangs_or_stops(
-    systemd: Systemd, redis: Redis, tmp_path: Path
-) -> None:
+def test_ready_is_reported_then_a_beat_until_it_hangs_or_stops(systemd: Systemd, redis: Redis, tmp_path: Path) -> None:
     name = f"queue-{free_port()}"
     command = [sys.executable, "run_model_server.py"]
     with running(command, tmp_path / "log", IMAGE_QUEUE=name) as process, run_apache(IMAGE_QUEUE=name) as url:
-        said = [systemd.hear(120)]
-        while said[-1] not in ("READY=1", ""):
+        messages = [systemd.hear(120)]
+        while messages[-1] not in ("READY=1", ""):
             assert "* Model loaded" in process.log
-            said.append(systemd.hear())
-        assert said[-1] == "READY=1"
+            messages.append(systemd.hear())
+        assert messages[-1] == "READY=1"
         assert serves(redis, name)
 
         assert [systemd.hear() for _ in range(6)] == 6 * ["WATCHDOG=1"]  # idle
 
-        systemd.heard_all()
+        systemd.hear_all()
         service = Service(url, name)
         busy = [service.label(Path("models/digits/three.png").read_bytes()) for _ in range(20)]
         assert busy == 20 * ["3"]
-        assert systemd.heard_all().count("WATCHDOG=1") >= 20
+        assert systemd.hear_all().count("WATCHDOG=1") >= 20
 
         process.send(signal.SIGSTOP)
-        systemd.heard_all()
+        systemd.hear_all()
         assert systemd.hear() == ""
         process.send(signal.SIGCONT)
         assert systemd.hear() == "WATCHDOG=1"
 
         assert process.stop(signal.SIGTERM) == 0
-        wait_until(lambda: "STOPPING=1" in systemd.heard_all(), "it reports its end")
+        wait_until(lambda: "STOPPING=1" in systemd.hear_all(), "it reports its end")
         assert requests.get(f"{url}/readyz", timeout=10).status_code == 503
 
 
 def test_batch_that_never_ends_stops_the_beat(systemd: Systemd, redis: Redis) -> None:
-    """As with a GPU that hangs: the process and its other threads live on."""
+    """For example when a GPU hangs: the process and its other threads keep running."""
     classifier, go_on = MeanClassifier(), threading.Event()
     classifier.before = lambda images: go_on.wait(60)
     server = ModelServer(cast(Classifier, classifier), ServerQueue({"model": "mean", "weights": "none"}, 5))

@@ -9,13 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import (
-    ROOT,
-    Service,
-    resident_bytes,
-    wait_until,
-    web_processes,
-)
+from harness import ROOT, Service, resident_bytes, wait_until, web_processes
 from hostile.png import header, make_png
 
 import settings
@@ -62,7 +56,7 @@ def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
 
     assert [len(jobs) for jobs in done] == [60, 60, 60]
     assert max_at_once([job for jobs in done for job in jobs]) == 2
-    # No process waits for the others to finish: at half time each has done at least 10 jobs.
+    # No process waits for the others to finish: each has done at least 10 jobs in the first half of the time.
     begun, ended = min(jobs[0][0] for jobs in done), max(jobs[-1][1] for jobs in done)
     for jobs in done:
         assert sum(job[1] < (begun + ended) / 2 for job in jobs) >= 10
@@ -80,7 +74,7 @@ def test_killed_process_releases_its_turns(tmp_path: Path) -> None:
     assert Turns(lambda: tmp_path, 2).submit(lambda: "mine").result(5) == "mine"
 
 
-def test_jobs_run_in_order_and_can_be_cancelled_before(tmp_path: Path) -> None:
+def test_jobs_run_in_order_and_can_be_canceled_before(tmp_path: Path) -> None:
     turns, held, order = Turns(lambda: tmp_path, 1), threading.Event(), list[int]()
     first = turns.submit(lambda: held.wait(30))
     others = [turns.submit(lambda number=number: order.append(number)) for number in range(5)]  # type: ignore[misc]
@@ -178,7 +172,7 @@ def test_available_cores_respect_the_affinity() -> None:
 def test_six_largest_images_at_once_take_less_than_a_gigabyte(
     service: Service, record_property: Callable[[str, object], None]
 ) -> None:
-    """RGBA of 49 megapixels, the costliest kind: transparency is blended onto white. Both web processes together."""
+    """RGBA images of 49 megapixels are the costliest: transparency is blended onto white. Counts both web processes."""
     side, most = 7000, list[int]()
     rows = (b"\0" + b"\x20\x40\x60\x80" * side) * side
     image = make_png(header(side, side, color=6), rows=rows)

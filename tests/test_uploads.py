@@ -1,4 +1,4 @@
-"""The ways to send an image to /predict, and the errors for other ways."""
+"""The ways to send an image to /predict, and the errors for requests that do it wrong."""
 
 import base64
 import gzip
@@ -340,7 +340,7 @@ def test_uploads_are_503_while_the_disk_is_full(service: Service, small_disk: Pa
             assert requests.get(f"{url}/readyz", timeout=10).ok
 
     logged = [line for line in log.read_text().splitlines() if "can't be stored" in line]
-    assert len(logged) <= 2 * len(["of 16 MB", *FAULTS])  # each process logs each at most once
+    assert len(logged) <= 2 * len(["of 16 MB", *FAULTS])  # each process logs each reason at most once
     for reason in ("9.94 MB are free", "No space left", "Read-only", "No such file"):
         assert any(reason in line and str(small_disk) in line for line in logged), reason
     assert "Traceback" not in log.read_text()
@@ -350,7 +350,7 @@ def test_uploads_are_503_while_the_disk_is_full(service: Service, small_disk: Pa
 
 
 def impatient_site(folder: Path) -> list[str]:
-    """Copy the project with Apache timeouts of 1, 2 or 4 seconds for 10, 20 or more; return the command to run it."""
+    """Copy the project with Apache timeouts of 1, 2 or 4 seconds, not 10, 20 or more; return the command to run it."""
     for name in ("deploy/apache", "image_queue", "web"):
         shutil.copytree(ROOT / name, folder / name)
     for file in (*ROOT.glob("*.py"), *ROOT.glob("*.wsgi")):
@@ -363,7 +363,7 @@ def impatient_site(folder: Path) -> list[str]:
     if os.geteuid() != 0:
         (folder / ".venv").symlink_to(environment)
         return [str(run)]
-    (folder / ".venv").mkdir()  # a mount point: the web can't follow a link into /root
+    (folder / ".venv").mkdir()  # a mount point, since the web can't follow a link into /root
     return [need("unshare"), "--mount", "sh", "-ec", f"mount --bind {environment} {folder}/.venv; exec {run}"]
 
 
@@ -384,7 +384,7 @@ def public() -> Iterator[Path]:
 
 @pytest.mark.slow("sends an image for 8 seconds")
 def test_slow_upload_is_accepted_while_it_keeps_flowing(service: Service, public: Path) -> None:
-    """At twice the minimum rate, for twice the longest timeout. A stalled TLS handshake is cut off meanwhile."""
+    """At twice the minimum rate, for twice the longest timeout. Meanwhile, a stalled TLS handshake is cut off."""
     files, tls_port = make_certificates(public), free_port()
     defines = f"WEB_PROCESSES=2 WEB_THREADS=320 TLS_PORT={tls_port}"
     defines += f" TLS_CERTIFICATE={files['certificate']} TLS_KEY={files['key']}"

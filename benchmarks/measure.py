@@ -1,0 +1,64 @@
+"""One run of bench.py: its images, its figures, and the loads that every part uses."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from system import Measured, child
+from tqdm import tqdm
+
+from images import write_images
+
+PREPARE_SECONDS = 8.0  # at most, for measuring decoding alone
+
+Figures = dict[str, Any]
+
+
+class Bench:
+    """One run: its images, the length of each load, and the figures so far."""
+
+    def __init__(self, scratch: Path, seconds: float, progress: "tqdm[Any]") -> None:
+        self.seconds = seconds
+        self.images = write_images(scratch)
+        self.scratch = scratch
+        self.figures: Figures = {}
+        self._progress = progress
+
+    def show(self, what: str) -> None:
+        """Show what is being measured now."""
+        self._progress.set_description(what)
+        self._progress.update()
+
+    def load(self, url: str, image: str, clients: int, seconds: float | None = None) -> Figures:
+        """Return the throughput and latencies of clients in a closed loop."""
+        self.show(f"{clients} clients, {image}")
+        words = [url, str(self.images[image]), str(clients), str(seconds or self.seconds)]
+        return dict(child("closed_loop.py", *words))
+
+    def load_with_costs(self, ours: Measured, image: str, clients: int, seconds: float | None = None) -> Figures:
+        """Return the throughput and latencies of a load, and the CPU, memory, traffic and batches that it caused."""
+        before, sent, batches = ours.cpu_seconds(), ours.redis_bytes(), len(ours.server.batches)
+        begun = time.monotonic()
+        figures = self.load(ours.url, image, clients, seconds)
+        took = time.monotonic() - begun
+        after = ours.cpu_seconds()
+        return figures | {
+            "cores": {name: (after[name] - before.get(name, 0.0)) / took for name in sorted(after)},
+            "peak_mb": ours.peak_mb(),
+            "redis_mb_per_request": (ours.redis_bytes() - sent) / figures["requests"] / 1e6,
+            "batches": batch_sizes(ours.server.batches[batches:]),
+        }
+
+    def prepare(self, name: str) -> Figures:
+        """Return the speed of decoding and resizing an image, without the service."""
+        self.show(f"decoding alone, {name}")
+        return dict(child("alone.py", "prepare", str(self.images[name]), str(min(self.seconds, PREPARE_SECONDS))))
+
+
+def batch_sizes(sizes: list[int]) -> dict[str, Any]:
+    """Return the mean, the largest and the most common of these batch sizes, and their number."""
+    if not sizes:
+        return {}
+    common = Counter(sizes).most_common(3)
+    return {"mean": sum(sizes) / len(sizes), "most": max(sizes), "count": len(sizes), "common": common}
