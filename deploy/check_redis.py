@@ -1,6 +1,6 @@
-"""Print what is wrong with the Redis of the settings, one line each, for bin/install.
+"""Print each problem of the Redis in the settings on one line, for bin/install.
 
-Prints nothing if Redis does not answer or refuses us: both programs report that themselves.
+Print nothing if Redis does not answer or refuses the connection: the web and the model server report that themselves.
 """
 
 import sys

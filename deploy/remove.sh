@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The part of bin/install that removes what it has installed.
+# bin/install --remove and --purge: undo the installation. $NOTES lists what must be undone.
 
 noted() { grep -qsxF "$1" $NOTES; }
 
@@ -27,7 +27,7 @@ remove_services() {
     echo "* Removing the model servers and the site"
     ! with_systemd || systemctl stop 'model-server@*' || true
     rm -f $WANTS/model-server@*.service
-    for each in keras-rest-api keras-rest-api_tls; do # docs/operations.md says how to add the second one
+    for each in keras-rest-api keras-rest-api_tls; do # docs/operations.md explains how to add the second one
         a2dissite -q -p $each >/dev/null 2>&1 || true
         rm -f $SITES/$each.conf
     done
@@ -62,6 +62,6 @@ remove_settings() { # --remove | --purge
     fi
     others=$(find $TARGET -mindepth 1 ! -type d ! -path $SETTINGS ! -path $NOTES)
     [ -z "$others" ] || echo "* Kept, since they are not ours: $(head -n 5 <<<"$others" | paste -sd ' ')"
-    : >$NOTES # this file says that the folder is ours
+    : >$NOTES # the empty file still marks the folder as ours
     [ -n "$others" ] || [ -e $SETTINGS ] || rm -r $TARGET
 }
