@@ -26,8 +26,7 @@ RUN apt-get update -q \
     && install -d -o www-data -g www-data /run/keras-rest-api
 COPY . .
 USER www-data
-# Values of Apache's site. Use as many processes as cores and 640 threads in total. Add MAX_UPLOAD_BYTES=... if you change
-# that setting.
+# Values of Apache's site: one process per core, 640 threads in total, and MAX_UPLOAD_BYTES if you change that setting.
 ENV APP_PORT=8080 RUN_DIR=/run/keras-rest-api APACHE_DEFINES="WEB_PROCESSES=4 WEB_THREADS=160"
 EXPOSE 8080
 # On this signal Apache accepts no new requests, answers those in flight, and ends.
@@ -47,8 +46,7 @@ USER keras-rest-api
 # Keras keeps downloaded weights here, in a volume.
 ENV KERAS_HOME=/var/cache/keras-rest-api
 VOLUME /var/cache/keras-rest-api
-# Healthy once the model server has a heartbeat. A large model takes minutes to load, and longer if its weights must be
-# downloaded.
+# Healthy once it has a heartbeat. A large model takes minutes to load, and longer if its weights must be downloaded.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=20m \
     CMD [".venv/bin/python", "deploy/container_health.py", "model"]
 # Becomes run_model_server.py. If MODEL is not set, it chooses a model first.

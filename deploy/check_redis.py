@@ -1,4 +1,4 @@
-"""Print each problem of the Redis in the settings on one line, for bin/install.
+"""Print the problems of the configured Redis for bin/install, one line each.
 
 Print nothing if Redis does not answer or refuses the connection: the web and the model server report that themselves.
 """

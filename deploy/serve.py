@@ -43,7 +43,7 @@ SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")
 # Redis does not run as www-data, because the web could then send it signals and read its memory.
 AS_NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --no-new-privs"
 ASK_LIMIT = 5  # seconds that supervisor may take to answer
-START_LIMIT = 600  # seconds; the largest models take a minute or two
+START_LIMIT = 600  # seconds until ready; the largest models take a minute or two
 PORT_LIMIT = 3  # seconds to wait for another Apache to release PORT
 DRAIN_LIMIT = 30  # seconds at most for the requests in flight
 STOP_LIMIT = DRAIN_LIMIT + 60 + 2 + 3  # seconds: the sum of stopwaitsecs in supervisord.conf, and a few more

@@ -1,4 +1,4 @@
-"""Which Redis bin/serve uses: one that already runs, otherwise its own, but never the Redis of another bin/serve.
+"""Chooses the Redis for bin/serve: one that already runs, otherwise a new one, never that of another bin/serve.
 
 A Redis that bin/serve starts also ends with it, so nothing else may rely on it. INFO reports the name of its
 configuration file, which identifies it.
@@ -18,7 +18,7 @@ from image_queue import ImageQueue, fault_of
 CONFIGURATION = "bin-serve-redis.conf"  # in the run directory; only bin/serve uses this name
 ENDING = "ending"  # this file in the run directory says that its bin/serve is ending
 ENDING_LIMIT = 10  # seconds to wait for another bin/serve that is not ending yet
-TOLD_LIMIT = 100  # seconds to wait for another that is already ending: a little more than serve.STOP_LIMIT
+STOPPING_LIMIT = 100  # seconds to wait for another that is already ending: a little more than serve.STOP_LIMIT
 CLOSING_LIMIT = 1  # seconds for which an ending Redis keeps its port after closing its connections
 START_LIMIT = 30  # seconds that our Redis may take to start
 PROBE_LIMIT = 2  # seconds to connect to REDIS_PORT
@@ -71,9 +71,9 @@ def wait_for_another_to_end(queue: ImageQueue) -> None:
                 return
             if not limit:
                 print(f"* Another bin/serve has the Redis at {queue.address}: waiting for it to end", flush=True)
-            limit = TOLD_LIMIT if (directory / ENDING).exists() else ENDING_LIMIT
+            limit = STOPPING_LIMIT if (directory / ENDING).exists() else ENDING_LIMIT
             if waited > limit:
-                raise another_has_it(queue)
+                raise owned_by_another(queue)
         except RedisError:
             # An ending Redis closes its connections a moment before its port.
             if waited > (limit or CLOSING_LIMIT) or not (is_local() and port_answers()):
@@ -81,7 +81,7 @@ def wait_for_another_to_end(queue: ImageQueue) -> None:
         time.sleep(0.1)
 
 
-def another_has_it(queue: ImageQueue) -> StartupError:
+def owned_by_another(queue: ImageQueue) -> StartupError:
     """Return the error to raise if the Redis belongs to another bin/serve."""
     if not is_local():
         return StartupError(
@@ -112,7 +112,7 @@ def started(directory: Path) -> bool:
     if found is None:
         raise StartupError(f"another Redis has just taken port {settings.REDIS_PORT}: start bin/serve again to use it.")
     if found != directory:
-        raise another_has_it(queue)
+        raise owned_by_another(queue)
     queue.check()
     return True
 

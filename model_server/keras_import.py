@@ -12,7 +12,7 @@ from types import ModuleType
 
 from helpers import StartupError
 
-# Keras imports these where they are installed, for training and plots. They would add 3 seconds to each start.
+# If these are installed, Keras imports them for training and plots. They would add 3 seconds to each start.
 UNUSED = ("matplotlib", "sklearn")
 # Lines that TensorFlow prints before it reads TF_CPP_MIN_LOG_LEVEL, so that no setting silences them: messages below
 # error level, about a library registered twice, and, on a machine without a GPU, about the missing GPU.

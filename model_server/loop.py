@@ -23,7 +23,7 @@ from model_server.classifier import Classifier, Probabilities
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = failed("The image did not arrive as it was sent: IMAGE_* must be the same for web and model server.")
+UNREADABLE = failed("The image on the queue is invalid: IMAGE_* must be the same for the web and the model server.")
 BROKEN = failed("The model could not classify this image; try another.")
 
 

@@ -21,7 +21,7 @@ from helpers import StartupError
 from model_server import model_file
 from model_server.model_file import shown
 
-NAME = re.compile(r"[\w-]+")  # of a classifier; anything else in MODEL is a path
+NAME = re.compile(r"[\w-]+")  # of a classifier; any other text in MODEL is a path
 HEAD = 1024  # bytes of a file, enough to tell its format
 
 ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"

@@ -130,7 +130,7 @@ def _in_words(name: str, config: dict[str, Any], layer: str) -> str:
     if name == "Lambda":
         return f"a Lambda layer{where}"
     if name == "function":
-        return f"the function {shown(config.get('config'))} in the layer{where}" if layer else "a function of its own"
+        return f"the function {shown(config.get('config'))} in the layer{where}" if layer else "a custom function"
     if name.endswith("Lambda"):
         return f"a TensorFlow operation{where} ({shown(name)})"
     package = _package(config)

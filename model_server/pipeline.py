@@ -22,7 +22,7 @@ def compiled(model: Any, preprocess: Preprocess, shape: Shape) -> backends.Netwo
 
     pixels = keras.Input(shape, dtype=settings.IMAGE_DTYPE)
     prepared = keras.layers.Lambda(prepare, output_shape=shape, dtype="float32")(pixels)
-    if settings.DTYPE_POLICY != "float32":  # otherwise keep a model's own policies, such as a quantized one's
+    if settings.DTYPE_POLICY != "float32":  # with float32, keep the policies of the model, which may be quantized
         for layer in model.layers[:-1]:  # the last layer produces the probabilities
             layer.dtype_policy = settings.DTYPE_POLICY
     return backends.compiled(keras.Model(pixels, model(prepared, training=False)))
