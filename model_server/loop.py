@@ -38,8 +38,8 @@ class Computed(NamedTuple):
 class ModelServer:
     """A model server at work; each step() takes one batch.
 
-    The main thread takes and decodes batches, BATCHES_AT_ONCE threads compute them, and one thread sends the
-    answers in the order in which the batches were taken. So computing never waits for Redis while there is work.
+    The main thread takes and decodes batches, BATCHES_AT_ONCE threads compute them, and one thread sends the answers
+    in the order in which the batches were taken. So computing never waits for Redis while there is work.
     """
 
     def __init__(self, classifier: Classifier, queue: ServerQueue) -> None:

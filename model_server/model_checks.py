@@ -150,7 +150,7 @@ def _in_zip(path: Path) -> tuple[str, str]:
         return "", ""
     if any(name.endswith("data.pkl") for name in names):
         return "a PyTorch model", NOT_KERAS
-    return "a zip file without a Keras model at its top", UNPACK
+    return "a zip file without a Keras model at its top level", UNPACK
 
 
 def _foreign(path: Path, data: bytes) -> tuple[str, str]:

@@ -160,7 +160,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.pt", of_members("archive/data.pkl"), f" is a PyTorch model: {KERAS_NEEDED}"),
     ("a.pkl", of_bytes(b"\x80\x04\x95"), f" is a Python pickle, such as PyTorch's: {KERAS_NEEDED}"),
     ("a.safetensors", of_bytes(b'\x10\0\0\0\0\0\0\0{"a":1}'), f" is a safetensors file: {KERAS_NEEDED}"),
-    ("a.keras", of_members("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
+    ("a.keras", of_members("model/config.json"), " is a zip file without a Keras model at its top level: unpack it"),
     ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a compressed file or archive: unpack it"),
     ("model.json", of_bytes(b'{"class_name": "Sequential"}'), " is a JSON file, at most a model's architecture: save"),
     ("a.keras", of_bytes(b"\0" * 500), f" is not a file that Keras writes, or damaged: {KERAS_NEEDED}"),
