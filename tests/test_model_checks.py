@@ -149,7 +149,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.keras", cut, " is cut off or damaged: copy the whole file here again."),
     ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy the whole file here again."),
     ("a.keras", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), " with `git lfs pull`."),
-    ("a.keras", of_bytes(b"\n<!DOCTYPE html><html>"), " is a web page, probably from a failed download:"),
+    ("a.keras", of_bytes(b"\n<!DOCTYPE html>"), " is a web page, probably from a failed download: download the file"),
     ("a.weights.h5", weights_alone, " holds at most weights, not a model: save the whole model with"),
     ("a.h5", weights_alone, " holds at most weights, not a model"),
     ("folder", saved_model, "folder is a TensorFlow SavedModel folder, which Keras 3 does not load: save the Keras"),
