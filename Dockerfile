@@ -4,7 +4,7 @@
 #   docker build --target model -t keras-rest-api-model .
 #   docker build --target model --build-arg REQUIREMENTS=requirements/gpu.txt -t keras-rest-api-model .   # NVIDIA
 #
-# Packages come before the code, so that a change of the code does not install them again.
+# Packages come before the code, so that a change to the code does not reinstall them.
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS base
@@ -26,10 +26,10 @@ RUN apt-get update -q \
     && install -d -o www-data -g www-data /run/keras-rest-api
 COPY . .
 USER www-data
-# The site's values: as many processes as cores, 640 threads in total, and MAX_UPLOAD_BYTES if the setting is changed.
+# Values of Apache's site: one process per core, 640 threads in total, and MAX_UPLOAD_BYTES if you change that setting.
 ENV APP_PORT=8080 RUN_DIR=/run/keras-rest-api APACHE_DEFINES="WEB_PROCESSES=4 WEB_THREADS=160"
 EXPOSE 8080
-# On this signal Apache accepts nothing new, answers the requests that it has, and ends.
+# On this signal Apache accepts no new requests, answers those in flight, and ends.
 STOPSIGNAL SIGWINCH
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
     CMD [".venv/bin/python", "deploy/container_health.py", "web"]
@@ -46,7 +46,7 @@ USER keras-rest-api
 # Keras keeps downloaded weights here, in a volume.
 ENV KERAS_HOME=/var/cache/keras-rest-api
 VOLUME /var/cache/keras-rest-api
-# Healthy once it serves. A large model takes minutes to load, and longer if its weights must be downloaded.
+# Healthy once it has a heartbeat. A large model takes minutes to load, and longer if its weights must be downloaded.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=20m \
     CMD [".venv/bin/python", "deploy/container_health.py", "model"]
 # Becomes run_model_server.py. If MODEL is not set, it chooses a model first.

@@ -1,10 +1,10 @@
-"""The model server: takes batches of images from Redis, classifies them with Keras, and answers, until it is stopped.
+"""The model server: takes batches of images from Redis, classifies them with Keras, and answers them until stopped.
 
     python run_model_server.py [--model MODEL] [--gpu N]
-    python run_model_server.py --check [IMAGE]              whether the model works here, and how fast; needs no Redis
+    python run_model_server.py --check [IMAGE]              show that the model works here, and how fast; needs no Redis
 
 Run one for each GPU; they share the queue. On SIGTERM or Ctrl-C it takes no more images, answers those being computed,
-requeues the rest, and exits with code 0. Exit code 2: a setting or the model is invalid, and one line says why.
+requeues the rest, and exits with code 0. Exit code 2: a setting or the model is invalid; one line says why.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def classify_process() -> None:
 
 
 def pin_gpu(number: int) -> None:
-    """Let the model see only one GPU, counted from 0, of those in CUDA_VISIBLE_DEVICES or of all.
+    """Let the model see only GPU `number`, counted from 0 among those in CUDA_VISIBLE_DEVICES, or all if it is not set.
 
-    Numbers beyond the last GPU start over, so that several servers can share one. Without a GPU nothing changes.
+    Numbers beyond the last GPU wrap around, so that several servers can share one. Without a GPU nothing changes.
     Must be called before Keras is imported.
     """
     installed = [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
@@ -69,7 +69,7 @@ def pin_gpu(number: int) -> None:
 
 
 def check_redis() -> None:
-    """Log at once when Redis is down; only the loaded model server waits for it. Raises StartupError."""
+    """Log if Redis is down, without waiting: the server waits for it after loading the model. Raises StartupError."""
     queue = ImageQueue()
     try:
         queue.check()
@@ -83,18 +83,18 @@ def open_file(path: Path) -> Image.Image:
     with path.open("rb") as file:
         data = file.read(settings.MAX_UPLOAD_BYTES + 1)
     if len(data) > settings.MAX_UPLOAD_BYTES:
-        raise TooLarge(f"The file has more than {megabytes(settings.MAX_UPLOAD_BYTES)}, so send it smaller.")
+        raise TooLarge(f"The file has more than {megabytes(settings.MAX_UPLOAD_BYTES)}, so send a smaller one.")
     return open_image(io.BytesIO(data))
 
 
 def options() -> argparse.Namespace:
-    """Return the options of the command line."""
+    """Return the command line options."""
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
     known = "a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
     parser.add_argument("--model", help=known)
     parser.add_argument("--gpu", type=int, metavar="N", help="compute only on this GPU; the first is 0")
-    steps = "load the model, classify this image (default: a photo of a cat), say how fast it is, and exit"
-    parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=steps)
+    checking = "load the model, classify this image (default: a photo of a cat), print how fast the model is, and exit"
+    parser.add_argument("--check", type=Path, nargs="?", const=SAMPLE, metavar="IMAGE", help=checking)
     return parser.parse_args()
 
 
@@ -108,8 +108,8 @@ def main() -> int:
         settings.MODEL = arguments.model
     if arguments.gpu is not None:
         pin_gpu(arguments.gpu)
-    for number in (signal.SIGTERM, signal.SIGINT):  # while loading there is nothing to finish
-        # Not sys.exit: raised inside a C library that is being imported, it becomes another exception.
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing to finish while the model loads
+        # Not sys.exit(): raised while a C library is being imported, its exception turns into another one.
         signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     try:
         model_checks.check()

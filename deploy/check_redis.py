@@ -1,6 +1,6 @@
-"""Print what is wrong with the Redis of the settings, one line each, for bin/install.
+"""Print the problems of the configured Redis for bin/install, one line each.
 
-Prints nothing if Redis does not answer or refuses us: both programs report that themselves.
+Print nothing if Redis does not answer or refuses the connection: the web and the model server report that themselves.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The health checks of the Dockerfile. The exit code is 0 if the program of this container is healthy.
+"""The health checks of the Dockerfile. The exit code is 0 if the program in this container is healthy.
 
 container_health.py web|model
 """
@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def web_lives() -> bool:
-    """Whether Apache and a web process answer. Redis does not count: restarting the web would not help it."""
+    """Whether Apache and a web process answer. Redis does not count: restarting the web would not repair it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{os.environ['APP_PORT']}/livez", timeout=4) as answer:
         return bool(answer.status == 200)
 
 
 def model_serves() -> bool:
     """Whether a model server of this host has a heartbeat. Its name begins with the host name."""
-    from image_queue import ImageQueue  # noqa: PLC0415 - the web's check must stay quick
+    from image_queue import ImageQueue  # noqa: PLC0415 - slow to import, and the web's check must be quick
 
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
     return any(re.fullmatch(rf"{re.escape(host)}-\w+-\d+\.\w+", name) for name in ImageQueue().live_servers())

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def project_files(root: Path = ROOT) -> set[str]:
-    """Return the project's files: what git tracks in a clone, what .gitignore does not name in an archive."""
+    """Return the project's files: those that git tracks; in an archive, those that .gitignore does not name."""
     if (root / ".git").exists() and shutil.which("git"):
-        # git works in another user's clone only if that is declared safe.
+        # git refuses to work in another user's clone unless the clone is declared safe.
         command = ["git", "-c", f"safe.directory={root}", "ls-files"]
         tracked = subprocess.check_output(command, cwd=root, text=True).splitlines()
         return {name for name in tracked if (root / name).is_file()}
@@ -32,7 +32,7 @@ def project_files(root: Path = ROOT) -> set[str]:
 
 
 def copy(target: Path) -> list[str]:
-    """Copy what has changed and remove what the project no longer has; return the names of both."""
+    """Copy changed files and remove those that the project no longer has. Return the names of all of them."""
     new, old = project_files(), listed(target)
     if "settings.py" not in new:
         sys.exit(f"no project files found in {ROOT}: is it a whole clone or archive?")
@@ -41,7 +41,7 @@ def copy(target: Path) -> list[str]:
     for name in changed:
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A service that reads the file now gets the old or the new one, never a part.
+        # Replaced in one step, so that a running service never reads half a file.
         temporary = path.with_name(f"{path.name}.new")
         shutil.copyfile(ROOT / name, temporary)
         temporary.chmod(0o755 if os.access(ROOT / name, os.X_OK) else 0o644)
@@ -57,19 +57,19 @@ def same(one: Path, other: Path) -> bool:
 
 
 def listed(target: Path) -> set[str]:
-    """Return the names of the files that were copied before."""
+    """Return the names of the files that earlier runs copied."""
     path = target / ".installed-files"
     return set(path.read_text().splitlines()) if path.exists() else set()
 
 
 def write_list(target: Path, names: set[str]) -> None:
-    """Note the names of the copied files. An unchanged list is not written again."""
+    """Write the names of the copied files, unless the list is unchanged."""
     if names != listed(target):
         (target / ".installed-files").write_text("".join(f"{name}\n" for name in sorted(names)))
 
 
 def remove(target: Path, names: set[str]) -> None:
-    """Remove these files, and what an interrupted copy left of them."""
+    """Remove these files and the temporary files that an interrupted copy left."""
     for name in names:
         (target / name).unlink(missing_ok=True)
         (target / f"{name}.new").unlink(missing_ok=True)

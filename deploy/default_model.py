@@ -28,19 +28,19 @@ from model_server import model_file  # noqa: E402
 from model_server.downloads import keras_downloads  # noqa: E402
 
 BUNDLED_MODEL = "models/efficientnet_lite0.keras"
-# What Keras downloads for ResNet50, with the MD5 sums that it checks: a killed download leaves a partial file behind.
+# What Keras downloads for ResNet50, with the MD5 sums that Keras checks. A killed download leaves part of one.
 RESNET50_FILES = {
     "resnet50_weights_tf_dim_ordering_tf_kernels.h5": "2cb95161c43110f7111970584f804107",
     "imagenet_class_index.json": "c2c37ea517e94d9795004a39431a14cb",
 }
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + next(iter(RESNET50_FILES))
-PROBE_LIMIT = 5  # seconds for the first answer, in all: a host may have many addresses, none of which answers
+PROBE_LIMIT = 5  # seconds for all addresses of the host together: there may be many, and none may answer
 FETCH = [sys.executable, "-c", "from model_server.downloads import fetch; fetch()"]
 FETCH_LIMIT = 600  # seconds for 100 MB; nobody should wait longer for the service
 
 
 def choose() -> str:
-    """Return the value for MODEL. Print which model it is, and why if it is the bundled one.
+    """Return the value for MODEL. Print which model it is and, for the bundled one, why.
 
     Takes at most PROBE_LIMIT plus FETCH_LIMIT.
     """
@@ -75,7 +75,7 @@ def md5(path: Path) -> str:
 
 
 def in_time(ask: Callable[[], str], seconds: float) -> str:
-    """Return what `ask` returns, or that it took too long. A lookup of a host name has no time limit of its own."""
+    """Return what `ask` returns, or that it took too long. Looking up a host name has no time limit."""
     answers: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
     try:
@@ -89,7 +89,7 @@ def probe() -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(WEIGHTS_URL, method="HEAD"), timeout=PROBE_LIMIT):
             return ""
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a proxy with an invalid address
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the address of the proxy is invalid
         return one_line(error.reason if type(error) is urllib.error.URLError else error)
 
 
@@ -116,13 +116,13 @@ def one_line(error: object) -> str:
 
 
 def main() -> None:
-    """Choose a model if MODEL is not set or empty, then become the model server."""
+    """Choose a model if MODEL is unset or empty, then become the model server."""
     # The first process of a container ignores a signal unless it has a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     os.chdir(APP_ROOT)
     if not os.environ.get("MODEL"):
         os.environ["MODEL"] = choose()
-    os.execv(sys.executable, [sys.executable, "run_model_server.py", *sys.argv[1:]])  # noqa: S606 - it needs none
+    os.execv(sys.executable, [sys.executable, "run_model_server.py", *sys.argv[1:]])  # noqa: S606 - needs no shell
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The part of bin/install that removes what it has installed.
+# bin/install --remove and --purge: undo the installation. $NOTES lists what must be undone.
 
 noted() { grep -qsxF "$1" $NOTES; }
 
@@ -13,7 +13,7 @@ remove() { # --remove | --purge
         rm -rf $TARGET/.venv $TARGET/.new-* $TARGET/.installed-files
         find $TARGET -name __pycache__ -prune -exec rm -rf {} +
         find $TARGET -mindepth 1 -type d -empty -delete
-        echo "* Kept, since others may use them: the packages apache2, libapache2-mod-wsgi-py3, redis-server," \
+        echo "* Kept, because other programs may use them: the packages apache2, libapache2-mod-wsgi-py3, redis-server," \
             "python3-venv and curl, and Apache's modules headers, reqtimeout, unique_id and wsgi"
     elif [ ! -e $NOTES ] || [ "$1" != --purge ]; then
         echo "* Nothing to do: bin/install has installed nothing here"
@@ -27,7 +27,7 @@ remove_services() {
     echo "* Removing the model servers and the site"
     ! with_systemd || systemctl stop 'model-server@*' || true
     rm -f $WANTS/model-server@*.service
-    for each in keras-rest-api keras-rest-api_tls; do # docs/operations.md says how to add the second one
+    for each in keras-rest-api keras-rest-api_tls; do # docs/operations.md explains how to add the second one
         a2dissite -q -p $each >/dev/null 2>&1 || true
         rm -f $SITES/$each.conf
     done
@@ -36,13 +36,13 @@ remove_services() {
     rmdir --ignore-fail-on-non-empty /etc/systemd/system/apache2.service.d 2>/dev/null || true
     ! with_systemd || quietly systemctl daemon-reload
     ! apache_runs || said=$(apache2ctl graceful 2>&1) ||
-        echo "* Apache still has the site, because its configuration has a fault: $(last_fault "$said")"
+        echo "* Apache still has the site, because its configuration has an error: $(last_fault "$said")"
 }
 
 remove_account() {
     if ! noted user || ! id $ACCOUNT >/dev/null 2>&1; then return; fi
     echo "* Removing the user $ACCOUNT"
-    if pkill -u $ACCOUNT; then # a model server that somebody started by hand finishes its batch
+    if pkill -u $ACCOUNT; then # a model server that was started by hand finishes its batch
         echo "* Waiting for the programs of $ACCOUNT to end"
         timeout 55 pidwait -u $ACCOUNT || pkill -KILL -u $ACCOUNT || true
         pidwait -u $ACCOUNT || true
@@ -61,7 +61,7 @@ remove_settings() { # --remove | --purge
         echo "* Kept: $SETTINGS, which bin/install --purge removes"
     fi
     others=$(find $TARGET -mindepth 1 ! -type d ! -path $SETTINGS ! -path $NOTES)
-    [ -z "$others" ] || echo "* Kept, since they are not ours: $(head -n 5 <<<"$others" | paste -sd ' ')"
-    : >$NOTES # this file says that the folder is ours
+    [ -z "$others" ] || echo "* Kept, because bin/install did not create them: $(head -n 5 <<<"$others" | paste -sd ' ')"
+    : >$NOTES # the empty file still marks the folder as ours
     [ -n "$others" ] || [ -e $SETTINGS ] || rm -r $TARGET
 }

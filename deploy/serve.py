@@ -1,10 +1,10 @@
-"""The service as bin/serve runs it: Redis if there is none, the model servers and a private Apache.
+"""Runs the whole service for bin/serve: Redis if none is running, the model servers and a private Apache.
 
-supervisor runs these programs and restarts those that die. Everything they write goes to a directory that is removed at
+supervisor runs these programs and restarts those that die. They write all their files to a directory that is removed at
 the end.
 
 On Ctrl-C or SIGTERM, Apache answers the requests in flight (DRAIN_LIMIT), then the model servers finish their batches
-(60 seconds), then Redis ends. After STOP_LIMIT everything that is left is killed.
+(60 seconds), then Redis ends. After STOP_LIMIT, anything still running is killed.
 """
 
 import http.client
@@ -19,16 +19,11 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager, suppress
+from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
-from xmlrpc.client import Error as RpcError
-from xmlrpc.client import ServerProxy
-
-from supervisor.xmlrpc import SupervisorTransport
+from typing import NoReturn
 
 APP_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(APP_ROOT))
@@ -36,20 +31,19 @@ if __name__ == "__main__":  # Ctrl-C during the imports needs no cleanup and no 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import default_model  # noqa: E402
+import serve_processes  # noqa: E402
 import serve_redis  # noqa: E402
-from serve_processes import become_subreaper, end_all, end_orphans  # noqa: E402
 
 import settings  # noqa: E402
 from helpers import StartupError, available_cores  # noqa: E402
 from model_server import model_checks  # noqa: E402
 
-WORKERS = 640  # requests in flight, in all web processes together
+WORKERS = 640  # the most requests in flight, in all web processes together
 SUPERVISOR = str(APP_ROOT / "deploy/supervisor/supervisord.conf")
 # Redis does not run as www-data, because the web could then send it signals and read its memory.
 AS_NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --no-new-privs"
 ASK_LIMIT = 5  # seconds that supervisor may take to answer
-UNREACHABLE = (OSError, RpcError, http.client.HTTPException)
-START_LIMIT = 600  # seconds; the largest models take a minute or two
+START_LIMIT = 600  # seconds until ready; the largest models take a minute or two
 PORT_LIMIT = 3  # seconds to wait for another Apache to release PORT
 DRAIN_LIMIT = 30  # seconds at most for the requests in flight
 STOP_LIMIT = DRAIN_LIMIT + 60 + 2 + 3  # seconds: the sum of stopwaitsecs in supervisord.conf, and a few more
@@ -61,7 +55,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
     socket.setdefaulttimeout(ASK_LIMIT)
-    become_subreaper()
+    serve_processes.become_subreaper()
     port = free_port()
     check_model()
     own_redis = not serve_redis.redis_answers()
@@ -90,13 +84,13 @@ def main() -> None:
 
 
 def request_stop(*_: object) -> None:
-    """Handle the signals. The event is needed because Python drops an exception that is raised in a destructor."""
+    """Handle SIGINT and SIGTERM. The event is needed because Python drops an exception raised in a destructor."""
     told_to_stop.set()
     sys.exit(0)
 
 
 def free_port() -> int:
-    """Return PORT. Waits PORT_LIMIT for an Apache that is ending. Raises StartupError if the port stays taken."""
+    """Return PORT once it is free. Raises StartupError if an earlier Apache does not release it within PORT_LIMIT."""
     port = settings.PORT
     deadline = time.monotonic() + PORT_LIMIT
     while not bindable(port):
@@ -113,16 +107,15 @@ def bindable(port: int) -> bool:
         try:
             probe.bind(("", port))
         except PermissionError:
-            raise StartupError(
-                f"port {port} is for root only: choose one above 1023, as in PORT=8080 bin/serve."
-            ) from None
+            message = f"port {port} is for root only: choose one above 1023, as in PORT=8080 bin/serve."
+            raise StartupError(message) from None
         except OSError:
             return False
     return True
 
 
 def absolute_paths() -> dict[str, str]:
-    """Return the settings that name an existing file, with absolute paths: the programs run in another directory."""
+    """Return the absolute paths of the model's files, by setting: the programs run in another directory."""
     named = {name: Path(os.environ.get(name, "")) for name in ("MODEL", "MODEL_WEIGHTS", "LABELS")}
     return {name: str(path.resolve()) for name, path in named.items() if path.is_file()}
 
@@ -136,7 +129,7 @@ def check_model() -> None:
 
 
 def apache_sizes() -> str:
-    """Return the site's definitions for this machine and these settings."""
+    """Return the Apache definitions that depend on this machine and the settings."""
     processes = max(2, available_cores())
     threads = -(-WORKERS // processes)
     return f"WEB_PROCESSES={processes} WEB_THREADS={threads} MAX_UPLOAD_BYTES={settings.MAX_UPLOAD_BYTES}"
@@ -146,7 +139,7 @@ def apache_sizes() -> str:
 def run_directory() -> Iterator[Path]:
     """Create the directory for sockets and logs, and remove it at the end."""
     directory = Path(tempfile.mkdtemp(prefix="keras-rest-api-"))
-    directory.chmod(0o755)  # if root runs this, Redis and Apache are other users
+    directory.chmod(0o755)  # if root runs this, Redis and Apache run as other users
     try:
         yield directory
     finally:
@@ -155,17 +148,17 @@ def run_directory() -> Iterator[Path]:
 
 @contextmanager
 def supervised(environment: dict[str, str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run supervisor, which starts Redis if need be. At the end, stop it and everything that it runs."""
+    """Run supervisor, which starts Redis if needed. At the end, stop it and everything that it runs."""
     serve_redis.write_configuration(directory)
     process = subprocess.Popen(
-        # If we are killed, setpriv's signal ends it.
+        # setpriv makes the kernel end supervisor if we are killed.
         ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "supervisor.supervisord", "-c", SUPERVISOR],
         env=environment | {"RUN_DIR": str(directory)},
         cwd=APP_ROOT,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C must reach us only
+        start_new_session=True,  # so that Ctrl-C reaches only us
     )
-    relay = threading.Thread(target=relay_log, args=[process.stdout], daemon=True)
+    relay = threading.Thread(target=serve_processes.relay_log, args=[process.stdout], daemon=True)
     relay.start()
     try:
         yield process
@@ -173,41 +166,9 @@ def supervised(environment: dict[str, str], directory: Path) -> Iterator[subproc
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         print("* Stopping", flush=True)
-        stop(process, directory)
-        end_all()
+        serve_processes.stop(process, directory, STOP_LIMIT)
+        serve_processes.end_all()
         relay.join(1)
-
-
-def relay_log(log: IO[bytes]) -> None:
-    """Print what the programs log."""
-    for line in log:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-
-
-def stop(supervisor: subprocess.Popen[bytes], directory: Path) -> None:
-    """End supervisor, which ends its programs one after the other."""
-    (directory / serve_redis.ENDING).touch()
-    # supervisor stops Apache with SIGWINCH, which an Apache that is still starting ignores.
-    starting = [
-        program["pid"]
-        for program in programs(directory)
-        if program["name"] == "apache" and program["pid"] and not apache_is_up(directory)
-    ]
-    supervisor.terminate()
-    for pid in starting:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    try:
-        supervisor.wait(STOP_LIMIT)
-    except subprocess.TimeoutExpired:
-        supervisor.kill()
-        supervisor.wait()
-
-
-def apache_is_up(directory: Path) -> bool:
-    """Whether our Apache listens: it writes its pid file then."""
-    return (directory / "apache.pid").exists()
 
 
 def wait_for_own_redis(directory: Path, supervisor: subprocess.Popen[bytes]) -> None:
@@ -215,29 +176,29 @@ def wait_for_own_redis(directory: Path, supervisor: subprocess.Popen[bytes]) -> 
     deadline = time.monotonic() + serve_redis.START_LIMIT
     while not serve_redis.started(directory):
         check_supervisor(supervisor)
-        if "redis" in given_up(directory) or time.monotonic() > deadline:
+        if "redis" in serve_processes.given_up(directory) or time.monotonic() > deadline:
             raise StartupError(f"Redis does not start: {serve_redis.why_not_started(directory)}")
         time.sleep(0.05)
 
 
 def start_programs(directory: Path, supervisor: subprocess.Popen[bytes]) -> None:
-    """Let supervisor start the programs that need Redis."""
+    """Tell supervisor to start the programs that need Redis, as soon as it accepts commands."""
     while True:
         check_supervisor(supervisor)
         try:
             for name in ("model-server", "apache"):
-                control(directory).startProcessGroup(name, False)
+                serve_processes.control(directory).startProcessGroup(name, False)
             return
-        except UNREACHABLE:
+        except serve_processes.UNREACHABLE:
             time.sleep(0.05)
 
 
 def wait_until_ready(port: int, directory: Path, supervisor: subprocess.Popen[bytes]) -> None:
-    """Wait until /readyz of our Apache answers 200. Raises StartupError if that fails."""
+    """Wait until /readyz of our Apache answers 200. Raises StartupError if a program fails or time runs out."""
     deadline = time.monotonic() + START_LIMIT
-    while not (apache_is_up(directory) and ready(port)):
+    while not (serve_processes.apache_is_up(directory) and ready(port)):
         check_supervisor(supervisor)
-        for name in given_up(directory):
+        for name in serve_processes.given_up(directory):
             raise StartupError(f"{name} does not start; the lines above say why.")
         if time.monotonic() > deadline:
             raise StartupError(f"not ready after {START_LIMIT} seconds.")
@@ -245,12 +206,12 @@ def wait_until_ready(port: int, directory: Path, supervisor: subprocess.Popen[by
 
 
 def watch(directory: Path, supervisor: subprocess.Popen[bytes]) -> NoReturn:
-    """Run forever. Raises StartupError when supervisor or our own Redis has ended for good."""
+    """Kill orphans until told to stop. Raises StartupError when supervisor or our own Redis has ended for good."""
     while True:
         check_supervisor(supervisor)
-        if "redis" in given_up(directory):
+        if "redis" in serve_processes.given_up(directory):
             raise StartupError(f"Redis has ended and does not start again: {serve_redis.why_not_started(directory)}")
-        end_orphans(supervisor.pid)
+        serve_processes.end_orphans(supervisor.pid)
         time.sleep(1)
 
 
@@ -271,28 +232,8 @@ def ready(port: int) -> bool:
         return False
 
 
-def control(directory: Path) -> Any:
-    """Return supervisor's RPC interface. Its methods raise one of UNREACHABLE until supervisor's socket is open."""
-    transport = SupervisorTransport(serverurl=f"unix://{directory}/supervisor.sock")
-    proxy: Any = ServerProxy("http://127.0.0.1", transport=transport)
-    return proxy.supervisor
-
-
-def programs(directory: Path) -> list[dict[str, Any]]:
-    """Return the state of each program; an empty list if supervisor does not answer."""
-    try:
-        return list(control(directory).getAllProcessInfo())
-    except UNREACHABLE:
-        return []
-
-
-def given_up(directory: Path) -> list[str]:
-    """Return the programs that supervisor does not restart."""
-    return [each["name"] for each in programs(directory) if each["statename"] in ("EXITED", "FATAL")]
-
-
 def announce(port: int) -> None:
-    """Print a command that can be pasted. It takes the key from the environment, since this may go to a log."""
+    """Print a command to paste. It reads the key from a variable, since this output may go to a log."""
     image = shlex.quote(os.path.relpath(APP_ROOT / "images/cat.jpg"))
     key = ' -H "Authorization: Bearer $API_KEY"' if settings.API_KEYS else ""
     print(f"* Ready on port {port}. Try:\n\n    curl{key} -F image=@{image} http://localhost:{port}/predict\n\n"

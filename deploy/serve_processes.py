@@ -1,14 +1,73 @@
-"""All processes that bin/serve has started, directly or not: find them, and end those that are left over."""
+"""The processes of bin/serve: asks and stops supervisor, which runs the programs, and ends whatever is left over."""
 
 import ctypes
+import http.client
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
+from xmlrpc.client import Error as RpcError
+from xmlrpc.client import ServerProxy
+
+from serve_redis import ENDING
+from supervisor.xmlrpc import SupervisorTransport
 
 KILL_LIMIT = 5  # seconds between SIGTERM and SIGKILL
+UNREACHABLE = (OSError, RpcError, http.client.HTTPException)  # while supervisor does not answer
 PR_SET_CHILD_SUBREAPER = 36
+
+
+def control(directory: Path) -> Any:
+    """Return supervisor's RPC interface. Its methods raise one of UNREACHABLE until supervisor opens its socket."""
+    transport = SupervisorTransport(serverurl=f"unix://{directory}/supervisor.sock")
+    proxy: Any = ServerProxy("http://127.0.0.1", transport=transport)
+    return proxy.supervisor
+
+
+def programs(directory: Path) -> list[dict[str, Any]]:
+    """Return the state of each program; an empty list if supervisor does not answer."""
+    try:
+        return list(control(directory).getAllProcessInfo())
+    except UNREACHABLE:
+        return []
+
+
+def given_up(directory: Path) -> list[str]:
+    """Return the names of the programs that supervisor no longer restarts."""
+    return [each["name"] for each in programs(directory) if each["statename"] in ("EXITED", "FATAL")]
+
+
+def apache_is_up(directory: Path) -> bool:
+    """Whether our Apache listens. It writes its pid file when it begins to."""
+    return (directory / "apache.pid").exists()
+
+
+def relay_log(log: IO[bytes]) -> None:
+    """Print what the programs log."""
+    for line in log:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+
+
+def stop(supervisor: subprocess.Popen[bytes], directory: Path, limit: float) -> None:
+    """End supervisor, which ends its programs one after the other. Kill it after `limit` seconds."""
+    (directory / ENDING).touch()
+    # supervisor stops Apache with SIGWINCH, which an Apache that is still starting ignores.
+    apache = [each["pid"] for each in programs(directory) if each["name"] == "apache" and each["pid"]]
+    starting = [] if apache_is_up(directory) else apache
+    supervisor.terminate()
+    for pid in starting:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    try:
+        supervisor.wait(limit)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
+        supervisor.wait()
 
 
 def become_subreaper() -> None:
@@ -17,18 +76,18 @@ def become_subreaper() -> None:
 
 
 def end_all() -> None:
-    """End all our descendants. Returns when none is left, after twice KILL_LIMIT at most."""
+    """End all our descendants. Return when none is left, or after twice KILL_LIMIT."""
     begun = time.monotonic()
     while left := descendants(os.getpid()):
         waited = time.monotonic() - begun
-        if waited > 2 * KILL_LIMIT:  # the kernel does not let them die
+        if waited > 2 * KILL_LIMIT:  # the kernel can't end them
             break
         end(left, signal.SIGKILL if waited > KILL_LIMIT else signal.SIGTERM)
         time.sleep(0.1)
 
 
 def end_orphans(supervisor: int) -> None:
-    """Kill what a dead program left behind: the children of a killed Apache would keep its port."""
+    """Kill the orphans of dead programs. Otherwise the children of a killed Apache would keep its port."""
     end(descendants(os.getpid()) - descendants(supervisor) - {supervisor}, signal.SIGKILL)
 
 
@@ -45,7 +104,7 @@ def descendants(parent: int) -> set[int]:
     """Return the children of a process, their children and so on."""
     parents = dict(filter(None, map(parent_of, Path("/proc").glob("[0-9]*"))))
     found: set[int] = set()
-    while more := {pid for pid, its in parents.items() if its in found | {parent}} - found:
+    while more := {pid for pid, its_parent in parents.items() if its_parent in found | {parent}} - found:
         found |= more
     return found
 

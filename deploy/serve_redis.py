@@ -1,7 +1,7 @@
-"""Which Redis bin/serve uses: one that already runs, otherwise its own, but never the Redis of another bin/serve.
+"""Chooses the Redis for bin/serve: one that already runs, otherwise a new one, never that of another bin/serve.
 
-The Redis of a bin/serve ends with it, so nothing else may rely on it. It is recognized by the name of its configuration
-file, which INFO reports.
+A Redis that bin/serve starts also ends with it, so nothing else may rely on it. INFO reports the name of its
+configuration file, which identifies it.
 """
 
 import socket
@@ -15,13 +15,13 @@ import settings
 from helpers import StartupError
 from image_queue import ImageQueue, fault_of
 
-CONFIGURATION = "bin-serve-redis.conf"  # in the run directory; nobody else's configuration file has this name
-ENDING = "ending"  # a file in the run directory that says that this bin/serve is ending
-ENDING_LIMIT = 10  # seconds to wait for another bin/serve
-TOLD_LIMIT = 100  # seconds to wait for one that is ending: a little more than serve.STOP_LIMIT
-CLOSING_LIMIT = 1  # seconds from the last connection of a Redis to its end
+CONFIGURATION = "bin-serve-redis.conf"  # in the run directory; only bin/serve uses this name
+ENDING = "ending"  # this file in the run directory says that its bin/serve is ending
+ENDING_LIMIT = 10  # seconds to wait for another bin/serve that is not ending yet
+STOPPING_LIMIT = 100  # seconds to wait for another that is already ending: a little more than serve.STOP_LIMIT
+CLOSING_LIMIT = 1  # seconds for which an ending Redis keeps its port after closing its connections
 START_LIMIT = 30  # seconds that our Redis may take to start
-PROBE_LIMIT = 2  # seconds
+PROBE_LIMIT = 2  # seconds to connect to REDIS_PORT
 
 
 def redis_answers() -> bool:
@@ -57,9 +57,9 @@ def run_directory_of(queue: ImageQueue) -> Path | None:
 
 
 def wait_for_another_to_end(queue: ImageQueue) -> None:
-    """Wait until the Redis is not another bin/serve's.
+    """Return once the Redis does not belong to another bin/serve.
 
-    Raises RedisError if no Redis answers, StartupError if the other bin/serve goes on.
+    Raises RedisError if no Redis answers, StartupError if the other bin/serve keeps running.
     """
     begun = time.monotonic()
     limit = 0
@@ -71,18 +71,18 @@ def wait_for_another_to_end(queue: ImageQueue) -> None:
                 return
             if not limit:
                 print(f"* Another bin/serve has the Redis at {queue.address}: waiting for it to end", flush=True)
-            limit = TOLD_LIMIT if (directory / ENDING).exists() else ENDING_LIMIT
+            limit = STOPPING_LIMIT if (directory / ENDING).exists() else ENDING_LIMIT
             if waited > limit:
-                raise another_has_it(queue)
+                raise owned_by_another(queue)
         except RedisError:
-            # A Redis that is ending closes its connections a moment before its port.
+            # An ending Redis closes its connections a moment before its port.
             if waited > (limit or CLOSING_LIMIT) or not (is_local() and port_answers()):
                 raise
         time.sleep(0.1)
 
 
-def another_has_it(queue: ImageQueue) -> StartupError:
-    """Return the error for the Redis of another bin/serve."""
+def owned_by_another(queue: ImageQueue) -> StartupError:
+    """Return the error to raise if the Redis belongs to another bin/serve."""
     if not is_local():
         return StartupError(
             f"the Redis at {queue.address} belongs to another bin/serve and ends with it: use one of your own."
@@ -93,12 +93,12 @@ def another_has_it(queue: ImageQueue) -> StartupError:
 
 
 def another_port() -> str:
-    """Return how to choose another port."""
+    """Return the advice to choose another port, for an error message."""
     return f"choose another port, as in REDIS_PORT={settings.REDIS_PORT % 65535 + 1} bin/serve"
 
 
 def write_configuration(directory: Path) -> None:
-    """Write the file that our Redis is recognized by. Its options are in deploy/supervisor/supervisord.conf."""
+    """Write the file whose name identifies our Redis. Its options are in deploy/supervisor/supervisord.conf."""
     (directory / CONFIGURATION).write_text("# The Redis of a bin/serve.\n")
 
 
@@ -112,7 +112,7 @@ def started(directory: Path) -> bool:
     if found is None:
         raise StartupError(f"another Redis has just taken port {settings.REDIS_PORT}: start bin/serve again to use it.")
     if found != directory:
-        raise another_has_it(queue)
+        raise owned_by_another(queue)
     queue.check()
     return True
 
@@ -125,7 +125,7 @@ def why_not_started(directory: Path) -> str:
 
 
 def fault(queue: ImageQueue, error: RedisError) -> str:
-    """Return what is wrong with the Redis and what to do, as a sentence without its full stop."""
+    """Return what is wrong with the Redis and what to do, as a sentence without a period."""
     reason = (str(error) or type(error).__name__).rstrip(".").splitlines()[0]
     text = f"Redis at {queue.address} {fault_of(error)} ({reason})"
     return f"{text}; or {another_port()}" if is_local() else text

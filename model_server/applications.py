@@ -17,7 +17,7 @@ from model_server.model_errors import gist, is_transient
 from model_server.model_file import Facts, ModelFile, read_labels
 from model_server.pipeline import Preprocess, input_shape
 
-SEED = 0  # of MODEL_WEIGHTS=random, so that all model servers give the same answers
+SEED = 0  # for MODEL_WEIGHTS=random: all model servers must give the same answers
 IMAGENET = "1,000 ImageNet classes: animals, plants, food, vehicles, things"  # what Keras' trained models recognize
 
 
@@ -65,7 +65,7 @@ def _imagenet_labels(module: Any) -> list[str]:
 
 
 def _with_weights(model: Any, path: Path) -> Any:
-    """Return `model` with the weights at `path`, or the whole model that is there instead. Raises StartupError."""
+    """Return `model` with the weights at `path`, or the whole model in a .keras file. Raises StartupError."""
     if path.suffix == ".keras":
         return model_loading.one_to_one(model_loading.load_file(path, "MODEL_WEIGHTS"), f"MODEL_WEIGHTS={path}")
     try:

@@ -1,4 +1,4 @@
-"""How many images are computed together: batch sizes, measured at warm-up, and batches at once."""
+"""How many images are computed together: batch sizes, which warm-up measures, and how many batches at once."""
 
 import logging
 import time
@@ -9,34 +9,34 @@ from model_server.model_errors import out_of_memory
 
 log = logging.getLogger(__name__)
 
-# Batches that a model server computes at the same time: while one waits for its slowest thread, or for Python to start
-# it, the other computes. With ResNet50 on a CPU that is 5 to 10% faster than one at a time. A third gains nothing.
+# How many batches a model server computes at once: while one waits for its slowest thread, or for Python to start it,
+# the other computes. With ResNet50 on a CPU that is 5 to 10% faster than one at a time. A third gains nothing.
 BATCHES_AT_ONCE = 2
-# Seconds that a batch costs beyond its computing, to take and to answer it. Where an image computes in a millisecond,
-# small batches would pay it too often.
+# Seconds to take a batch and to answer it, in addition to computing it. For a model that takes a millisecond per image,
+# this makes small batches slow.
 BATCH_OVERHEAD = 0.002
 NOISE = 1.03  # warm-up can't measure more precisely: within 3%, two sizes count as equally fast
-LONG = 0.1  # seconds of a batch from which its overhead no longer matters
+LONG = 0.1  # seconds: in a batch that takes this long, the overhead no longer matters
 
 
 class BatchSizes:
-    """The batch sizes that are compiled, and the `seconds` that a batch of each takes."""
+    """The compiled batch sizes, and the `seconds` that a batch of each size takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}
 
     @property
     def best(self) -> int:
-        """The largest size worth computing: of the fastest per image, the smallest that takes LONG.
+        """The largest size worth computing: among the fastest sizes per image, the smallest that takes LONG.
 
-        A larger batch would only answer its first image later. It is usually BATCH_SIZE on a GPU, less on a CPU.
+        A larger batch would be no faster and answer its first image later. Usually BATCH_SIZE on a GPU, less on a CPU.
         """
         fastest = min(map(self._seconds_per_image, self.seconds))
         near = [size for size in self.seconds if self._seconds_per_image(size) <= fastest * NOISE]
         return min((size for size in near if self.seconds[size] >= LONG), default=max(near))
 
     def measure(self, compute: Callable[[Pixels], object], images: Pixels) -> None:
-        """Compile and time `compute` with the first 1, 2, 4, ... of `images`, until larger batches gain nothing."""
+        """Compile and time `compute` with the first 1, 2, 4, ... `images`, until larger batches are no faster."""
         most = len(images)
         for size in [*(2**i for i in range((most - 1).bit_length())), most]:
             try:
@@ -51,7 +51,7 @@ class BatchSizes:
         self._drop_above(self.best)
 
     def limit(self, size: int) -> None:
-        """Note that a batch of `size` does not fit in memory."""
+        """Use only smaller sizes from now on: a batch of `size` does not fit in memory."""
         self._drop_above(size - 1)
         log.warning("A batch of %d does not fit in memory: computing at most %d at once", size, max(self.seconds))
 
@@ -71,7 +71,7 @@ class BatchSizes:
 
 
 def _time(compute: Callable[[Pixels], object], images: Pixels) -> float:
-    """Return the seconds of a compiled call; of two where it is short, since other programs use the machine too."""
+    """Return the seconds that a compiled call takes; the better of two if short, as other programs may disturb it."""
 
     def once() -> float:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What `run_model_server.py --check` does: tells whether the model works here, and how fast."""
+"""`run_model_server.py --check`: classifies one image, and measures how fast the model is."""
 
 import io
 import sys
@@ -17,25 +17,25 @@ from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier
 from model_server.startup import load_model
 
-CHECK_SECONDS = 3.0  # for which the speed is measured
+CHECK_SECONDS = 3.0  # how long the speed is measured
 
 
 def check(path: Path, open_file: Callable[[Path], Any], prepare: Callable[..., Pixels]) -> None:
-    """Load the model, print what POST /predict says of the image at `path`, and how fast it is. Raises StartupError.
+    """Load the model, print its predictions for the image at `path` and how fast it is. Raises StartupError.
 
-    `open_file` and `prepare` are the web's, so that images are read and resized as the service does it: open_file(path)
-    raises ServiceError and OSError, prepare(image, (width, height), channels) raises ServiceError.
+    `open_file` and `prepare` are the web's, so that the image is read and resized as in the service. open_file(path)
+    raises ServiceError and OSError; prepare(image, (width, height), channels) raises ServiceError.
     """
-    with _image_at_fault(path):
+    with _blame_image(path):
         image = open_file(path)
     model = load_model()
     height, width, channels = model.shape
-    with _image_at_fault(path):
+    with _blame_image(path):
         pixels = prepare(image, (width, height), channels)
     [result] = model.classify(pixels[np.newaxis])
     if isinstance(result, Exception):
         raise StartupError(f"The model can't classify {path} ({result}).")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks some letters gets escapes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape the letters that a terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
     print(f"{settings.MODEL}: {summary(model)}")
     print(f"{path}: " + ", ".join(f"{label} {probability:.4f}" for label, probability in model.decode(result)))
@@ -44,8 +44,8 @@ def check(path: Path, open_file: Callable[[Path], Any], prepare: Callable[..., P
 
 
 @contextmanager
-def _image_at_fault(path: Path) -> Iterator[None]:
-    """Turn the error that the service would answer, or that the file can't be read, into a StartupError."""
+def _blame_image(path: Path) -> Iterator[None]:
+    """Turn an error of the image or of reading its file into a StartupError."""
     try:
         yield
     except ServiceError as error:
@@ -55,10 +55,10 @@ def _image_at_fault(path: Path) -> Iterator[None]:
 
 
 def summary(model: Classifier) -> str:
-    """Return in one line what was found out about a model."""
+    """Return a one-line summary of a model."""
     facts = model.facts
     height, width, channels = facts.shape
-    colors = "RGB" if channels == 3 else "grey"
+    colors = "RGB" if channels == 3 else "gray"
     found = f"input {width}x{height} {colors}, preprocessing {facts.preprocessing}, {len(facts.labels)} labels"
     if model.binary:
         found += f", its one output taken as the probability of {facts.labels[1]}"
@@ -66,7 +66,7 @@ def summary(model: Classifier) -> str:
 
 
 def _images_per_second(model: Classifier, batch: Pixels) -> float:
-    """Return how many images `model` computes per second, with as many batches at once as the model server computes."""
+    """Return how many images per second `model` computes, with BATCHES_AT_ONCE as in the model server."""
     begun = time.monotonic()
 
     def compute(_: int) -> int:

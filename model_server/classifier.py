@@ -1,6 +1,6 @@
 """The classifier: computes batches of images with a loaded model, and decodes its probabilities.
 
-load() makes one. Keras is not imported before, since that takes seconds and hundreds of megabytes.
+load() creates one, and imports Keras only then, since that takes seconds and hundreds of megabytes.
 """
 
 import logging
@@ -21,10 +21,10 @@ from model_server.model_file import Facts
 
 log = logging.getLogger(__name__)
 
-Probabilities = npt.NDArray[np.floating[Any]]  # one per class, of one image or, as rows, of several
+Probabilities = npt.NDArray[np.floating[Any]]  # (classes,) of one image, or (n, classes)
 Prediction = tuple[str, float]
 
-HALF = 2  # bytes of float16 and bfloat16; NumPy can't sort the latter
+HALF = 2  # bytes of a float16 or bfloat16 value; NumPy can't sort bfloat16
 
 
 class Classifier:
@@ -35,7 +35,7 @@ class Classifier:
     """
 
     def __init__(self, network: Network, facts: Facts) -> None:
-        """Wrap `network`, whose predict_on_batch() makes probabilities (n, classes) of images (n, *facts.shape)."""
+        """Wrap `network`, whose predict_on_batch() turns images (n, *facts.shape) into probabilities (n, classes)."""
         self.facts = facts
         self.shape = facts.shape
         self.sizes = BatchSizes()
@@ -45,12 +45,12 @@ class Classifier:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the service says of its model."""
-        own = model_checks.is_path(settings.MODEL)
+        """What the service reports about its model."""
+        is_path = model_checks.is_path(settings.MODEL)
         optional = {"description": self.facts.description} if self.facts.description else {}
         return {
-            "model": Path(settings.MODEL).stem if own else settings.MODEL,
-            "weights": Path(settings.MODEL if own else settings.MODEL_WEIGHTS).name,
+            "model": Path(settings.MODEL).stem if is_path else settings.MODEL,
+            "weights": Path(settings.MODEL if is_path else settings.MODEL_WEIGHTS).name,
             "shape": self.shape,
             "classes": len(self._labels),
             "batch_size": self.batch_size,
@@ -82,10 +82,10 @@ class Classifier:
             self.sizes.measure(self._network.predict_on_batch, images)
 
     def classify(self, images: Pixels) -> list[Probabilities | Exception]:
-        """Return for each of `images` (n, height, width, channels) its probabilities, or the error that it caused.
+        """Return the probabilities of each of `images` (n, height, width, channels), or the error that it caused.
 
         A batch that fails is halved until the image that broke the model is alone, so that the others are answered.
-        One that does not fit in memory is halved too, and its size is not tried again.
+        A batch that does not fit in memory is halved too, and its size is not tried again.
         """
         try:
             return list(self._probabilities(images))
@@ -98,7 +98,7 @@ class Classifier:
             return self.classify(images[:half]) + self.classify(images[half:])
 
     def decode(self, probabilities: Probabilities, top: int = 0) -> list[Prediction]:
-        """Return the `top` classes (0: TOP) by their labels, most probable first."""
+        """Return (label, probability) of the `top` most probable classes, highest first; 0 means TOP."""
         top = min(top or settings.TOP or self.facts.top, len(probabilities))
         best = np.argpartition(probabilities, -top)[-top:]
         best = best[np.argsort(probabilities[best])[::-1]]

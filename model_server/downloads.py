@@ -1,4 +1,4 @@
-"""What Keras downloads: where it keeps it, and why a download failed. Only fetch() imports Keras."""
+"""Keras' downloads: where they are kept, a timeout for them, and why one failed. Only fetch() imports Keras."""
 
 import http.client
 import os
@@ -12,13 +12,13 @@ from helpers import StartupError
 from model_server.keras_import import import_keras
 from model_server.model_file import first_line
 
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte; Keras itself would wait forever
-# What a download may raise besides the errors of urllib, which Keras turns into lines that name the address.
+DOWNLOAD_TIMEOUT = 30  # seconds without receiving a byte; Keras itself sets no limit
+# Errors of a download that Keras passes on. It turns those of urllib into messages that name the URL.
 CUT_OFF = (TimeoutError, ConnectionError, http.client.HTTPException)
 
 
 def keras_downloads() -> Path:
-    """Return the folder where Keras keeps its downloads, found as Keras finds it: asking Keras itself takes seconds."""
+    """Return Keras' folder for downloads, computed as Keras does: importing Keras to ask takes seconds."""
     home = os.path.expanduser("~")  # stays "~" where there is no home
     default = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")  # noqa: S108 - Keras' choice
     base = Path(os.path.expanduser(os.environ.get("KERAS_HOME", default)))
@@ -27,7 +27,7 @@ def keras_downloads() -> Path:
 
 
 def fetch() -> None:
-    """Download what MODEL needs with its ImageNet weights, unless Keras has it cached; exit with the reason if not."""
+    """Download what MODEL needs with ImageNet weights and Keras has not cached; exit with the reason if that fails."""
     try:
         import_keras()
         from model_server import applications  # noqa: PLC0415 - imports Keras
@@ -38,7 +38,7 @@ def fetch() -> None:
 
 
 def download(call: Callable[[], Any]) -> Any:
-    """Return call(), which lets Keras download what is not cached, with a timeout. Raises StartupError."""
+    """Return call(), which may make Keras download files, with a timeout for stalls. Raises StartupError."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -48,9 +48,9 @@ def download(call: Callable[[], Any]) -> Any:
         if not (url or isinstance(error, CUT_OFF) or "corrupted file" in str(error)):
             raise
         raise StartupError(
-            f"{url or f'What MODEL={settings.MODEL} needs'} can't be fetched ({why_not_fetched(error)}): get it where "
-            f"there is internet and put it in {keras_downloads()}/, or set MODEL=models/efficientnet_lite0.keras, "
-            "which needs nothing."
+            f"{url or f'A file for MODEL={settings.MODEL}'} can't be fetched ({why_not_fetched(error)}): get it on a "
+            f"machine with internet and put it in {keras_downloads()}/, or set MODEL=models/efficientnet_lite0.keras, "
+            "which needs no download."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

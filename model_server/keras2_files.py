@@ -1,6 +1,6 @@
-"""Rewrites files of Keras 2 that Keras 3 could load if they did not name some things differently.
+"""Rewrites Keras 2 files that Keras 3 can't load only because some names or options differ.
 
-The changes do not affect what a model computes. A file with other differences is still refused by Keras 3.
+The changes do not affect what a model computes. Keras 3 still refuses a file with other differences.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 import h5py
 
-# Where the architecture is: in an attribute of an HDF5 file, in a member of a .keras file.
+# What holds the architecture: an attribute of an HDF5 file, a member of a .keras file.
 ATTRIBUTE, MEMBER = "model_config", "config.json"
 FUNCTIONAL = {"module": "keras.src.models.functional", "class_name": "Functional", "registered_name": "Functional"}
-# Options without a meaning for these layers, or with one only in training, which Keras 3 no longer knows.
-MEANINGLESS = {
+# Options that Keras 3 has dropped. They have no effect on these layers, or only in training.
+DROPPED = {
     "SeparableConv": ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"),
     "DepthwiseConv": ("groups",),
     "Conv2DTranspose": ("groups",),
@@ -53,7 +53,7 @@ def _copy_zip(path: Path, target: Path, config: str) -> None:
 
 
 def as_keras3(config: Any) -> Any:
-    """Return a `config` of Keras 2, or a part of one, with the names of Keras 3."""
+    """Return a Keras 2 `config`, or a part of one, with the names of Keras 3."""
     if isinstance(config, list):
         return [as_keras3(each) for each in config]
     if not isinstance(config, dict):
@@ -80,5 +80,5 @@ def _layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     for ports in ("input_layers", "output_layers"):  # a tensor, not a list of one
         if isinstance(config.get(ports), list) and len(config[ports]) == 1:
             config = config | {ports: config[ports][0]}
-    dropped = [name for each, names in MEANINGLESS.items() if kind.startswith(each) for name in names]
+    dropped = [name for each, names in DROPPED.items() if kind.startswith(each) for name in names]
     return {key: value for key, value in config.items() if key not in dropped}

@@ -1,4 +1,4 @@
-"""The model server's loop: takes batches from the queue, computes them, and hands out the answers."""
+"""The model server's loop: takes batches from the queue, computes them, and sends the answers."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from model_server.classifier import Classifier, Probabilities
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = failed("The image did not arrive as it was sent: IMAGE_* must be the same for web and model server.")
+UNREADABLE = failed("The image on the queue is invalid: IMAGE_* must be the same for the web and the model server.")
 BROKEN = failed("The model could not classify this image; try another.")
 
 
@@ -38,8 +38,8 @@ class Computed(NamedTuple):
 class ModelServer:
     """A model server at work; each step() takes one batch.
 
-    The main thread takes and decodes batches, BATCHES_AT_ONCE threads compute them, and one thread hands out the
-    answers in the order in which the batches were taken. So computing never waits for Redis while there is work.
+    The main thread takes and decodes batches, BATCHES_AT_ONCE threads compute them, and one thread sends the answers
+    in the order in which the batches were taken. So computing never waits for Redis while there is work.
     """
 
     def __init__(self, classifier: Classifier, queue: ServerQueue) -> None:
@@ -49,10 +49,10 @@ class ModelServer:
         self._computing = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="compute")
         self._answering = ThreadPoolExecutor(1, thread_name_prefix="answer")
         self._in_flight: deque[Future[None]] = deque()  # each done when its batch is answered; oldest first
-        self._unsent: deque[Computed] = deque()  # the first is being handed out, or Redis failed when it was
+        self._unsent: deque[Computed] = deque()  # the first is being sent, or waits because Redis failed
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Signal handler: finish the batches being computed, then leave."""
+        """Signal handler: make run() finish the batches being computed, then leave."""
         self.stopping = True
 
     def run(self) -> None:
@@ -62,7 +62,7 @@ class ModelServer:
             try:
                 self.step()
             except HeartbeatExpired:
-                log.warning("The heartbeat lapsed: joining again")
+                log.warning("The heartbeat expired: joining again")
                 self._join()
             except RedisError as error:
                 self.queue.log_redis_error(error, 0)
@@ -73,18 +73,18 @@ class ModelServer:
     def step(self) -> None:
         """Take a batch and start computing it, or wait SERVER_SLEEP for one.
 
-        Raises HeartbeatExpired and RedisError, also those met while earlier batches were answered.
+        Raises HeartbeatExpired and RedisError, including those from sending the answers of earlier batches.
         """
         self.queue.beat()
         notify_systemd("WATCHDOG=1")
         self.settle(BATCHES_AT_ONCE)
         batch = self._take(self.classifier.batch_size, settings.SERVER_SLEEP)
         if not batch.entries:
-            self.settle()  # a suspect may be waiting, which is taken only when nothing else is in flight
+            self.settle()  # a waiting suspect is taken only when nothing else is in flight
             return
         if len(self._in_flight) == BATCHES_AT_ONCE:
             self.settle(BATCHES_AT_ONCE - 1)
-            batch += self._take(self.classifier.batch_size - len(batch.jobs))  # fill up with what came meanwhile
+            batch += self._take(self.classifier.batch_size - len(batch.jobs))  # fill up with jobs that came meanwhile
             self.queue.count("expired", batch.drop_expired())
         if self.stopping:
             return  # _leave() requeues what was taken
@@ -127,11 +127,11 @@ class ModelServer:
 
     def _answer(self, batch: Batch, computing: Future[Computed]) -> None:
         self._unsent.append(computing.result())
-        if len(self._unsent) == 1:  # otherwise an earlier batch, at the head of the taken list, could not be sent
+        if len(self._unsent) == 1:  # otherwise an earlier batch, still at the head of the taken list, goes first
             self._send_oldest(batch.entries)
 
     def _send_oldest(self, entries: int) -> None:
-        """Hand out the answers to the oldest unsent batch, and remove so many `entries` from the taken list."""
+        """Send the answers to the oldest unsent batch, and remove that many `entries` from the taken list."""
         batch, results, seconds = self._unsent[0]
         each = iter(results)
         pairs = zip(batch.jobs, batch.images, strict=True)
@@ -139,7 +139,7 @@ class ModelServer:
         answers = [UNREADABLE if image is None else self._answer_to(job, next(each), timing) for job, image in pairs]
         try:
             self.queue.answer(batch.jobs, answers, entries)
-        except HeartbeatExpired:  # the answers went out all the same
+        except HeartbeatExpired:  # the answers were sent anyway
             self._sent(answers)
             raise
         self._sent(answers)
@@ -159,9 +159,9 @@ class ModelServer:
         return {"predictions": predictions, "held_s": time.monotonic() - job.taken, **timing}
 
     def _join(self) -> None:
-        """Finish what is in flight, hand out unsent answers, and write a new heartbeat; wait for Redis if need be."""
+        """Finish what is in flight, send unsent answers, and write a new heartbeat; wait for Redis if needed."""
         while self._in_flight:
-            self._in_flight.popleft().exception()  # only wait: _send_late() sends what could not be sent
+            self._in_flight.popleft().exception()  # only wait: _send_late() sends the answers
         for pause in pauses():
             if self.stopping:
                 return
@@ -177,11 +177,11 @@ class ModelServer:
                 self._sleep(pause)
 
     def _send_late(self) -> None:
-        """Hand out answers to jobs that came through a lost connection, or from a Redis that has restarted."""
+        """Send the answers that could not be sent because Redis was lost or has restarted."""
         while self._unsent:
             jobs = self._unsent[0].batch.jobs
             with suppress(HeartbeatExpired):  # expected: this server is about to join again
-                self._send_oldest(entries=0)  # they are no longer in a taken list of ours
+                self._send_oldest(entries=0)  # our taken list no longer has them
             log.info("Answered %d images late", len(jobs))
 
     def _sleep(self, seconds: float) -> None:
@@ -196,13 +196,13 @@ class ModelServer:
             self._send_late()
             self.queue.leave()
         except RedisError as error:
-            self.queue.log_redis_error(error, 0, "what was taken goes back when the heartbeat lapses")
+            self.queue.log_redis_error(error, 0, "the taken jobs are requeued when the heartbeat expires")
 
 
 def resized(pixels: Pixels, shape: Shape) -> Pixels:
     """Return `pixels`, 0..255 in any shape, in this `shape`.
 
-    They differ where a job was queued for another model, or before the web knew this one's shape.
+    The shapes differ if the job was queued for another model, or before the web knew the shape of this one.
     """
     if pixels.shape == shape:
         return pixels
@@ -220,6 +220,6 @@ def notify_systemd(state: str) -> None:
     if not address.startswith(("/", "@")):
         return
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
-        messenger.settimeout(1)  # never hang on a systemd that does not listen
+        messenger.settimeout(1)  # never hang if systemd does not read
         messenger.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
         messenger.send(state.encode())

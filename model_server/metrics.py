@@ -22,14 +22,14 @@ JOBS = Counter(
     ["event"],
 )
 for _event in ("taken", "expired", "recovered", "given_up", "dropped"):
-    JOBS.labels(_event)  # at 0 from the start, so that Prometheus sees the first one as an increase
+    JOBS.labels(_event)  # create each series at 0, so that Prometheus sees the first job as an increase
 for _outcome in ("classified", "unreadable", "model_failed"):
     OUTCOMES.labels(_outcome)
 ABOUT = Info("keras_model_server", "What is served.")
 
 
 def count_jobs(event: str, times: int = 1) -> None:
-    """Count what happens to jobs; ServerQueue calls this."""
+    """Count an event of jobs; ServerQueue calls this."""
     JOBS.labels(event).inc(times)
 
 

@@ -1,7 +1,7 @@
 """Checks MODEL, MODEL_WEIGHTS and LABELS by name and file content, without Keras.
 
-Importing Keras takes seconds, which a misspelled name should not cost: run_model_server.py and bin/serve call check()
-first.
+run_model_server.py and bin/serve call check() first, so that a misspelled name is reported at once: importing Keras
+takes seconds.
 """
 
 import ast
@@ -21,24 +21,24 @@ from helpers import StartupError
 from model_server import model_file
 from model_server.model_file import shown
 
-NAME = re.compile(r"[\w-]+")  # of a classifier; anything else in MODEL is a path
-HEAD = 1024  # bytes of a file that tell its format
+NAME = re.compile(r"[\w-]+")  # of a classifier; any other text in MODEL is a path
+HEAD = 1024  # bytes of a file, enough to tell its format
 
 ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 SAVE_AGAIN = "save the Keras model that it was made from with model.save('name.keras')"
-COPY_AGAIN = "copy it here again, whole"
+COPY_AGAIN = "copy the whole file here again"
 NOT_KERAS = "the service needs a Keras model, saved with model.save('name.keras')"
 UNPACK = "unpack it, and set MODEL to the model's file"
 CONVERT_FOLDER = SAVE_AGAIN + ", or after `pip install tf_keras` tf_keras.models.load_model('{path}').save('name.h5')"
 
-# Files that people take for Keras models: offset and pattern of their bytes, what they are, what to do.
+# Files often mistaken for Keras models: offset and pattern of their bytes, what they are, what to do.
 FOREIGN = (
-    (0, rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with `git lfs pull`"),
-    (0, rb"(?i)\s*(<!doctype|<html|<\?xml)", "a web page, as a failed download leaves", "download the file itself"),
+    (0, rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`"),
+    (0, rb"(?i)\s*(<!doctype|<html|<\?xml)", "a web page, probably from a failed download", "download the file itself"),
     (4, rb"TFL3", "a TensorFlow Lite model", SAVE_AGAIN),
     (0, rb"\x80[\x02-\x05]", "a Python pickle, such as PyTorch's", NOT_KERAS),
     (8, rb"\{\"", "a safetensors file", NOT_KERAS),
-    (0, rb"\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!|.{257}ustar", "a packed file", UNPACK),
+    (0, rb"\x1f\x8b|7z\xbc\xaf|BZh|\xfd7zXZ|Rar!|.{257}ustar", "a compressed file or archive", UNPACK),
     (0, rb"\s*\{", "a JSON file, at most a model's architecture", "save the whole model with model.save('name.keras')"),
 )
 SUFFIXES = {
@@ -52,7 +52,7 @@ SUFFIXES = {
 
 
 def check() -> None:
-    """Raise StartupError where MODEL, MODEL_WEIGHTS, LABELS or a file beside the model is invalid."""
+    """Raise StartupError if MODEL, MODEL_WEIGHTS, LABELS or a file beside the model is invalid."""
     if is_path(settings.MODEL):
         path = Path(settings.MODEL)
         whole_model(path)
@@ -91,11 +91,11 @@ def _unknown(name: str) -> StartupError:
 
 
 def whole_model(path: Path) -> str:
-    """Return the format of the model in the file at `path`: "keras" or "h5". Raises StartupError."""
+    """Return the format of the file at `path`: "keras" or "h5". Raises StartupError unless it holds a whole model."""
     form = file_format("MODEL", path)
     if form == "h5" and "model_config" not in _attributes(path):
         raise StartupError(
-            f"MODEL={shown(path)} holds no model, at most weights: save the whole model with "
+            f"MODEL={shown(path)} holds at most weights, not a model: save the whole model with "
             "model.save('name.keras'), or set MODEL to a name in keras.applications and MODEL_WEIGHTS to this file."
         )
     return form
@@ -150,7 +150,7 @@ def _in_zip(path: Path) -> tuple[str, str]:
         return "", ""
     if any(name.endswith("data.pkl") for name in names):
         return "a PyTorch model", NOT_KERAS
-    return "a zip file without a Keras model at its top", UNPACK
+    return "a zip file without a Keras model at its top level", UNPACK
 
 
 def _foreign(path: Path, data: bytes) -> tuple[str, str]:
@@ -169,7 +169,7 @@ def saved_by(path: Path, form: str) -> tuple[int, ...]:
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """Return the numbers of a version, such as (2, 15, 0)."""
+    """Return the numbers in the text of a version, such as (2, 15, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 

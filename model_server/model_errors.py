@@ -1,4 +1,4 @@
-"""Whose fault an error of Keras or its backend is: the model's, or the machine's. Imports no Keras."""
+"""Tells whether the model or the machine caused an error of Keras or its backend. Does not import Keras."""
 
 import errno
 import logging
@@ -12,14 +12,14 @@ from model_server.model_file import shown
 
 log = logging.getLogger(__name__)
 
-# Errors that may be gone at the next start: the machine is at fault, so a supervisor should try again.
+# Errors that the machine causes. They may be gone at the next start, so a supervisor should try again.
 TRANSIENT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR)
 DEVICE_ERRORS = ("InternalError", "UnavailableError", "AbortedError", "XlaRuntimeError", "JaxRuntimeError")
 
 
 @contextmanager
 def blame_model(what: str) -> Iterator[None]:
-    """Turn an error within the block into a StartupError that says `what` of MODEL, unless it is transient."""
+    """Turn an error within the block into a StartupError, "MODEL=... `what`", unless the error is transient."""
     try:
         yield
     except StartupError:
@@ -32,13 +32,13 @@ def blame_model(what: str) -> Iterator[None]:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the next start may not meet this error: memory, disk or a GPU is at fault, not the model."""
+    """Whether the error may be gone at the next start: memory, disk or a GPU caused it, not the model."""
     disk = isinstance(error, OSError) and error.errno in TRANSIENT
     return out_of_memory(error) or disk or type(error).__name__ in DEVICE_ERRORS or "CUDA" in str(error)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a backend could not allocate memory. Each has its own exception, some only words in its message."""
+    """Whether a backend could not allocate memory. Some have an exception for that, others only a message."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
@@ -50,7 +50,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def gist(error: Exception) -> str:
-    """Return the most telling line of an exception: Keras and its backends write pages, with colors."""
+    """Return the most useful line of an exception: Keras and its backends write pages, with colors."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     lines = [line.strip() for line in text.rpartition("Exception encountered: ")[2].splitlines()]
     telling = [line for line in lines if line and not line.startswith("Exception encountered when")]

@@ -1,7 +1,7 @@
-"""The files beside a model: `name.json`, which says how to serve `name.keras`, and its labels file.
+"""Reads the files beside a model: `name.json`, which says how to serve `name.keras`, and its labels file.
 
 With these, MODEL=path/to/name.keras is enough to serve it. The settings IMAGE_*, LABELS and TOP override `name.json`.
-What `name.json` leaves out comes from the model, from `name.labels.txt`, or is the default.
+For a key that `name.json` leaves out, the model, `name.labels.txt` or the default decides.
 """
 
 import json
@@ -16,13 +16,13 @@ from marshmallow.validate import Length, OneOf, Range
 
 from helpers import MOST_SIDE, Shape, StartupError
 
-MAX_BYTES = 10_000_000  # a path like /dev/zero has no end
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # characters that could, for example, color a terminal
+MAX_BYTES = 10_000_000  # limits the read: /dev/zero, for example, has no end
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # such characters could, for example, color a terminal
 DEFAULT_TOP = 5  # predictions in an answer
-SHOWN = 100  # characters of an invalid value
+SHOWN = 100  # characters of an invalid value that a message shows
 # What is done to pixels 0..255 before the model: nothing, scaling to 0..1, or a mode of Keras' preprocess_input.
 PREPROCESSING = ("none", "scale", "tf", "torch", "caffe")
-COLOR_ONLY = ("torch", "caffe")  # these subtract a mean for each of three colors
+COLOR_ONLY = ("torch", "caffe")  # these subtract the mean of each of three colors
 
 
 def _check_lines(value: object) -> None:
@@ -41,7 +41,7 @@ LABELS = "a list of strings, or the name of a file beside it with one class per 
 KEYS: dict[str, tuple[fields.Field[Any], str]] = {  # each with its allowed values, in words
     "width": SIDE,
     "height": SIDE,
-    "channels": (fields.Integer(strict=True, validate=OneOf([1, 3])), "3 (RGB) or 1 (grey)"),
+    "channels": (fields.Integer(strict=True, validate=OneOf([1, 3])), "3 (RGB) or 1 (gray)"),
     "preprocessing": (fields.String(validate=OneOf(PREPROCESSING)), f"one of {', '.join(PREPROCESSING)}"),
     "labels": (fields.Raw(validate=_check_lines), LABELS),
     "top": (fields.Integer(strict=True, validate=Range(1, 1000)), "a whole number from 1 to 1000"),
@@ -52,7 +52,7 @@ SCHEMA = Schema.from_dict({key: field for key, (field, _) in KEYS.items()})
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What the file at `path` says of its model; None, 0 or empty where it says nothing."""
+    """What the file at `path` says about its model; None, 0 or empty for a missing key."""
 
     path: Path
     width: int | None = None
@@ -70,11 +70,11 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the service needs to know of a model besides its network.
+    """What the service needs to know about a model besides its network.
 
     `shape` is (height, width, channels) of an image, `labels_from` says where the labels come from, `preprocessing`
-    what is done to pixels, `top` is the number of predictions in an answer, and `activation` the model's last
-    activation, such as "softmax"; empty if unknown.
+    names what is done to pixels, `top` is the number of predictions in an answer, and `activation` is the model's last
+    activation, such as "softmax", or empty if unknown.
     """
 
     shape: Shape
@@ -87,7 +87,7 @@ class Facts:
 
 
 def read(path: Path) -> ModelFile:
-    """Return what the file at `path` says; nothing if there is none. Raises StartupError."""
+    """Return what the file at `path` says; all defaults if there is no file. Raises StartupError."""
     try:
         content = json.loads(_text(path))
     except FileNotFoundError:
@@ -142,12 +142,12 @@ def labels_of(file: ModelFile, chosen: str) -> tuple[Sequence[str], str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the beginning of an exception's message, for a message of ours."""
+    """Return the beginning of an exception's message, to quote it in ours."""
     return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def _text(path: Path) -> str:
-    """Return the text at `path`. Raises OSError; ValueError where it is too long or a line is not UTF-8."""
+    """Return the text at `path`. Raises OSError, and ValueError if it is too long or a line is not UTF-8."""
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -160,9 +160,9 @@ def _text(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return `value`, which a user wrote, for a message of ours: printable and short.
+    """Return a user's `value` for a message: printable and short.
 
-    A path is not cut, since its end tells it from others.
+    A path is not shortened, since paths often differ only at the end.
     """
     text = str(value) if isinstance(value, str | Path) else json.dumps(value, ensure_ascii=False)
     text = text if isinstance(value, Path) else text[:SHOWN]

@@ -1,4 +1,4 @@
-"""Loads a model from a file, and says why a file can't be loaded. Imports Keras."""
+"""Loads a model from a file, or explains why it can't be loaded. Imports Keras."""
 
 import importlib.util
 import logging
@@ -22,11 +22,11 @@ from model_server.pipeline import Preprocess, input_shape, preprocessing
 log = logging.getLogger(__name__)
 
 SAVE = "save it again with model.save('name.keras')"
-MOST_NAMED = 3  # layers that can't be loaded, in one line
+MOST_NAMED = 3  # a message names at most so many layers that can't be loaded
 KERAS_PACKAGES = ("keras", "keras_hub", "keras_cv", "keras_nlp")  # Keras itself loads classes from these
-# Where Keras looks up classes of an HDF5 file of Keras 2, which names no module.
+# Keras 2 HDF5 files name classes without their modules. Keras looks them up in these.
 NAMESPACES = ("layers", "models", "initializers", "regularizers", "constraints", "dtype_policies")
-# Layers and operations that turn probabilities into probabilities, and logits into logits.
+# Layers and operations whose output is probabilities if their input is, and logits if their input is.
 TRANSPARENT = {
     *("Activation", "Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout2D", "ActivityRegularization"),
     *("Identity", "Cast", "Squeeze", "Transpose", "Mean", "GetItem", "Average", "Concatenate", "Maximum", "Minimum"),
@@ -49,9 +49,9 @@ def load() -> tuple[Any, Preprocess, Facts]:
 
 
 def load_file(path: Path, setting: str) -> Any:
-    """Return the model in the .keras or HDF5 file that `setting` names, by its content, whatever its suffix.
+    """Return the model in the .keras or HDF5 file that `setting` names. Its content decides the format, not its suffix.
 
-    Code in it is not run. Raises StartupError, and transient errors as they are.
+    Code in the file is not run. Raises StartupError, and passes on transient errors.
     """
     try:
         return _load_file(path)
@@ -68,7 +68,7 @@ def _load_file(path: Path) -> Any:
     if version >= (3,) and path.suffix == f".{form}":
         return _load(path)
     with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder, f"model.{form}")  # Keras tells the format by the suffix
+        link = Path(folder, f"model.{form}")  # Keras decides by the suffix
         if version >= (3,) or not rewrite(path, link, model_checks.configuration(path, form)):
             link.symlink_to(path.resolve())
         return _load(link)
@@ -79,7 +79,7 @@ def _load(path: Path) -> Any:
 
 
 def _why_not(path: Path, error: Exception) -> str:
-    """Return why the model in a file can't be loaded, and what to do, for the end of a line. Raises StartupError."""
+    """Return why the model in a file can't be loaded, and what to do, to end a message. Raises StartupError."""
     form = model_checks.whole_model(path)
     foreign = list(dict.fromkeys(_foreign(model_checks.configuration(path, form))))
     if foreign:
@@ -108,7 +108,7 @@ def _remedy(named: str, path: Path) -> str:
 
 
 def _foreign(config: Any, layer: str = "") -> Iterator[str]:
-    """Yield, in words, each part of a model's `config` that Keras can't make: Lambda layers, and unknown classes."""
+    """Yield a phrase for each part of a model's `config` that Keras can't create: Lambda layers and unknown classes."""
     if isinstance(config, list):
         for each in config:
             yield from _foreign(each, layer)
@@ -130,7 +130,7 @@ def _in_words(name: str, config: dict[str, Any], layer: str) -> str:
     if name == "Lambda":
         return f"a Lambda layer{where}"
     if name == "function":
-        return f"the function {shown(config.get('config'))} in the layer{where}" if layer else "a function of its own"
+        return f"the function {shown(config.get('config'))} in the layer{where}" if layer else "a custom function"
     if name.endswith("Lambda"):
         return f"a TensorFlow operation{where} ({shown(name)})"
     package = _package(config)
@@ -148,7 +148,7 @@ def _is_known(name: str, config: dict[str, Any]) -> bool:
     if package in KERAS_PACKAGES[1:]:
         return importlib.util.find_spec(package) is not None
     if "module" in config:
-        return package in ("keras", "tf_keras", "tensorflow")  # the last two are of Keras 2
+        return package in ("keras", "tf_keras", "tensorflow")  # the last two in files of Keras 2
     known = ("Functional", "Policy", "TensorShape", "ListWrapper")
     return name in known or any(hasattr(getattr(keras, each), name) for each in NAMESPACES)
 
@@ -162,11 +162,11 @@ def one_to_one(model: Any, setting: str) -> Any:
     inputs, outputs = _tensors(model, "inputs"), _tensors(model, "outputs")
     if not inputs or not outputs:
         raise StartupError(
-            f"{setting} does not say what goes in and comes out: begin it with keras.Input((height, width, channels)) "
+            f"{setting} has no defined input and output: begin it with keras.Input((height, width, channels)) "
             f"and {SAVE}."
         )
     if len(inputs) > 1:
-        needed = "but one image is needed: save a model of one input"
+        needed = "but one image is needed: save a model with one input"
         raise StartupError(f"{setting} takes {len(inputs)} inputs ({_names(inputs)}), {needed}.")
     if len(outputs) > 1:
         raise StartupError(
@@ -181,7 +181,7 @@ def one_to_one(model: Any, setting: str) -> Any:
 def _tensors(model: Any, which: str) -> list[Any]:
     try:
         return list(keras.tree.flatten(getattr(model, which)))
-    except (AttributeError, ValueError):  # it was never built
+    except (AttributeError, ValueError):  # the model was never built
         return []
 
 
@@ -190,7 +190,7 @@ def _names(tensors: list[Any]) -> str:
 
 
 def last_activation(model: Any) -> str:
-    """Return the activation that makes a model's output, such as "softmax"; empty if unknown."""
+    """Return the activation that produces a model's output, such as "softmax"; empty if unknown."""
     try:
         return _activation_before(model.outputs[0])
     except (AttributeError, IndexError):

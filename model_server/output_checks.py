@@ -1,4 +1,4 @@
-"""Checks at warm-up that what the model gives are probabilities, one for each label."""
+"""Checks at warm-up that the model's outputs are probabilities, one for each label."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 
 Compute = Callable[[Pixels], npt.NDArray[Any]]  # from images (n, height, width, channels) to values (n, classes)
 
-# Activations that give probabilities: of one class out of several, or of each class by itself.
+# Activations that give probabilities: of one class out of several, or of each class on its own.
 PROBABILITIES = ("softmax", "sigmoid", "hard_sigmoid", "sparsemax", "sparse_sigmoid")
-ROUNDING = 1e-3  # above 1, which a softmax in float16 may reach
-SUM_ERROR = 0.01  # by which an image's probabilities may miss a sum of 1, added up in half precision
+ROUNDING = 1e-3  # how far a softmax in float16 may exceed 1
+SUM_ERROR = 0.01  # how far the sum of an image's probabilities in half precision may differ from 1
 
 
 def is_binary(shape: tuple[int, ...], facts: Facts) -> bool:
     """Whether an output of `shape`, for one image, is the probability of the second of two labels.
 
-    Raises StartupError unless it is that, or has one value for each label.
+    Otherwise the output must have one value for each label. Raises StartupError if it has not.
     """
     classes, values = len(facts.labels), shape[1:]
     if len(shape) != 2:
@@ -43,14 +43,14 @@ def is_binary(shape: tuple[int, ...], facts: Facts) -> bool:
 
 
 def check_probabilities(compute: Compute, noise: Pixels, facts: Facts, *, one_value: bool) -> None:
-    """Raise StartupError where `compute` gives no probabilities for `noise` (1, *shape) and for flat images.
+    """Raise StartupError unless `compute` gives probabilities for `noise` (1, *shape) and for flat images.
 
     `one_value` says that the network has a single output. Other values may look like probabilities by chance, so the
-    activation counts too: after one that is not in PROBABILITIES, an image's values must add up to 1.
+    activation counts too: if it is known and not in PROBABILITIES, the values of an image must add up to 1.
     """
     values = np.concatenate([compute(noise), *_outputs_of_flat_images(compute, noise)])
     known = facts.activation in ("", *PROBABILITIES)
-    because = "" if known else f", for its last activation is {facts.activation}"
+    because = "" if known else f", because its last activation is {facts.activation}"
     real = values.astype(np.float64)
     inside = np.isfinite(real).all() and real.min() >= 0 and real.max() <= 1 + ROUNDING
     add_up = not one_value and np.abs(real.sum(axis=1) - 1).max() < SUM_ERROR
@@ -64,13 +64,13 @@ def check_probabilities(compute: Compute, noise: Pixels, facts: Facts, *, one_va
 
 
 def _outputs_of_flat_images(compute: Compute, like: Pixels) -> Iterator[npt.NDArray[Any]]:
-    """Yield the model's finite outputs for flat images and one with a slope, each computed alone; skip failures.
+    """Yield the model's finite outputs for flat images and a gradient, each computed alone; skip failures.
 
-    A model that standardizes each image gives NaN for a flat one, and one that uses pixels as indices may fail; both
-    are right for photos.
+    A model that standardizes each image gives NaN for a flat one, and a model that uses pixels as indices may fail.
+    Both may work with photos.
     """
-    slope = np.broadcast_to(np.linspace(0, 255, like.shape[2])[:, np.newaxis], like.shape)
-    for image in (*(np.full_like(like, level) for level in (0, 128, 255)), slope.astype(like.dtype)):
+    gradient = np.broadcast_to(np.linspace(0, 255, like.shape[2])[:, np.newaxis], like.shape)
+    for image in (*(np.full_like(like, level) for level in (0, 128, 255)), gradient.astype(like.dtype)):
         try:
             values = compute(image)
         except Exception as error:

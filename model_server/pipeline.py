@@ -15,24 +15,24 @@ Preprocess = Callable[[Any], Any]
 
 
 def compiled(model: Any, preprocess: Preprocess, shape: Shape) -> backends.Network:
-    """Return `model` behind its preprocessing as one compiled call, which takes raw pixels (n, *shape)."""
+    """Return preprocessing and `model` as one compiled call, which takes raw pixels (n, *shape)."""
 
     def prepare(pixels: Any) -> Any:
         return preprocess(keras.ops.cast(pixels, "float32"))
 
     pixels = keras.Input(shape, dtype=settings.IMAGE_DTYPE)
     prepared = keras.layers.Lambda(prepare, output_shape=shape, dtype="float32")(pixels)
-    if settings.DTYPE_POLICY != "float32":  # otherwise keep a model's own policies, such as a quantized one's
-        for layer in model.layers[:-1]:  # the last makes the probabilities
+    if settings.DTYPE_POLICY != "float32":  # with float32, keep the policies of the model, which may be quantized
+        for layer in model.layers[:-1]:  # the last layer produces the probabilities
             layer.dtype_policy = settings.DTYPE_POLICY
     return backends.compiled(keras.Model(pixels, model(prepared, training=False)))
 
 
 def preprocessing(file: ModelFile, shape: Shape) -> Preprocess:
-    """Return what is done to pixels 0..255 before the model. Raises StartupError."""
+    """Return the function that prepares pixels 0..255 for the model. Raises StartupError."""
     mode = file.preprocessing
     if mode in model_file.COLOR_ONLY and shape[2] == 1:
-        raise file.invalid("preprocessing", mode, "none, scale or tf for a grey image")
+        raise file.invalid("preprocessing", mode, "none, scale or tf for a gray image")
     if mode == "none":
         return lambda pixels: pixels
     if mode == "scale":
@@ -41,9 +41,9 @@ def preprocessing(file: ModelFile, shape: Shape) -> Preprocess:
 
 
 def input_shape(model: Any, file: ModelFile) -> Shape:
-    """Return the (height, width, channels) of the images to serve `model` with. Raises StartupError.
+    """Return the (height, width, channels) of the images that `model` is served with. Raises StartupError.
 
-    Each is the model's own; where the model takes any, that of IMAGE_*, else of `file`, else the default.
+    The model decides each of them. If it takes any value, IMAGE_* decides, then `file`, then USUAL_SHAPE.
     """
     own = model.input_shape
     if not (isinstance(own, tuple) and len(own) == 4):
@@ -60,13 +60,13 @@ def input_shape(model: Any, file: ModelFile) -> Shape:
     if not shape:
         raise StartupError(
             f"MODEL={settings.MODEL} takes images of {width}x{height}x{channels}, but the service has 1 or 3 channels "
-            f"(grey or RGB) and at most {MOST_SIDE} pixels a side: save the model with another input."
+            f"(gray or RGB) and at most {MOST_SIDE} pixels a side: save the model with another input."
         )
     return shape
 
 
 def _check_settings(own: tuple[int | None, ...]) -> None:
-    """Raise StartupError where a setting asks for another size than the model's `own`."""
+    """Raise StartupError if a setting asks for a size other than the model's `own`."""
     _, height, width, channels = own
     sides = {"IMAGE_WIDTH": width, "IMAGE_HEIGHT": height, "IMAGE_CHANS": channels}
     wrong = [f"{name}={side}" for name, side in sides.items() if side and getattr(settings, name) not in (None, side)]

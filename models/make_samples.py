@@ -2,7 +2,7 @@
 
     python models/make_samples.py
 
-writes ``models/digits/`` and checks that ``models/digits.keras`` classifies each image correctly and confidently.
+writes `models/digits/` and checks that `models/digits.keras` classifies each image correctly and confidently.
 """
 
 import sys
@@ -24,7 +24,7 @@ SAMPLES = (
 
 
 def draw(digit: int, presentation: str, seed: int) -> Image.Image:
-    """Return a PIL image of a held-out digit of the class ``digit``."""
+    """Return a PIL image of a held-out digit of the class `digit`."""
     rng = np.random.default_rng(seed)
     _, (digits, classes) = split()
     return render(rng.choice(digits[classes == digit]), presentation, rng)

@@ -2,15 +2,15 @@
 
     python models/train_digits.py
 
-writes ``models/digits.keras``, ``models/digits.labels.txt`` (one class per line) and ``models/digits.json``, and prints
+writes `models/digits.keras`, `models/digits.labels.txt` (one class per line) and `models/digits.json`, and prints
 its accuracy on held-out digits. It takes about 14 minutes on one CPU core, less on two.
 
 Data: "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998), UCI Machine Learning
-Repository, CC BY 4.0, https://doi.org/10.24432/C50P49. scikit-learn's ``load_digits`` contains its test part:
+Repository, CC BY 4.0, https://doi.org/10.24432/C50P49. scikit-learn's `load_digits` contains its test part:
 1797 digits by 13 writers, each an 8x8 array of ink counts from 0 (blank) to 16 (covered). The held-out digits
-are by the same writers, so the printed accuracy is for handwriting that the model knows.
+are by the same writers, so the printed accuracy does not cover other people's handwriting.
 
-Each digit is drawn as a picture that users might post: see ``PRESENTATIONS``.
+Each digit is drawn in a way that users might post it: see `PRESENTATIONS`.
 """
 
 import argparse
@@ -35,23 +35,23 @@ LABELS = tuple("0123456789")
 DESCRIPTION = "handwritten digits"
 SEED = 1998
 FULL_INK = 16  # ink count of a covered pixel in the data set
-SIDE = 224  # pixels: what the service resizes every picture to
+SIDE = 224  # pixels: the service resizes every picture to a square of this side
 BLOCK = 7  # pixels: the model's first layer averages blocks of 7x7 pixels to 32x32
 COPIES = 48  # pictures of each training digit: with fewer copies and more epochs the model overfits
 EPOCHS = 10
 
 
 def split() -> tuple[Digits, Digits]:
-    """Return ``(train, held_out)``, each a pair of digits (n, 8, 8), 0..16, and classes (n,), 0..9.
+    """Return `(train, held_out)`, each a pair of digits (n, 8, 8), 0..16, and classes (n,), 0..9.
 
-    Stratified, and the same every time: 1347 digits for training and validation, 450 held out.
+    The split is stratified and always the same: 1347 digits for training and validation, 450 held out.
     """
     data = load_digits()
     return set_aside(450, data.images, data.target)
 
 
 def set_aside(count: int, digits: Array, classes: Array) -> tuple[Digits, Digits]:
-    """Return ``(rest, aside)``, pairs of digits and classes, with ``count`` digits in ``aside``, stratified."""
+    """Return `(rest, aside)`, pairs of digits and classes, with `count` digits in `aside`, stratified."""
     rest, aside, rest_classes, aside_classes = train_test_split(
         digits, classes, test_size=count, stratify=classes, random_state=SEED
     )
@@ -59,15 +59,15 @@ def set_aside(count: int, digits: Array, classes: Array) -> tuple[Digits, Digits
 
 
 def render(digit: Array, presentation: str, rng: np.random.Generator) -> Image.Image:
-    """Return an 8x8 digit (0..16) as a PIL image, "L" or "RGB", in one of the ``PRESENTATIONS``.
+    """Return an 8x8 digit (0..16) as a PIL image, "L" or "RGB", in one of the `PRESENTATIONS`.
 
-    ``rng`` chooses size, place, colors and so on.
+    `rng` decides the size, place, colors and so on.
     """
     return PRESENTATIONS[presentation](digit, rng)
 
 
 def served(image: Image.Image) -> Array:
-    """Return a picture as the service gives it to a model: (224, 224, 3), uint8, aspect ratio not kept."""
+    """Return a picture as the service passes it to a model: (224, 224, 3), uint8, with a changed aspect ratio."""
     return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
@@ -77,7 +77,7 @@ def raw(digit: Array, rng: np.random.Generator) -> Image.Image:
 
 
 def scan(digit: Array, rng: np.random.Generator) -> Image.Image:
-    """Return a grey picture 20 to 1000 pixels high: dark ink, white paper, margins."""
+    """Return a gray picture 20 to 1000 pixels high: dark ink, white paper, margins."""
     mask = place(digit, log_uniform(rng, 20, 1000), rng.uniform(0.6, 1), rng)
     ink, paper = rng.uniform(0, 70), rng.uniform(225, 255)
     return mask.point(lambda level: paper + (ink - paper) * level / 255)
@@ -108,7 +108,7 @@ PRESENTATIONS: dict[str, Presentation] = {"raw": raw, "scan": scan, "inverted": 
 
 
 def place(digit: Array, height: float, share: float, rng: np.random.Generator, tilt: float = 0) -> Image.Image:
-    """Return a grey page, 255 where ink is; the digit takes ``share`` of its shorter side, tilted by degrees.
+    """Return a gray page, 255 where ink is. The digit takes `share` of the shorter side, tilted by `tilt` degrees.
 
     Neither pages nor digits are square, since the service squeezes every picture into a square.
     """
@@ -122,7 +122,7 @@ def place(digit: Array, height: float, share: float, rng: np.random.Generator, t
 
 
 def draw(digit: Array, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """Return the digit enlarged to ``size`` (width, height), blurred as thumbnails are or crisp as ink is."""
+    """Return the digit enlarged to `size` (width, height), blurred like a thumbnail or crisp like ink."""
     kinds = Image.Resampling
     upscaler = rng.choice([kinds.NEAREST, kinds.BILINEAR, kinds.BICUBIC, kinds.LANCZOS])
     gain = log_uniform(rng, 1, 4)
@@ -131,7 +131,7 @@ def draw(digit: Array, size: tuple[int, int], rng: np.random.Generator) -> Image
 
 
 def as_image(digit: Array) -> Image.Image:
-    """Return a digit (n, n), 0..16, as a grey image of n x n pixels with white ink."""
+    """Return a digit (n, n), 0..16, as a gray image of n x n pixels with white ink."""
     return Image.fromarray(np.uint8(digit * (255 / FULL_INK)))
 
 
@@ -143,21 +143,21 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Return a random number from ``low`` to ``high``, uniform on a logarithmic scale."""
+    """Return a random number from `low` to `high`, uniform on a logarithmic scale."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def warp(digit: Array, rng: np.random.Generator) -> Array:
-    """Return an 8x8 digit as another person might write it: distorted, with its ink counted again."""
+    """Return a distorted 8x8 digit, as another person might write it, with its ink counted again."""
     corners = np.array([[0, 0], [0, 32], [32, 32], [32, 0]]) + rng.uniform(-4, 4, (4, 2))
     bitmap = as_image(digit).resize((32, 32), Image.Resampling.BICUBIC)
     bitmap = bitmap.transform((32, 32), Image.Transform.QUAD, corners.ravel().tolist(), Image.Resampling.BICUBIC)
-    # Made crisp before counting, like the data set's bitmaps; otherwise each warp would blur the strokes.
+    # Sharpen before counting, like the data set's bitmaps. Otherwise each warp would blur the strokes.
     return np.asarray(bitmap.point(lambda level: (level - 85) * 2).reduce(4)) * (FULL_INK / 255)
 
 
 def pictures(digits: Array, classes: Array, copies: int, rng: np.random.Generator, warped: float) -> Digits:
-    """Draw each digit ``copies`` times in alternating presentations, a share ``warped`` of them warped.
+    """Draw each digit `copies` times in alternating presentations, a share `warped` of them warped.
 
     Return the pictures' block means (n, 32, 32, 3), uint8, since whole pictures would not fit in memory, and
     their classes (n,).
@@ -184,7 +184,7 @@ def network() -> Any:
         [
             Input((SIDE // BLOCK, SIDE // BLOCK, 3)),
             layers.Rescaling(1 / 255),
-            # Normalizes brightness and contrast, so that a dim photo looks like a clean scan.
+            # Normalize brightness and contrast, so that a dim photo looks like a clean scan.
             layers.LayerNormalization(axis=(1, 2, 3), center=False, scale=False),
             *convolution(24, kernel=5, strides=2),
             *convolution(32),
@@ -202,7 +202,7 @@ def network() -> Any:
 
 
 def fit(trained: Any, learning: Digits, validation: Digits, epochs: int, batch: int = 128) -> None:
-    """Train on pairs of block means and classes; report on ``validation`` after every epoch."""
+    """Train on pairs of block means and classes; report on `validation` after every epoch."""
     from keras import losses, optimizers
 
     # The learning rate falls to 0 along a cosine, so the last epoch is the best.
@@ -228,16 +228,16 @@ def train(epochs: int) -> Any:
     validation = pictures(*validation, 8, rng, warped=0)
     trained = network()
     fit(trained, learning, validation, epochs)
-    # As a new, flat model it is saved without a nested model and without the optimizer's state.
+    # A new, flat model, so that the file has no nested model and no state of the optimizer.
     pooling = keras.layers.AveragePooling2D(BLOCK)
     return keras.Sequential([keras.Input((SIDE, SIDE, 3)), pooling, *trained.layers], name="digits")
 
 
 def accuracy(model: Any, presentation: str, rng: np.random.Generator, draws: int = 5) -> float:
-    """Return the share of held-out digits, each drawn ``draws`` times, that the model classifies correctly."""
+    """Return the share of held-out digits, each drawn `draws` times, that the model classifies correctly."""
     _, (digits, classes) = split()
     shares = []
-    for _ in range(draws):  # one after the other, since one draw of all digits takes 270 MB
+    for _ in range(draws):  # one at a time, since a draw of all digits takes 270 MB
         pixels = np.stack([served(render(digit, presentation, rng)) for digit in digits]).astype("float32")
         shares.append(np.mean(model.predict(pixels, verbose=0).argmax(1) == classes))
     return float(np.mean(shares))

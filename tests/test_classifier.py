@@ -340,7 +340,7 @@ def damaged(path: Path) -> None:
         (folder, "can't be read"),
         (no_labels, "can't be read"),
         (no_model, "does not exist"),
-        (damaged, "is cut off or damaged: copy it here again, whole."),
+        (damaged, "is cut off or damaged: copy the whole file here again."),
     ],
 )
 def test_invalid_files_are_refused_in_one_line(

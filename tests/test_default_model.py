@@ -213,7 +213,7 @@ def test_broken_download_by_keras_says_what_to_do(
         release.set()
 
     assert re.search(reason, str(refused.value))
-    assert str(refused.value).endswith(f"or set MODEL={BUNDLED}, which needs nothing.")
+    assert str(refused.value).endswith(f"or set MODEL={BUNDLED}, which needs no download.")
 
 
 def test_resnet50_has_the_description_of_the_bundled_model() -> None:

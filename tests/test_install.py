@@ -225,7 +225,7 @@ def test_folder_from_somebody_else_is_left_alone(tmp_path: Path) -> None:
     done = run(f"{release(tmp_path, 'debian', '12')}; NOTES=$TARGET/.installed; check_machine")
 
     assert done.returncode == 1
-    assert "exists, but not from bin/install: move it away" in done.stderr
+    assert "exists, but bin/install did not create it: move it away" in done.stderr
     assert (tmp_path / "target/precious").exists()
 
 
@@ -241,7 +241,7 @@ def test_another_program_on_port_80_is_refused(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert "another program than Apache uses port 80: stop it" in line
+    assert "a program other than Apache uses port 80: stop it" in line
 
 
 def test_archive_has_the_same_files_as_a_clone_without_ignored_ones(tmp_path: Path) -> None:

@@ -142,13 +142,13 @@ def weights_alone(path: Path) -> None:
 
 KERAS_NEEDED = "the service needs a Keras model, saved with model.save('name.keras')."
 FILES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("a.keras", of_bytes(b""), " is empty: copy it here again, whole."),
-    ("a.keras", cut_off, " is cut off or damaged: copy it here again, whole."),
-    ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy it here again, whole."),
+    ("a.keras", of_bytes(b""), " is empty: copy the whole file here again."),
+    ("a.keras", cut_off, " is cut off or damaged: copy the whole file here again."),
+    ("a.h5", of_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100), " is cut off or damaged: copy the whole file here again."),
     ("a.keras", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), " with `git lfs pull`."),
-    ("a.keras", of_bytes(b"\n<!DOCTYPE html><html>"), " is a web page, as a failed download leaves: download the file"),
-    ("a.weights.h5", weights_alone, " holds no model, at most weights: save the whole model with"),
-    ("a.h5", weights_alone, " holds no model, at most weights"),
+    ("a.keras", of_bytes(b"\n<!DOCTYPE html>"), " is a web page, probably from a failed download: download the file"),
+    ("a.weights.h5", weights_alone, " holds at most weights, not a model: save the whole model with"),
+    ("a.h5", weights_alone, " holds at most weights, not a model"),
     ("folder", saved_model, "folder is a TensorFlow SavedModel folder, which Keras 3 does not load: save the Keras"),
     ("saved_model.pb", of_bytes(b"\x08\x01"), " is a part of a TensorFlow SavedModel, which is a folder: save"),
     ("a.tflite", of_bytes(b"\x1c\0\0\0TFL3"), " is a TensorFlow Lite model: save the Keras model that it was made"),
@@ -157,8 +157,8 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a.pt", zip_of("archive/data.pkl"), f" is a PyTorch model: {KERAS_NEEDED}"),
     ("a.pkl", of_bytes(b"\x80\x04\x95"), f" is a Python pickle, such as PyTorch's: {KERAS_NEEDED}"),
     ("a.safetensors", of_bytes(b'\x10\0\0\0\0\0\0\0{"a":1}'), f" is a safetensors file: {KERAS_NEEDED}"),
-    ("a.keras", zip_of("model/config.json"), " is a zip file without a Keras model at its top: unpack it"),
-    ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a packed file: unpack it"),
+    ("a.keras", zip_of("model/config.json"), " is a zip file without a Keras model at its top level: unpack it"),
+    ("a.keras.gz", of_bytes(b"\x1f\x8b\x08"), " is a compressed file or archive: unpack it"),
     ("model.json", of_bytes(b'{"class_name": "Sequential"}'), " is a JSON file, at most a model's architecture: save"),
     ("a.keras", of_bytes(b"\0" * 500), f" is not a file that Keras writes, or damaged: {KERAS_NEEDED}"),
 ]  # fmt: skip

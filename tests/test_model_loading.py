@@ -89,7 +89,7 @@ def refused(
         ("a_number_for_each_image", "gives () values per image, but one per class is needed"),
         (
             "never_built",
-            "does not say what goes in and comes out: begin it with keras.Input((height, width, channels))",
+            "has no defined input and output: begin it with keras.Input((height, width, channels))",
         ),
         ("too_deep_for_its_images", "can't take images of 224x224 ("),
     ],
@@ -141,7 +141,7 @@ def test_values_that_only_look_like_probabilities_are_refused(
     line = refused(models.build(name, folder))
 
     assert "does not give probabilities: end it with a softmax, or a sigmoid where several classes may be true" in line
-    assert line.endswith(f", for its last activation is {because}." if because else "true.")
+    assert line.endswith(f", because its last activation is {because}." if because else "true.")
 
 
 def test_a_softmax_of_one_value_is_refused(folder: Path, refused: Callable[[Path], str]) -> None:

@@ -1,7 +1,7 @@
 """A Keras model as one compiled function, for each backend that Keras runs on.
 
-Keras' own predict_on_batch() is not used: on JAX it donates the weights to each call, which breaks two batches at once,
-and on JAX and PyTorch it compiles nothing unless told to.
+Keras' own predict_on_batch() is not used: on JAX it donates the weights to each call, so two batches can't run at once,
+and on JAX and PyTorch it compiles nothing by default.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ BACKENDS: dict[str, Callable[[Any], Network]] = {"tensorflow": TensorFlow, "jax"
 
 
 def compiled(model: Any) -> Network:
-    """Return the Keras `model` as a function of Keras' backend. Raises StartupError for unsupported backends."""
-    import keras  # noqa: PLC0415 - takes seconds, and import_keras() has prepared it by now
+    """Return the Keras `model` compiled by Keras' backend. Raises StartupError if that is not supported."""
+    import keras  # noqa: PLC0415 - slow, and import_keras() has imported it by now
 
     backend = keras.backend.backend()
     if backend not in BACKENDS:

@@ -9,10 +9,10 @@ from helpers import Pixels
 
 
 class Jax:
-    """A model as one function that XLA compiles for each batch size. The weights are arguments, on the device once."""
+    """A model as one function that XLA compiles for each batch size. All share the weights, which are arguments."""
 
     def __init__(self, model: Any) -> None:
-        import jax  # noqa: PLC0415 - only where it is the backend
+        import jax  # noqa: PLC0415 - only this backend needs it
 
         groups = model.trainable_variables, model.non_trainable_variables
         self._weights = jax.device_put([[variable.value for variable in group] for group in groups])

@@ -23,24 +23,24 @@ Function = Callable[[Any], Any]
 class Torch:
     """A model as TorchScript with frozen weights. Unlike torch.compile(), it needs no compiler on this machine.
 
-    It runs no Python, and fuses each convolution with the normalization that follows it: on a CPU, ResNet50 takes less
-    than half of Keras' time for one image, and a small model a tenth.
+    TorchScript runs no Python, and fuses each convolution with the normalization that follows it: on a CPU, ResNet50
+    takes less than half of Keras' time for one image, and a small model a tenth.
     """
 
     def __init__(self, model: Any) -> None:
-        import torch  # noqa: PLC0415 - only where it is the backend
+        import torch  # noqa: PLC0415 - only this backend needs it
 
         if settings.XLA:
             log.warning("XLA=true changes nothing with PyTorch")
         self._torch: Any = torch
         self._model = model.eval()
         self._device = next((weights.device for weights in model.parameters()), torch.device("cpu"))
-        # On a CPU, TorchScript's fuser fuses nothing but compiles for seconds at calls long after the first.
+        # On a CPU, TorchScript's fuser speeds up nothing, yet it may compile for seconds in any later call.
         torch._C._jit_set_texpr_fuser_enabled(self._device.type != "cpu")
         self._functions: dict[tuple[int, ...], Function] = {}  # by the shape of a batch
         self._compiling = threading.Lock()
-        # In each new thread cuDNN plans every convolution again, which takes seconds for a whole network. So the same
-        # threads compute all batches, and a shape counts as compiled when each of them has computed it.
+        # cuDNN plans every convolution again in each new thread, which takes seconds for a whole network. So the same
+        # threads compute all batches, and a shape counts as compiled once each thread has computed it.
         self._threads = [ThreadPoolExecutor(1, "torch") for _ in range(BATCHES_AT_ONCE)]
         self._free: SimpleQueue[ThreadPoolExecutor] = SimpleQueue()
         for thread in self._threads:
@@ -74,9 +74,9 @@ class Torch:
         return self._torch.tensor(images, device=self._device)
 
     def _compile(self, images: Pixels) -> Function:
-        """Return a function that is correct for batches of this shape, reusing one of another batch size if it is.
+        """Return a function that is correct for batches of this shape; if one for another batch size is, return that.
 
-        A model that can't be compiled is run uncompiled.
+        A model that can't be compiled runs uncompiled.
         """
         with self._torch.inference_mode():
             return self._checked(self._on_device(images))
@@ -98,6 +98,6 @@ class Torch:
 
     def _frozen(self, batch: Any) -> Function:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns that sizes become constants; _checked() compares the answers
+            warnings.simplefilter("ignore")  # warnings that sizes become constants; _checked() compares the answers
             traced = self._torch.jit.trace(self._model, batch, check_trace=False, strict=False)
             return self._torch.jit.freeze(traced.eval())  # type: ignore[no-any-return]
