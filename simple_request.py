@@ -32,7 +32,7 @@ LONGEST_WAIT = 60  # seconds; a longer Retry-After is cut to this
 
 
 class Output(io.FileIO):
-    """Standard output or error that ignores a closed pipe, such as one to `head -1`."""
+    """Standard output or error that ignores a closed pipe, as after `| head -1`."""
 
     reader_left = False
 
@@ -67,7 +67,7 @@ class ClientError(Exception):
 
 
 def full_address(url: str) -> str:
-    """Return the address; if it has no path, with /predict."""
+    """Return the URL, with the path /predict if it has none."""
     parts = urlsplit(url)
     return url if parts.path.strip("/") else parts._replace(path="/predict").geturl()
 
@@ -85,12 +85,12 @@ class Unreachable(ClientError):
 
 
 class RetryWhenTold(Retry):
-    """Retries only if the service says when to, with Retry-After."""
+    """Retries only if the answer has a Retry-After header."""
 
     RETRY_AFTER_STATUS_CODES = frozenset({429, 503})
 
     def sleep_for_retry(self, response: BaseHTTPResponse) -> bool:
-        """Wait as the service asks, and tell the user."""
+        """Tell the user how long the service asks to wait, and wait."""
         seconds = self.get_retry_after(response)
         if seconds is not None:
             print(f"The service asks to wait {seconds:.0f} s before another try.", file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ class RetryWhenTold(Retry):
 
 
 def session_with_retries(retries: int, key: str) -> requests.Session:
-    """Return a session that retries, and sends the key if there is one."""
+    """Return a session that retries as the service asks, and sends the key unless it is empty."""
     session = requests.Session()
     retry = RetryWhenTold(
         retries, connect=0, read=False, redirect=False, other=False, allowed_methods=None, raise_on_status=False,
@@ -112,7 +112,7 @@ def session_with_retries(retries: int, key: str) -> requests.Session:
 
 
 def images(sources: list[Path]) -> Iterator[Path]:
-    """Yield the given files, the images in the given folders, and - for standard input."""
+    """Yield the given files (- for standard input) and the images in the given folders."""
     for source in sources:
         if source.is_dir():
             yield from folder(source)
@@ -142,11 +142,11 @@ def read(image: Path) -> bytes:
 def post(session: requests.Session, image: bytes, url: str, timeout: float) -> requests.Response:
     """Send the image as the form field `image`."""
     try:
-        # Following a redirect would turn the POST into a GET and hide that the address is wrong.
+        # Following a redirect would turn the POST into a GET and hide that the URL is wrong.
         return session.post(full_address(url), files={"image": image}, timeout=timeout, allow_redirects=False)
     except requests.Timeout as error:
         raise Unreachable(f"No answer from {url} in {timeout:g} s: try later or raise --timeout.") from error
-    except ValueError as error:  # every error of requests about an address is one of these
+    except ValueError as error:  # every exception of requests about an invalid URL is a ValueError
         raise Unreachable(f"{url!r} is not an address: give --url as http://host:port.") from error
     except requests.RequestException as error:
         raise Unreachable(f"No answer from {url}: start the service there or give its --url.") from error
@@ -162,8 +162,8 @@ def predictions(response: requests.Response) -> list[dict[str, Any]]:
             {"label": str(each["label"]), "probability": float(each["probability"])} for each in answer["predictions"]
         ]
     except (ValueError, KeyError, TypeError) as error:
-        found = f"{response.url} answered with status {response.status_code}, but not as this service does"
-        raise ClientError(f"{found}: give the address of the service with --url.") from error
+        problem = f"{response.url} answered with status {response.status_code}, but not as this service does"
+        raise ClientError(f"{problem}: give the address of the service with --url.") from error
 
 
 def show(image: Path, found: list[dict[str, Any]], *, as_json: bool, named: bool) -> None:
@@ -177,12 +177,12 @@ def show(image: Path, found: list[dict[str, Any]], *, as_json: bool, named: bool
 
 
 def print_error(error: ClientError) -> None:
-    """Print the message on one line, even if the service's text has several."""
+    """Print the message on one line, even if it has several."""
     print(" ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
 def ask_all(options: argparse.Namespace) -> bool:
-    """Classify and print one image after another; return whether all were answered."""
+    """Classify the images one by one and print the predictions; return whether all were answered."""
     named = len(options.image) > 1 or options.image[0].is_dir()
     answered = True
     with session_with_retries(options.retries, options.api_key) as session:
@@ -208,13 +208,13 @@ def main() -> int:
     parser.add_argument("--url", default=KERAS_REST_API_URL, help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120, help="seconds of silence before giving up (%(default)s)")
     parser.add_argument("--retries", type=int, default=3,
-                        help="how often to retry if the service says when to (%(default)s)")  # fmt: skip
+                        help="how often to retry if the service says when (%(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
     key = os.environ.get("API_KEY", "")
     parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment variable API_KEY")
     options = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label may have characters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of a label
     if not 0 < options.timeout <= 86400:
         parser.error("--timeout takes seconds, more than 0 and at most 86400")
     if not 0 <= options.retries <= 1000:

@@ -4,12 +4,12 @@
     stress_test.py                     500 threads, one started every 0.05 s, one request each
     stress_test.py --interval 0        500 threads that send at the same instant
     stress_test.py --concurrency 32    32 clients, each sending its next request after its last answer
-    stress_test.py --image photos --plot load.png    the images of a folder in turn, and a chart of the latencies
+    stress_test.py --image photos --plot load.png    send a folder's images in turn, and draw a chart of the latencies
 
-A request counts as answered if its status is 200 and its JSON says success. Its latency is the time from before it
-connects (a client of --concurrency connects once) to the end of the answer. Percentiles are nearest-rank: the
-smallest measured latency that at least that percentage of the answered requests did not exceed. Each request is
-printed on a line with its thread, or with its number if --concurrency is set, as a thread then sends many.
+A request counts as answered if its status is 200 and its JSON says success. Its latency includes connecting (once for
+each client of --concurrency) and receiving the whole answer. Percentiles are nearest-rank: p95 is the smallest latency
+that at least 95% of the answered requests did not exceed. Each request is printed on one line, with the number of its
+thread; with --concurrency, where a thread sends many requests, with the number of the request.
 
 Exit code: 0 if all were answered, 1 if some were not, 2 for bad arguments, 130 after Ctrl-C.
 """
@@ -44,14 +44,15 @@ SLEEP_COUNT = 0.05  # seconds between two starts
 
 TIMEOUT = 120.0  # seconds one request may take
 DAY = 86400.0  # seconds; much larger values overflow the system's time functions
-START_LIMIT = 60.0  # seconds that a thread waits for the others, so that all send at once
-GRACE = 5.0  # seconds that a thread may need to report after its time limit
-TICK = 0.1  # seconds until Ctrl-C is noticed
-STACK_BYTES = 512 * 1024  # the default, 8 MiB times 500, fails where address space is limited
+START_LIMIT = 60.0  # seconds that a thread waits for the others before they all send at once
+GRACE = 5.0  # seconds that a thread may take to report after its time limit
+TICK = 0.1  # seconds between checks for Ctrl-C
+STACK_BYTES = 512 * 1024  # 500 threads with the default of 8 MiB fail where address space is limited
 BATCH = re.compile(r'desc="batch of (\d{1,6})"')
 # Files with these suffixes are the images in a folder.
 SUFFIXES = {f".{end}" for end in ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"]}
 SPARE_FILES = 64  # open files other than the connections
+RANKS = {"p50": 50, "p95": 95, "p99": 99, "max": 100}  # the percentiles of the summary
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -69,24 +70,19 @@ class Result:
     batch: int | None = None  # images in the batch that the service computed, including this one
 
     @property
-    def ended_s(self) -> float:
-        """The time when the answer was complete or the request failed."""
-        return self.started_s + self.latency_s
-
-    @property
     def failure(self) -> str:
         """The name of the failure, such as `503 queue_full` or `timeout`."""
         return " ".join(str(part) for part in (self.status, self.code) if part is not None)
 
     def __str__(self) -> str:
-        """Return the tutorial's line."""
+        """Return the line that the tutorial prints."""
         outcome = "OK" if self.code is None else f"FAILED ({self.failure})"
         return f"[INFO] thread {self.thread} {outcome}"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The summary of a run; `unfinished` requests had no outcome when it ended."""
+    """The summary of a run; `unfinished` requests had neither an answer nor an error when it ended."""
 
     requests: int
     answered: int
@@ -100,40 +96,37 @@ class Figures:
 
 def percentile(ascending: Sequence[float], percent: int) -> float:
     """Return the nearest-rank percentile of values sorted in ascending order."""
-    rank = -(-percent * len(ascending) // 100)  # rounded up; in integers, as 0.07 * 100 is more than 7
+    rank = -(-percent * len(ascending) // 100)  # rounded up, in integers because 0.07 * 100 is more than 7
     return ascending[max(rank, 1) - 1]
 
 
-def latency_figures(answered: Sequence[Result]) -> dict[str, float] | None:
-    """Return the percentiles in milliseconds, or None if nothing was answered."""
-    if not answered:
-        return None
-    ascending = sorted(result.latency_s * 1000 for result in answered)
-    ranks = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
-    return {name: percentile(ascending, percent) for name, percent in ranks.items()}
+def first_start(results: Sequence[Result]) -> float:
+    """Return the time when the first request started."""
+    return min((result.started_s for result in results), default=0.0)
 
 
-def seconds_until_last(results: Sequence[Result], first_start: float) -> float:
-    """Return the time from `first_start` to the last end among `results`."""
-    return max((result.ended_s for result in results), default=first_start) - first_start
+def seconds_until_last(results: Sequence[Result], start: float) -> float:
+    """Return the time from `start` to the end of the last request."""
+    return max((result.started_s + result.latency_s for result in results), default=start) - start
 
 
 def summarize(results: Sequence[Result], asked: int) -> Figures:
-    """Return the figures of a run that was to send `asked` requests."""
+    """Return the figures of a run that should send `asked` requests."""
     answered = [result for result in results if result.code is None]
     failures = Counter(result.failure for result in results if result.code is not None)
-    first_start = min((result.started_s for result in results), default=0.0)
-    # Until the last answer, since a request that hangs until its time limit says nothing about throughput.
-    answering_s = seconds_until_last(answered, first_start)
+    ascending = sorted(result.latency_s * 1000 for result in answered)
+    start = first_start(results)
+    # Throughput ends with the last answer: a request that hangs until its time limit would distort it.
+    answering_s = seconds_until_last(answered, start)
     return Figures(
         requests=asked,
         answered=len(answered),
         failed=len(results) - len(answered),
         unfinished=asked - len(results),
         failures=dict(failures.most_common()),
-        duration_s=seconds_until_last(results, first_start),
+        duration_s=seconds_until_last(results, start),
         throughput_per_s=len(answered) / answering_s if answering_s > 0 else 0.0,
-        latency_ms=latency_figures(answered),
+        latency_ms={name: percentile(ascending, percent) for name, percent in RANKS.items()} if answered else None,
     )
 
 
@@ -151,9 +144,9 @@ def summary_lines(figures: Figures) -> Iterator[str]:
 
 def as_json(figures: Figures, results: Sequence[Result]) -> str:
     """Return the figures and every request as JSON, with start times relative to the first."""
-    first_start = min((result.started_s for result in results), default=0.0)
+    start = first_start(results)
     ordered = sorted(results, key=lambda result: result.thread)
-    listed = [asdict(result) | {"started_s": result.started_s - first_start} for result in ordered]
+    listed = [asdict(result) | {"started_s": result.started_s - start} for result in ordered]
     return json.dumps(asdict(figures) | {"results": listed}, indent=2) + "\n"
 
 
@@ -167,17 +160,17 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes: Any
     answered = [result for result in results if result.code is None]
     failed = [result for result in results if result.code is not None]
-    first_start = min((result.started_s for result in results), default=0.0)
+    start = first_start(results)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=(2, 1, 1))
     for some, color, label in ((answered, "tab:blue", "answered"), (failed, "tab:red", "failed")):
         if some:
-            starts = [result.started_s - first_start for result in some]
+            starts = [result.started_s - start for result in some]
             axes[0].scatter(starts, [1000 * result.latency_s for result in some], s=8, color=color, label=label)
     axes[0].set(xlabel="seconds from the first start", ylabel="latency, ms", ylim=(0, None))
     axes[0].legend(frameon=False)
     ascending = sorted(1000 * result.latency_s for result in answered)
     axes[1].plot(ascending, [100 * rank / len(ascending) for rank in range(1, len(ascending) + 1)])
-    axes[1].set(xlabel="latency, ms", ylabel="per cent of the answered requests", xlim=(0, None), ylim=(0, 100))
+    axes[1].set(xlabel="latency, ms", ylabel="percent of the answered requests", xlim=(0, None), ylim=(0, 100))
     sizes = Counter(result.batch for result in answered if result.batch)
     axes[2].bar(list(sizes), [requests / size for size, requests in sizes.items()])
     axes[2].set(xlabel="images in a batch", ylabel="batches")
@@ -191,12 +184,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def answer_code(response: requests.Response) -> str | None:
-    """Return None for an answer with success, otherwise the error code."""
+    """Return None if the answer says success, otherwise the error code."""
     try:
         answer = json.loads(response.content)
         if response.status_code == requests.codes.ok and answer["success"] is True:
             return None
-        return " ".join(str(answer["error"]["code"]).split())  # on one line, whatever it contains
+        return " ".join(str(answer["error"]["code"]).split())  # on one line
     except ValueError:
         return "not_json"
     except (KeyError, TypeError):
@@ -210,13 +203,13 @@ def batch_size(response: requests.Response) -> int | None:
 
 
 def fault_code(error: BaseException) -> str:
-    """Return a name for the error that left a request without an answer."""
+    """Return a name for an error that left a request without an answer."""
     cause: BaseException | None = error
-    # A timeout in the middle of an answer is a TimeoutError nested in a requests.ConnectionError.
+    # requests reports a timeout in the middle of an answer as a ConnectionError that contains a TimeoutError.
     while cause is not None:
         if isinstance(cause, TimeoutError | requests.Timeout):
             return "timeout"
-        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:  # the limit of this machine
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:  # this machine's limit, not the service's fault
             return "too_many_open_files"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
@@ -226,7 +219,7 @@ def fault_code(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The requests that the threads send in turn, encoded once: encoding 500 would slow down the sending."""
+    """The requests that the threads send in turn. They are encoded before the run, so that the threads only send."""
 
     encoded: Sequence[requests.PreparedRequest]
     timeout: float
@@ -234,19 +227,18 @@ class Target:
 
     @classmethod
     def prepare(cls, address: str, images: Sequence[bytes], timeout: float, key: str = "") -> "Target":
-        """Encode the requests, and read the proxy settings once instead of in every thread."""
+        """Encode the requests, and read proxies and certificates from the environment, as requests.post does."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with requests.Session() as session:
             encoded = [
                 session.prepare_request(requests.Request("POST", address, files={"image": image}, headers=headers))
                 for image in images
             ]
-            # Proxies and certificates from the environment, as requests.post would use them.
             environment = session.merge_environment_settings(encoded[0].url or address, {}, False, None, None)
         return cls(encoded, timeout, dict(environment))
 
     def post(self, session: requests.Session, thread: int) -> Result:
-        """Send one request and return its result, whatever happens."""
+        """Send one request and return its result, even after an error."""
         started = time.perf_counter()
         try:
             response = self.send(session, thread)
@@ -256,7 +248,7 @@ class Target:
             return Result(thread, started, time.perf_counter() - started, None, fault_code(error))
 
     def send(self, session: requests.Session, thread: int) -> requests.Response:
-        """Return the whole answer. A redirect is not followed, since it would turn the POST into a GET."""
+        """Return the complete answer. Redirects are not followed, because that would turn the POST into a GET."""
         request = self.encoded[thread % len(self.encoded)]
         return session.send(request, timeout=self.timeout, allow_redirects=False, **self.environment)
 
@@ -266,9 +258,9 @@ class Target:
 
 @dataclass
 class StressTest:
-    """Only the main thread prints and counts; the threads that send put their results into the inbox.
+    """A run. The threads that send put their results into the inbox; only the main thread counts and prints.
 
-    They are daemons and never print, so one that hangs holds no lock and can be left behind.
+    The others are daemons that never print, so the program can exit while one hangs.
     """
 
     target: Target
@@ -279,11 +271,11 @@ class StressTest:
     stopped: bool = False
 
     def stop(self, *_: object) -> None:
-        """Handle Ctrl-C. Sets a flag only, as the signal may come while the progress bar is drawn."""
+        """Handle Ctrl-C. Only sets a flag, because the signal may arrive while the progress bar is drawn."""
         self.stopped = True
 
     def run(self, interval: float, clients: int | None) -> None:
-        """Send all requests and report them, in limited time, whatever the service does."""
+        """Send all requests and report them. Ends in limited time, even if the service hangs."""
         if clients is not None:
             self.closed_loop(clients)
         elif interval == 0:
@@ -293,7 +285,7 @@ class StressTest:
         self.gather()
 
     def paced(self, interval: float) -> None:
-        """Start one thread per interval, as the tutorial does. Uses the clock, so that delays do not add up."""
+        """Start one thread per interval, as the tutorial does. Each start has a fixed time, so delays do not add up."""
         first = time.perf_counter()
         for thread in range(self.total):
             while (wait := first + thread * interval - time.perf_counter()) > 0 and not self.stopped:
@@ -312,7 +304,7 @@ class StressTest:
                 barrier.abort()
 
     def closed_loop(self, clients: int) -> None:
-        """Share the requests among `clients` threads, each sending its next after its last answer."""
+        """Share the requests among `clients` threads. Each sends its next request after its last answer."""
         rest: SimpleQueue[int] = SimpleQueue()
         for thread in range(clients, self.total):
             rest.put(thread)
@@ -320,8 +312,8 @@ class StressTest:
             self.start(self.send_many, thread, rest)
 
     def start(self, send: Callable[..., None], thread: int, *arguments: object) -> bool:
-        """Start a thread; if the system allows no more, count that and return False."""
-        arguments = (requests.Session(), thread, *arguments)  # made here, so that the threads only send
+        """Start a thread. If the system allows no more threads, count the request as not sent and return False."""
+        arguments = (requests.Session(), thread, *arguments)  # created here, so that the threads only send
         try:
             threading.Thread(target=send, args=arguments, daemon=True).start()
         except RuntimeError:
@@ -355,7 +347,7 @@ class StressTest:
                 thread = rest.get_nowait()
 
     def take(self, wait_s: float) -> bool:
-        """Report the next result; return False if none came in time."""
+        """Wait for the next result and report it; return False if none came in time."""
         try:
             result = self.inbox.get(timeout=wait_s)
         except Empty:
@@ -366,24 +358,20 @@ class StressTest:
         return True
 
     def gather(self) -> None:
-        """Report results until all have come, or none came for too long; the missing ones stay unfinished."""
-        silence_limit = 2 * self.target.timeout + GRACE  # requests applies it to connecting and to silence
-        last_result = time.perf_counter()
-        while not self.finished() and time.perf_counter() - last_result < silence_limit:
+        """Report results until all have come or none came for too long. Missing requests count as unfinished."""
+        silence_limit = 2 * self.target.timeout + GRACE  # requests applies its timeout to connecting and to reading
+        deadline = time.perf_counter() + silence_limit
+        while not self.stopped and len(self.results) < self.total and time.perf_counter() < deadline:
             if self.take(TICK):
-                last_result = time.perf_counter()
+                deadline = time.perf_counter() + silence_limit
         while self.take(0):
             pass  # results that came just before Ctrl-C
 
-    def finished(self) -> bool:
-        """Return whether there is nothing left to wait for."""
-        return self.stopped or len(self.results) >= self.total
-
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files (256 on some systems) as far as the system allows."""
+    """Raise this process's limit of open files (256 on some systems) to `count`, or as far as the system allows."""
     with suppress(ImportError, ValueError, OSError):
-        import resource  # noqa: PLC0415 - Windows has neither the module nor the limit
+        import resource  # noqa: PLC0415 - Windows has neither this module nor the limit
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft not in (-1, resource.RLIM_INFINITY) and soft < count:
@@ -391,7 +379,7 @@ def allow_open_files(count: int) -> None:
 
 
 class Output(io.FileIO):
-    """Standard output or error that ignores a closed pipe, such as one to `head -1`."""
+    """Standard output or error that ignores a closed pipe, as after `| head -1`."""
 
     def write(self, data: Any) -> int:
         """Write `data`, or drop it if the pipe is closed."""
@@ -445,12 +433,12 @@ def time_limit(text: str) -> float:
 
 
 def address(text: str) -> str:
-    """Return the address; if it has no path, with /predict."""
+    """Return the URL, with the path /predict if it has none."""
     try:
         parts = urlsplit(text)
         full = text if parts.path.strip("/") else parts._replace(path="/predict").geturl()
         requests.Session().get_adapter(requests.Request("POST", full).prepare().url or "")
-    except ValueError as error:  # every error of requests about an address is one of these
+    except ValueError as error:  # every exception of requests about an invalid URL is a ValueError
         raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://host:port") from error
     return full
 
@@ -464,7 +452,7 @@ def api_key(text: str) -> str:
 
 
 def image_files(text: str) -> list[bytes]:
-    """Return the contents of the image, or of those in a folder, read once for all threads."""
+    """Return the content of the image, or of each image in a folder."""
     path = Path(text)
     try:
         if not path.is_dir():
@@ -478,7 +466,7 @@ def image_files(text: str) -> list[bytes]:
 
 
 def chart(text: str) -> Path:
-    """Return the path of a chart. Checks before the test, not after it, that it can be drawn."""
+    """Return the path of a chart. Checks that it can be drawn before the test runs."""
     if not importlib.util.find_spec("matplotlib"):
         raise argparse.ArgumentTypeError("needs matplotlib: .venv/bin/pip install matplotlib")
     if Path(text).suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -487,7 +475,7 @@ def chart(text: str) -> Path:
 
 
 def writable(text: str) -> Path:
-    """Return the path of a file. Checks before the test, not after it, that it can be written."""
+    """Return the path of a file. Checks that it can be written before the test runs."""
     try:
         Path(text).open("a").close()
     except OSError as error:
@@ -503,7 +491,7 @@ def command_line() -> argparse.Namespace:
     add("--image", type=image_files, default=str(IMAGE_PATH), help="a file or folder; default: %(default)s")
     add("--requests", type=count, default=NUM_REQUESTS, help="total number of requests (%(default)s)")
     add("--interval", type=interval, default=SLEEP_COUNT, help="seconds between starts (%(default)s)")
-    add("--concurrency", type=count, metavar="N", help="share the requests among N clients; --interval is then ignored")
+    add("--concurrency", type=count, metavar="N", help="share the requests among N clients; ignores --interval")
     add("--timeout", type=time_limit, default=TIMEOUT, metavar="SECONDS", help="limit for each request (%(default)s)")
     key = os.environ.get("API_KEY", "")
     add("--api-key", type=api_key, default=key, metavar="KEY", help="default: the environment variable API_KEY")
@@ -513,7 +501,7 @@ def command_line() -> argparse.Namespace:
 
 
 def exit_code(figures: Figures, stopped: bool) -> int:
-    """Return 130 after Ctrl-C, as shells do; otherwise 0 if every request was answered, 1 if not."""
+    """Return 130 after Ctrl-C, as shells do, 0 if every request was answered, otherwise 1."""
     if stopped:
         return 130
     return 0 if figures.answered == figures.requests else 1
@@ -523,7 +511,7 @@ def main() -> int:
     """Run the test and return the exit code."""
     options = command_line()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have characters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an answer
     threading.stack_size(STACK_BYTES)
     allow_open_files(min(options.requests, options.concurrency or options.requests) + SPARE_FILES)
     target = Target.prepare(options.url, options.image, options.timeout, options.api_key)

@@ -1,11 +1,9 @@
 """Take the screenshots of the page: light, dark, and on a phone.
 
-Use a running service:
-
     .venv/bin/python docs/screenshots.py http://localhost:8080
 
-It needs Chromium and its driver. The service should have a model with ImageNet's classes, as bin/serve starts it. While
-the live figures are open, clients keep the service busy, so that the figures show something.
+This needs Chromium and its driver, and a running service whose model has ImageNet's classes, such as that of bin/serve.
+For the screenshot with the live figures, clients keep the service busy, so that there is something to show.
 """
 
 import argparse
@@ -34,7 +32,7 @@ CLIENTS = 8
 class Picture(NamedTuple):
     """A screenshot `width` pixels wide, with the predictions for the first `images` of IMAGES.
 
-    If `busy` is not 0, it is taken that many seconds after the live figures were opened.
+    If `busy` is not 0, the live figures are open, for that many seconds before the images are added.
     """
 
     name: str
@@ -99,7 +97,7 @@ def take(url: str, picture: Picture) -> None:
         browser.find_element(By.ID, "files").send_keys("\n".join(map(str, IMAGES[:images])))
         best = (By.CSS_SELECTOR, ".bars li:first-child")
         WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(*best)) == images)
-        time.sleep(1)  # the bars grow for a moment
+        time.sleep(1)  # until the animation of the bars has ended
         save(browser, HERE / name, size)
     finally:
         browser.quit()

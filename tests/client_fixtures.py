@@ -1,4 +1,4 @@
-"""Fixtures of the clients' tests, which name this module in pytest_plugins."""
+"""Fixtures of the clients' tests, which load this module through pytest_plugins."""
 
 import socket
 import threading
@@ -11,6 +11,7 @@ from fake_service import IMAGE, Behavior, FakeService, Serve
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
+    """A function that starts a fake service with a behavior; all are stopped afterwards."""
     services: list[FakeService] = []
 
     def start(behavior: Behavior) -> FakeService:
@@ -27,10 +28,10 @@ def serve() -> Iterator[Serve]:
 
 @pytest.fixture
 def unused_url() -> Iterator[str]:
-    """An address where nothing listens; the port stays bound, so that nothing else can."""
-    with socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{unheard.getsockname()[1]}"
+    """A URL that refuses connections; the port stays bound, so that no other program can listen there."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A fake service for the clients' tests, and functions that run the clients as a user does.
 
-The fake service is only for faults that the real one can't be made to show on demand.
+The fake service gives answers and faults that the real service can't be made to give on demand.
 """
 
 import json
@@ -33,7 +33,7 @@ BAD_ADDRESSES = [
 class Reply(NamedTuple):
     """An answer of the fake service.
 
-    `missing` bytes are announced but never sent; if `silent`, the connection then stays open.
+    Content-Length counts `missing` bytes that are never sent; if `silent`, the connection then stays open.
     `retry_after` is the value of that header.
     """
 
@@ -69,7 +69,7 @@ def first_then_hang(answered: int) -> Behavior:
 
 
 class FakeService(ThreadingHTTPServer):
-    """Calls its behavior with itself and the number of the request, from 1, and sends the returned answer."""
+    """Calls its behavior with itself and the number of the request, from 1, and sends the answer that it returns."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -111,7 +111,7 @@ class FakeService(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print nothing about clients that disconnect, since some tests make them do so."""
+        """Print nothing, since some tests make clients disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         key = self.headers["Authorization"]
         reply = self.server.behavior(self.server, self.server.arrive(self.path, body, key))
-        self.server.leave()  # before the client can send its next one
+        self.server.leave()  # before the client can send its next request
         if reply is None:
             self.close_connection = True
         else:
@@ -145,25 +145,20 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def environment() -> dict[str, str]:
-    bare = {name: value for name, value in os.environ.items() if name != "API_KEY"}
-    return bare | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    without_key = {name: value for name, value in os.environ.items() if name != "API_KEY"}
+    return without_key | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 def run(script: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment() | variables,
-        timeout=LIMIT,
-        check=False,
+        command, capture_output=True, text=True, env=environment() | variables, timeout=LIMIT, check=False,
         cwd=script.anchor,
-    )
+    )  # fmt: skip
 
 
 def run_with_closed_output(*command: object, errors_too: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a client whose standard output is a closed pipe, as after `head -1`; if `errors_too`, its stderr too."""
+    """Run a client whose standard output is a closed pipe, as after `| head -1`; with `errors_too`, its stderr too."""
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -7,26 +7,25 @@ from pathlib import Path
 
 import pytest
 from fake_service import IMAGE, OK, Handler, Reply, Serve, always, assert_one_line, run, run_with_closed_output
-from harness import (
-    ROOT,
-)
+from harness import ROOT
 
 pytest_plugins = ["client_fixtures"]
+for_both = pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
 
 
-@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+@for_both
 def test_help_is_quiet_when_its_output_is_closed(script: str) -> None:
     done = run_with_closed_output(ROOT / script, "--help")
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+@for_both
 @pytest.mark.parametrize(
     ("given", "posted"),
     [("", "/predict"), ("/", "/predict"), ("/predict", "/predict"), ("/v2/ask", "/v2/ask")],
 )
-def test_the_path_is_added_only_if_none_is_given(
+def test_the_path_predict_is_added_only_to_a_url_without_a_path(
     serve: Serve, image: Path, script: str, given: str, posted: str
 ) -> None:
     # given
@@ -41,7 +40,7 @@ def test_the_path_is_added_only_if_none_is_given(
     assert service.paths == [posted]
 
 
-@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+@for_both
 @pytest.mark.parametrize(
     ("arguments", "variable", "sent"),
     [
@@ -57,18 +56,18 @@ def test_the_given_key_is_sent(
 ) -> None:
     # given
     service = serve(always(OK))
-    once = [] if script == "simple_request.py" else ["--requests", 1]
+    options = [] if script == "simple_request.py" else ["--requests", 1]
 
     # when
-    done = run(ROOT / script, *once, "--url", service.url, *arguments, API_KEY=variable)
+    done = run(ROOT / script, *options, "--url", service.url, *arguments, API_KEY=variable)
 
     # then
     assert done.returncode == 0
     assert service.keys == [sent]
 
 
-@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
-def test_a_key_invalid_in_a_header_is_rejected_and_not_shown(script: str) -> None:
+@for_both
+def test_a_key_that_no_header_can_hold_is_rejected_and_not_shown(script: str) -> None:
     # when
     done = run(ROOT / script, "--api-key", "schl\u00fcssel")
 
@@ -78,7 +77,7 @@ def test_a_key_invalid_in_a_header_is_rejected_and_not_shown(script: str) -> Non
     assert "schl" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+@for_both
 def test_a_client_works_without_the_project_beside_it(serve: Serve, tmp_path: Path, script: str) -> None:
     # given
     service = serve(always(OK))
@@ -94,9 +93,9 @@ def test_a_client_works_without_the_project_beside_it(serve: Serve, tmp_path: Pa
     assert IMAGE in service.bodies[0]
 
 
-@pytest.mark.parametrize("script", ["simple_request.py", "stress_test.py"])
+@for_both
 def test_a_client_imports_only_requests_tqdm_and_the_standard_library(script: str) -> None:
-    """And urllib3, which comes with requests, and matplotlib for --plot."""
+    """And urllib3, which comes with requests, and matplotlib, which --plot needs."""
     # given
     nodes = list(ast.walk(ast.parse((ROOT / script).read_text())))
 
@@ -105,12 +104,8 @@ def test_a_client_imports_only_requests_tqdm_and_the_standard_library(script: st
     modules |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
 
     # then
-    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names | {
-        "requests",
-        "tqdm",
-        "urllib3",
-        "matplotlib",
-    }
+    packages = {"requests", "tqdm", "urllib3", "matplotlib"}
+    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names | packages
 
 
 def test_redirects_are_not_followed(serve: Serve, image: Path) -> None:

@@ -9,15 +9,7 @@ from pathlib import Path
 
 import make_samples
 import pytest
-from harness import (
-    AS_INSTALLED,
-    ROOT,
-    Process,
-    Service,
-    free_port,
-    running,
-    wait_until,
-)
+from harness import AS_INSTALLED, ROOT, Process, Service, free_port, running, wait_until
 
 from model_server import metrics as server_metrics
 from web import metrics as web_metrics
@@ -26,7 +18,7 @@ DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
 INSTALL = "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian"
-# Commands that other tests run, by their beginning, with one such test each.
+# Commands that another test runs: the beginning of the command, and that test.
 ELSEWHERE = {
     "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
@@ -45,7 +37,7 @@ ELSEWHERE = {
     "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")
-NOT_RUN = ("bin/bench", "systemctl ")  # takes minutes, and its parts have tests; no test machine runs systemd
+NOT_RUN = ("bin/bench", "systemctl ")  # bin/bench takes minutes, and its parts have tests; test machines lack systemd
 # Files that the commands create in the project's folder.
 LEFT = ["train_shapes.py", *(f"{shape}.png" for shape in ("circle", "square", "triangle")),
         "models/shapes.keras", "models/shapes.json"]  # fmt: skip
@@ -92,14 +84,14 @@ def test_every_metric_is_listed_in_operations() -> None:
                server_metrics.JOBS, server_metrics.ABOUT]  # fmt: skip
     gauges = ["redis_up", "queue_length", "model_servers"]
     endings = {"counter": "_total", "info": "_info"}
-    there = {family.name + endings.get(family.type, "") for metric in metrics for family in metric.describe()}
+    defined = {family.name + endings.get(family.type, "") for metric in metrics for family in metric.describe()}
 
     listed = set(re.findall(r"^\| `(keras_\w+)` \|", text_of("docs/operations.md"), re.MULTILINE))
 
-    assert listed == there | {f"keras_rest_api_{name}" for name in gauges}
+    assert listed == defined | {f"keras_rest_api_{name}" for name in gauges}
 
 
-def test_every_alert_says_what_to_do() -> None:
+def test_every_alert_is_in_the_troubleshooting_table() -> None:
     alerts = re.findall(r"alert: (\w+)", text_of("deploy/monitoring/alerts.yml"))
 
     assert len(alerts) >= 7
@@ -111,7 +103,7 @@ def test_every_alert_says_what_to_do() -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """The project's folder; files that the commands create are removed afterwards."""
+    """The project's folder; the files that the commands create are removed afterwards."""
     assert [name for name in LEFT if (ROOT / name).exists()] == []
     yield ROOT
     for name in LEFT:
@@ -119,11 +111,11 @@ def folder() -> Iterator[Path]:
 
 
 def run(command: str, url: str) -> str:
-    """Return what `command` prints, run against the service at `url` instead of the one it names."""
+    """Return what `command` prints when it uses the service at `url` instead of the one that it names."""
     command = command.replace("http://localhost:8080", url)
     command = re.sub(r"(simple_request|stress_test)\.py", rf"\1.py --url {url}/predict", command)
     command = command.replace("stress_test.py", "stress_test.py --requests 100")  # unless the document says how many
-    # --plot needs matplotlib, which is not among the service's packages (README.md says so).
+    # Other commands must work with only the service's packages. --plot needs matplotlib, as README.md says.
     environment = os.environ if "--plot" in command else os.environ | AS_INSTALLED
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -160,7 +152,7 @@ def bin_serve(command: str, port: int, log: Path) -> Iterator[Process]:
 @pytest.mark.alone("trains a model and writes into the project's folder")
 @pytest.mark.timeout(600)
 def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Path) -> None:
-    """Runs every command except the first and those of production, which tests/test_install.py runs."""
+    """Runs every command except the first, and except those in PRODUCTION, which need another machine."""
     listed = commands(TUTORIAL.split(DIGITS)[0])
     [program] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
     (folder / "train_shapes.py").write_text(program, encoding="utf-8")
@@ -188,8 +180,8 @@ DIGITS = "\n## 8. Another example: handwritten digits\n"
 TRAINING = (".venv/bin/pip install", ".venv/bin/python models/train_digits.py")
 
 
-def test_the_digits_of_the_tutorial_are_read(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Draws the pictures again, into another folder. The tests' service has the same model as the MODEL= command."""
+def test_the_model_reads_the_tutorial_digits(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The pictures are drawn again, into another folder. The tests' service has the model of the MODEL= command."""
     serve, curl, ask, *training, draw = commands(TUTORIAL.split(DIGITS)[1])
     monkeypatch.setattr(make_samples, "IMAGES", tmp_path)
     assert Path(os.environ["MODEL"]) == ROOT / re.findall("MODEL=(.*) bin/serve", serve)[0]

@@ -1,13 +1,11 @@
-"""README.md is short, and the tables of the documents list exactly what exists."""
+"""README.md is short, and the tables of the documents match the code."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
-from harness import (
-    ROOT,
-)
+from harness import ROOT
 
 import run_web_server  # noqa: F401 - loads every error class
 from helpers import ServiceError
@@ -18,7 +16,7 @@ PACKAGES = ("image_queue", "web", "model_server")
 
 
 def section(document: str, heading: str) -> str:
-    """The text below a heading of the second level."""
+    """The text below a second-level heading."""
     text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
@@ -36,10 +34,10 @@ def test_the_errors_table_has_every_error() -> None:
 
     kinds = subclasses(ServiceError)
     site = (ROOT / "deploy/apache/service.conf").read_text(encoding="utf-8")
-    apaches = set(re.findall(r'ErrorDocument (\d+) .*?\\"code\\": \\"(\w+)\\"', site))
+    of_apache = set(re.findall(r'ErrorDocument (\d+) .*?\\"code\\": \\"(\w+)\\"', site))
     assert len(kinds) >= 8
-    assert len(apaches) >= 12
-    assert documented == {(str(status_of(kind)), kind.code) for kind in kinds} | apaches
+    assert len(of_apache) >= 12
+    assert documented == {(str(status_of(kind)), kind.code) for kind in kinds} | of_apache
 
 
 def test_the_faults_table_has_every_fault_with_its_test() -> None:
@@ -73,11 +71,11 @@ def test_the_table_has_every_module_of_the_product() -> None:
 
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
-def test_every_program_named_in_a_document_exists(document: Path) -> None:
+def test_every_path_named_in_a_document_exists(document: Path) -> None:
     named = set(re.findall(r"(?<![\w/.-])(?:bin|deploy|benchmarks|tests|models)/[\w./-]*\w", document.read_text()))
-    by_the_tutorial = {"models/shapes", "models/shapes.keras", "models/shapes.json"}
+    written_by_the_tutorial = {"models/shapes", "models/shapes.keras", "models/shapes.json"}
 
-    assert [name for name in sorted(named - by_the_tutorial) if not (ROOT / name).exists()] == []
+    assert [name for name in sorted(named - written_by_the_tutorial) if not (ROOT / name).exists()] == []
 
 
 def test_the_names_of_the_tutorial_are_kept() -> None:

@@ -25,9 +25,7 @@ from fake_service import (
     run,
     run_with_closed_output,
 )  # fmt: skip
-from harness import (
-    ROOT,
-)
+from harness import ROOT
 
 pytest_plugins = ["client_fixtures"]
 
@@ -102,7 +100,7 @@ def test_several_images_and_folders_are_all_classified(serve: Serve, tmp_path: P
         assert content in body
 
 
-def test_a_dash_reads_standard_input(serve: Serve) -> None:
+def test_the_file_name_dash_means_standard_input(serve: Serve) -> None:
     service = serve(always(OK))
     command = [sys.executable, str(ROOT / "simple_request.py"), "-", "--url", service.url]
 
@@ -112,7 +110,7 @@ def test_a_dash_reads_standard_input(serve: Serve) -> None:
     assert IMAGE in service.bodies[0]
 
 
-def test_json_is_printed_for_programs(serve: Serve, image: Path) -> None:
+def test_option_json_prints_one_line_of_json_per_image(serve: Serve, image: Path) -> None:
     done = ask(image, image, "--json", "--url", serve(always(OK)).url)
 
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -144,14 +142,14 @@ def test_it_stops_quietly_when_its_output_is_closed(serve: Serve, image: Path, o
     assert len(service.bodies) == 1
 
 
-def test_closed_standard_error_keeps_the_exit_code(unused_url: str, image: Path) -> None:
+def test_closed_standard_error_does_not_change_the_exit_code(unused_url: str, image: Path) -> None:
     done = run_with_closed_output(ROOT / "simple_request.py", image, "--url", unused_url, errors_too=True)
 
     assert done.returncode == 1
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_it_retries_when_the_service_says_when_to(serve: Serve, image: Path, status: int) -> None:
+def test_it_retries_as_retry_after_says(serve: Serve, image: Path, status: int) -> None:
     # given
     busy = error_reply(status, "queue_full")._replace(retry_after="1")
     service = serve(lambda _service, number: busy if number <= 2 else OK)
@@ -175,7 +173,7 @@ def test_it_retries_when_the_service_says_when_to(serve: Serve, image: Path, sta
         (error_reply(503, "queue_full")._replace(retry_after="0"), ["--retries", "2"], 3),
     ],
 )
-def test_it_retries_no_more_often_than_allowed(
+def test_it_retries_only_with_retry_after_and_within_option_retries(
     serve: Serve, image: Path, reply: Reply, options: list[str], tries: int
 ) -> None:
     service = serve(always(reply))
@@ -222,7 +220,7 @@ def test_the_message_of_the_service_is_printed(serve: Serve, image: Path, reply:
         as_reply(201, {"success": True, "predictions": PREDICTIONS}),
     ],
 )
-def test_an_answer_of_another_service_is_an_error(serve: Serve, image: Path, reply: Reply) -> None:
+def test_an_answer_in_another_format_is_an_error(serve: Serve, image: Path, reply: Reply) -> None:
     # given
     service = serve(always(reply))
 
@@ -234,7 +232,7 @@ def test_an_answer_of_another_service_is_an_error(serve: Serve, image: Path, rep
     assert_one_line(done.stderr, service.url, f"status {reply.status}", "--url")
 
 
-def test_a_refused_connection_says_what_to_do(unused_url: str, image: Path) -> None:
+def test_a_refused_connection_is_reported_with_what_to_do(unused_url: str, image: Path) -> None:
     # when
     done = ask(image, "--url", unused_url)
 
@@ -244,7 +242,7 @@ def test_a_refused_connection_says_what_to_do(unused_url: str, image: Path) -> N
 
 
 @pytest.mark.parametrize("reply", [HANG_UP, OK._replace(missing=100)])
-def test_a_closed_connection_says_what_to_do(serve: Serve, image: Path, reply: Reply | None) -> None:
+def test_a_closed_connection_is_reported_with_what_to_do(serve: Serve, image: Path, reply: Reply | None) -> None:
     # given
     service = serve(always(reply))
 
@@ -269,7 +267,7 @@ def test_it_gives_up_after_its_time_limit(serve: Serve, image: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "missing.png"])
-def test_a_missing_file_or_empty_folder_says_what_to_do(unused_url: str, tmp_path: Path, name: str) -> None:
+def test_a_missing_file_or_empty_folder_is_reported_with_what_to_do(unused_url: str, tmp_path: Path, name: str) -> None:
     # when
     done = ask(tmp_path / name, "--url", unused_url)
 
@@ -279,7 +277,7 @@ def test_a_missing_file_or_empty_folder_says_what_to_do(unused_url: str, tmp_pat
 
 
 @pytest.mark.parametrize("address", BAD_ADDRESSES)
-def test_a_bad_address_says_what_one_looks_like(image: Path, address: str) -> None:
+def test_an_invalid_url_is_reported_with_a_valid_example(image: Path, address: str) -> None:
     # when
     done = ask(image, "--url", address)
 

@@ -16,6 +16,7 @@ from fake_service import (
     IMAGE,
     LIMIT,
     OK,
+    Behavior,
     FakeService,
     Reply,
     Serve,
@@ -28,17 +29,13 @@ from fake_service import (
     run,
     run_with_closed_output,
 )  # fmt: skip
-from harness import (
-    ROOT,
-)
+from harness import ROOT
 from PIL import Image
 
 import stress_test
 from stress_test import Figures, Result, summarize
 
 pytest_plugins = ["client_fixtures"]
-
-
 MODES = (("--interval", "0.01"), ("--interval", "0"), ("--concurrency", "3"))
 
 
@@ -61,6 +58,17 @@ def stress(url: str, image: Path, *arguments: object) -> Outcome:
     report = image.with_name("figures.json")
     done = run(ROOT / "stress_test.py", "--url", url, "--image", image, "--json", report, *arguments)
     return outcome(done, report)
+
+
+def in_groups_of(count: int) -> Behavior:
+    """Answer requests only when `count` of them are waiting."""
+    barrier = threading.Barrier(count)
+
+    def answer(_service: FakeService, _number: int) -> Reply:
+        barrier.wait(LIMIT / 2)
+        return OK
+
+    return answer
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(serve: Serve, image: Path) -> None:
@@ -139,8 +147,8 @@ def test_rejected_requests_are_counted_and_make_the_exit_code_1(serve: Serve, im
 
     # then
     assert done.code == 1
-    said = ["OK", "OK", "FAILED (503 queue_full)"] * 3
-    assert done.lines == [f"[INFO] thread {number} {outcome}" for number, outcome in enumerate(said)]
+    outcomes = ["OK", "OK", "FAILED (503 queue_full)"] * 3
+    assert done.lines == [f"[INFO] thread {number} {outcome}" for number, outcome in enumerate(outcomes)]
     assert done.summary[:2] == [
         "[INFO] 9 requests: 6 answered, 3 failed",
         "[INFO] failed: 3 x 503 queue_full",
@@ -217,13 +225,7 @@ def test_silence_in_the_middle_of_an_answer_is_a_timeout(serve: Serve, image: Pa
 @pytest.mark.parametrize("threads", [30, 500])
 def test_interval_0_sends_all_requests_at_once(serve: Serve, image: Path, threads: int) -> None:
     # given a service that answers only when all requests have arrived
-    everybody = threading.Barrier(threads)
-
-    def answer_together(_service: FakeService, _number: int) -> Reply:
-        everybody.wait(LIMIT / 2)
-        return OK
-
-    service = serve(answer_together)
+    service = serve(in_groups_of(threads))
 
     # when
     done = stress(service.url, image, "--requests", threads, "--interval", 0)
@@ -242,7 +244,7 @@ def test_the_interval_separates_the_starts(serve: Serve, image: Path) -> None:
     # when
     done = stress(service.url, image, "--requests", 6, "--interval", 0.1)
 
-    # then the last starts five intervals after the first, less the startup time of the first
+    # then the last one starts about five intervals after the first, which may itself start late
     starts = [entry["started_s"] for entry in done.figures["results"]]
     assert starts == sorted(starts)
     assert starts[-1] > 0.25
@@ -250,14 +252,10 @@ def test_the_interval_separates_the_starts(serve: Serve, image: Path) -> None:
 
 def test_starts_do_not_wait_for_answers(serve: Serve, image: Path) -> None:
     # given a service that answers only when all requests have arrived
-    everybody = threading.Barrier(5)
-
-    def answer_together(_service: FakeService, _number: int) -> Reply:
-        everybody.wait(LIMIT / 2)
-        return OK
+    service = serve(in_groups_of(5))
 
     # when
-    done = stress(serve(answer_together).url, image, "--requests", 5, "--interval", 0.01)
+    done = stress(service.url, image, "--requests", 5, "--interval", 0.01)
 
     # then
     assert done.figures["answered"] == 5
@@ -265,13 +263,7 @@ def test_starts_do_not_wait_for_answers(serve: Serve, image: Path) -> None:
 
 def test_a_closed_loop_has_one_request_in_flight_per_client(serve: Serve, image: Path) -> None:
     # given a service that answers four at a time
-    four = threading.Barrier(4)
-
-    def answer_four(_service: FakeService, _number: int) -> Reply:
-        four.wait(LIMIT / 2)
-        return OK
-
-    service = serve(answer_four)
+    service = serve(in_groups_of(4))
 
     # when
     done = stress(service.url, image, "--requests", 40, "--concurrency", 4)
@@ -283,14 +275,8 @@ def test_a_closed_loop_has_one_request_in_flight_per_client(serve: Serve, image:
 
 def test_each_client_of_a_closed_loop_keeps_its_connection(serve: Serve, image: Path) -> None:
     # given a service that answers the first four together, so that all clients take part
-    four = threading.Barrier(4)
-
-    def answer(_service: FakeService, number: int) -> Reply:
-        if number <= 4:
-            four.wait(LIMIT / 2)
-        return OK
-
-    service = serve(answer)
+    together = in_groups_of(4)
+    service = serve(lambda service, number: together(service, number) if number <= 4 else OK)
 
     # when
     stress(service.url, image, "--requests", 40, "--concurrency", 4)
@@ -312,18 +298,18 @@ def test_a_closed_loop_never_sends_more_than_requested(serve: Serve, image: Path
 
 
 @pytest.mark.parametrize(
-    ("mode", "came_back"),
+    ("mode", "answered"),
     [
-        (("--concurrency", "1"), 3),  # the fourth is sent only after the third answer
+        (("--concurrency", "1"), 3),  # the fourth request is sent only after the third answer
         (("--interval", "0"), 0),
         (("--interval", "30"), 0),
     ],
 )
 def test_ctrl_c_prints_the_results_so_far_and_exits(
-    serve: Serve, image: Path, mode: tuple[str, str], came_back: int
+    serve: Serve, image: Path, mode: tuple[str, str], answered: int
 ) -> None:
     # given
-    service = serve(first_then_hang(came_back))
+    service = serve(first_then_hang(answered))
     report = image.with_name("figures.json")
     arguments = ["--url", service.url, "--image", str(image), "--json", str(report), "--requests", "8", *mode]
     running = subprocess.Popen(
@@ -337,7 +323,7 @@ def test_ctrl_c_prints_the_results_so_far_and_exits(
     # when
     with running:
         try:
-            service.wait_for(came_back + 1)
+            service.wait_for(answered + 1)
             running.send_signal(signal.SIGINT)
             stdout, stderr = running.communicate(timeout=10)
         finally:
@@ -346,8 +332,8 @@ def test_ctrl_c_prints_the_results_so_far_and_exits(
     # then
     done = outcome(subprocess.CompletedProcess([], running.returncode, stdout, stderr), report)
     assert done.code == 130
-    assert done.summary[0] == f"[INFO] 8 requests: {came_back} answered, 0 failed, {8 - came_back} unfinished"
-    assert done.lines == [f"[INFO] thread {number} OK" for number in range(came_back)]
+    assert done.summary[0] == f"[INFO] 8 requests: {answered} answered, 0 failed, {8 - answered} unfinished"
+    assert done.lines == [f"[INFO] thread {number} OK" for number in range(answered)]
     assert "Traceback" not in stderr
 
 

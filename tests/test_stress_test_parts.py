@@ -1,4 +1,4 @@
-"""Parts of stress_test.py: its figures, and faults of its own machine."""
+"""Functions of stress_test.py: its figures, and how it counts faults of the client's machine."""
 
 import errno
 import io
@@ -164,13 +164,13 @@ def test_running_out_of_open_files_is_counted_as_such() -> None:
 
 
 def test_threads_that_never_report_count_as_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
-    # given one thread that hangs beyond every limit, as with an answer that arrives byte by byte
-    for_ever = threading.Event()
+    # given one thread that exceeds every time limit, as when an answer arrives byte by byte
+    released = threading.Event()
 
     class Stuck(Instant):
         def post(self, session: requests.Session, thread: int) -> Result:
             if thread == 1:
-                for_ever.wait(LIMIT)
+                released.wait(LIMIT)
             return super().post(session, thread)
 
     monkeypatch.setattr(stress_test, "GRACE", 0.2)
@@ -178,7 +178,7 @@ def test_threads_that_never_report_count_as_unfinished(monkeypatch: pytest.Monke
 
     # when
     test.run(0.001, None)
-    for_ever.set()
+    released.set()
 
     # then
     figures = summarize(test.results, asked=3)

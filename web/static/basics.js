@@ -1,4 +1,4 @@
-// What all modules of the page share: finding and making elements, announcing to screen readers, formatting numbers.
+// Shared by all modules of the page: find and make elements, announce texts to screen readers, format numbers.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -8,7 +8,7 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// Announces a text. Screen readers ignore one that does not change, so a space is added to a repeated one.
+// Announces a text to screen readers. They ignore a text that does not change, so a repeated text gets a space at its end.
 export function say(where, text) {
   $(where).textContent = $(where).textContent === text ? `${text}\u00a0` : text;
 }
@@ -24,7 +24,7 @@ export const number = (value, digits = 0) =>
 
 export const plural = (count, what) => `${number(count)} ${what}${count === 1 ? "" : "s"}`;
 
-export const labelText = ({ label }) => label.replaceAll("_", " "); // as in golden_retriever
+export const labelText = ({ label }) => label.replaceAll("_", " "); // for labels such as golden_retriever
 
 export function percent(share) {
   return share > 0 && share < 0.001 ? "< 0.1%" : `${number(Math.min(1, share) * 100, 1)}%`;

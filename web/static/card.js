@@ -4,9 +4,10 @@ import { $, bytes, labelText, make, number, percent, pixels, plural } from "./ba
 import { keyWanted } from "./key.js";
 
 const LONG = 8; // seconds after which the page explains the wait
-const PREVIEW = 304; // pixels of the longer side: full photos of 12 megapixels would fill a phone's memory
+const PREVIEW = 304; // pixels of the longer side; previews of the full 12 megapixels would fill a phone's memory
 
-// Returns the state of an image. `state` is waiting, sent, answered or failed; `signal` cancels its preview and request.
+// Returns the card of an image; the caller adds its element to the page. `state` is waiting, sent, answered or failed.
+// `signal` cancels the preview and the request.
 export function makeCard(file, signal) {
   const element = $("result").content.firstElementChild.cloneNode(true);
   const name = file.name || "image";
@@ -81,7 +82,7 @@ export function showWaiting(card) {
 
 const heldText = () => (keyWanted() ? "Not sent yet: a key is needed." : "Not sent yet: your other images go first.");
 
-// The page can't know how far the upload is, or where in the queue the image is.
+// The page can't know how much has been uploaded, or how many images are ahead in the queue.
 function sentText(seconds) {
   if (seconds < LONG) return `Waiting for the answer, ${seconds} s`;
   return `Still waiting, ${seconds} s: the upload is slow, or other images are ahead in the queue.`;
@@ -124,7 +125,7 @@ export function showError(card) {
   card.element.classList.add("failed");
 }
 
-// Counts down the seconds until the button that calls `go` is enabled.
+// Shows the button that calls `go`, and enables it after a countdown of `seconds`.
 export function offerAgain(card, seconds, go) {
   const button = part(card.element, ".again");
   button.hidden = false;

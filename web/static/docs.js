@@ -1,5 +1,5 @@
-// Starts Swagger UI with this service's own openapi.json; no other host is contacted. Addresses are relative, here and in
-// the pages, so that they work under any prefix that a proxy adds.
+// Starts Swagger UI with this service's openapi.json; it contacts no other host. All URLs are relative, here and in the
+// pages, so that they work under any prefix that a proxy adds.
 
 document.documentElement.classList.toggle("dark-mode", matchMedia("(prefers-color-scheme: dark)").matches);
 

@@ -1,10 +1,10 @@
-// Copies the results to the clipboard as JSON or CSV. If the browser refuses that, shows them as text to copy or save.
+// Copies the results to the clipboard as JSON or CSV. If the browser refuses, shows them as text to copy or save.
 
 import { $, plural, say } from "./basics.js";
 
 const FORMULA = /^(\s*[=+\-@＝＋－＠]|[\t\r\n])/; // the start of a cell that a spreadsheet may run as a formula
 
-// Returns the same JSON as the service answers to several images, with the name of each file.
+// Returns the JSON that the service answers to several images, plus the name of each file.
 function asJson(cards) {
   const results = cards.map(({ name, answer: { predictions, error } }) =>
     predictions ? { file: name, success: true, predictions } : { file: name, success: false, error }
@@ -12,7 +12,7 @@ function asJson(cards) {
   return `${JSON.stringify({ success: results.every((each) => each.success), results }, null, 2)}\n`;
 }
 
-// Returns a line for each image, with its best label first and the others at the end, in the format of RFC 4180.
+// Returns a line for each image in the format of RFC 4180: the best label comes before the error, the other labels after it.
 function asCsv(cards) {
   const most = Math.max(1, ...cards.map(({ answer }) => answer.predictions?.length ?? 0));
   const others = Array.from({ length: most - 1 }, (_, i) => [`label_${i + 2}`, `probability_${i + 2}`]);
@@ -31,7 +31,7 @@ function cell(value) {
   return /[",\r\n]|^\s|\s$/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
-// Copies the results of `cards`, all of which have an answer, as `form` (JSON or CSV); `total` is how many images there are.
+// Copies the results of `cards`, which must have an answer, as `form` (JSON or CSV). `total` is the number of images on the page.
 export async function copy(form, cards, total) {
   const text = form === "JSON" ? asJson(cards) : asCsv(cards);
   closeExport();

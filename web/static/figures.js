@@ -4,19 +4,19 @@ import { $, make, number, plural } from "./basics.js";
 
 export const POLL = 2_000; // milliseconds
 const RECENTLY = 60_000; // milliseconds in "the last minute"
-const AT_ONCE = 10_000; // milliseconds over which images per second are counted
+const RATE_SPAN = 10_000; // milliseconds that "images per second" is averaged over
 const USUAL_BATCH = 32; // images: BATCH_SIZE, unless set
 
 let samples = []; // {at, stats} of the last minute, oldest first
 let rates = []; // images per second between two samples, for the line
 
-// Called when the figures are closed: counting across the gap would give a wrong rate.
+// Called when the figures are closed: a rate across the gap would be wrong.
 export function forgetFigures() {
   samples = rates = [];
   $("live-state").hidden = true;
 }
 
-export function note(stats) {
+export function addSample(stats) {
   const at = performance.now();
   const last = samples.at(-1);
   if (last && restarted(last.stats, stats)) samples = rates = [];
@@ -44,7 +44,7 @@ export function showState(stats) {
 
 function showFigures(stats) {
   const servers = Object.values(stats.model_servers);
-  $("rate").textContent = number(rateSince(1 + AT_ONCE / POLL), 1);
+  $("rate").textContent = number(rateSince(1 + RATE_SPAN / POLL), 1);
   $("queue").textContent = stats.queue_length === null ? "no Redis" : number(stats.queue_length);
   $("servers").textContent = number(servers.length);
   $("models").textContent = [...new Set(servers.map((server) => server.model).filter(Boolean))].join(", ");
@@ -59,7 +59,7 @@ function drawSpark() {
   $("spark").firstElementChild.setAttribute("points", points.join(" "));
 }
 
-// Shows the last minute, or if that had no image, everything since the start.
+// Shows the last minute, or if it had no image, everything since the start.
 function showDistributions(stats) {
   const first = samples[0].stats;
   const recent = stats.latency.count > first.latency.count && stats.batch_size.count > first.batch_size.count;
@@ -89,7 +89,7 @@ function showLatency(latency) {
   $("percentiles").textContent = latency.count ? `on average; half within ${half}, 95% within ${most}` : "";
 }
 
-// Returns as text what a share of all stays below, as Prometheus reckons it: evenly spread within a bucket.
+// Returns a quantile as text. Like Prometheus, it assumes that the values in a bucket are evenly spread.
 function quantile(counted, share) {
   const wanted = share * counted.reduce((sum, [, count]) => sum + count, 0);
   let [below, low] = [0, 0];

@@ -1,12 +1,12 @@
-// Finds the dropped files, including those in folders.
+// Finds the files of a drop, including those in folders.
 
 const DEEPEST = 8; // levels of folders
 const MOST_LOOKED_AT = 5_000; // entries of dropped folders
-const IMAGE = /\.(jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif)$/i; // by name, since operating systems do not know all types
+const IMAGE = /\.(jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif)$/i; // names, since browsers do not know every image type
 
-// Returns {files, folders, others}: the dropped files and the images in dropped folders, in order, how many folders were
-// dropped, and how many files in them are not images. All entries must be read before the first await, since the browser
-// clears them when the event ends.
+// Returns {files, folders, others}. `files` are the dropped files and the images in dropped folders, in order; `folders` is
+// the number of dropped folders, `others` the number of files in them that are not images. All entries must be read before
+// the first await, since the browser clears them when the event ends.
 export async function filesOf(transfer) {
   const items = [...transfer.items].filter((item) => item.kind === "file");
   const dropped = items.map((item) => ({ file: item.getAsFile(), entry: item.webkitGetAsEntry?.() }));
@@ -37,7 +37,7 @@ async function take(entry, found) {
   else found.others++;
 }
 
-// A folder returns at most a hundred entries at a time.
+// The browser returns at most a hundred entries at a time.
 async function entriesOf(folder) {
   const reader = folder.createReader();
   const all = [];

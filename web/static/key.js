@@ -11,7 +11,7 @@ export const keyWanted = () => wanted;
 
 let wanted = false; // nothing is sent until a key is given
 
-// Asks for a key after a request with the key `refused`, or with none, was refused.
+// Asks for a key after the service refused a request that had the key `refused` (an empty string if it had none).
 export function askForKey(refused) {
   if (refused && refused === currentKey()) sessionStorage.removeItem("key");
   if (wanted) return; // do not disturb someone who is typing

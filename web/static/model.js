@@ -1,4 +1,4 @@
-// What the model recognizes, and the sample photos if it knows them.
+// Shows what the model recognizes, and the sample photos if the model knows them.
 
 import { $, number } from "./basics.js";
 
@@ -20,7 +20,7 @@ function fault(stats) {
   return stats.queue_length === null ? NO_REDIS : NO_SERVER;
 }
 
-// Model servers state these values, so any of them may be missing or of another type.
+// These values come from model servers, so any of them may be missing or have another type.
 function sentence({ model, classes, description }) {
   const name = typeof model === "string" && model ? `Model: ${model}.` : "";
   const count = Number.isInteger(classes) && classes > 0 ? `${number(classes)} classes` : "what its model was trained for";

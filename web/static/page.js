@@ -1,9 +1,9 @@
-// The page at /: photos are chosen, taken, dropped, pasted, or picked from the samples.
+// The page at /: takes photos that are chosen, taken with a camera, dropped, pasted, or picked from the samples.
 
 import { $, notice, plural } from "./basics.js";
 import { filesOf } from "./folders.js";
 import { classifyAll } from "./results.js";
-import { startLooking } from "./service.js";
+import { startPolling } from "./service.js";
 
 for (const input of [$("files"), $("photo")]) {
   input.onchange = () => {
@@ -44,7 +44,7 @@ for (const event of ["dragenter", "dragover"]) {
     dropping(true);
   });
 }
-document.addEventListener("dragleave", (event) => event.relatedTarget || dropping(false)); // it left the window
+document.addEventListener("dragleave", (event) => event.relatedTarget || dropping(false)); // no target: the drag left the window
 document.addEventListener("drop", async (event) => {
   dropping(false);
   if (!hasFiles(event)) return;
@@ -66,4 +66,4 @@ document.addEventListener("paste", (event) => {
   classifyAll(files);
 });
 
-startLooking();
+startPolling();

@@ -4,8 +4,8 @@ import { currentKey } from "./key.js";
 
 const ANSWER_LIMIT = 300_000; // milliseconds, above the longest REQUEST_TIMEOUT
 
-// Returns {key, predictions, timing}, or {key, status, error: {code, message}, retry, wait}: whether to offer another try,
-// and after how many seconds. `key` is the API key that was sent.
+// Returns {key, predictions, timing} or {key, status, error: {code, message}, retry, wait}. `key` is the API key that was
+// sent; `retry` says whether to offer another try, `wait` after how many seconds.
 export async function ask(file, name, signal) {
   const key = currentKey();
   const answer = (await unreadable(file)) ?? (await post(file, name, key, signal));
@@ -52,18 +52,18 @@ async function understand(response, key) {
   };
 }
 
-// Replaces the service's own sentence, which names a header and is meant for programs.
+// Replaces the message of the service, which is meant for programs, since it names a header.
 const unauthorized = (key) =>
   key ? "The key is not accepted: enter another above." : "A key is needed: enter it above.";
 
-// Returns seconds; the header holds seconds or a date.
+// Returns seconds. The header is a number of seconds or a date.
 function retryAfter(header) {
   if (!header) return 0;
   const seconds = /^\d+$/.test(header) ? Number(header) : (Date.parse(header) - Date.now()) / 1000;
   return Math.max(0, Math.ceil(seconds || 0));
 }
 
-// Returns {stage: {ms, note}} of `prepare;dur=1.2, compute;dur=3.4;desc="batch of 2"`.
+// Parses `prepare;dur=1.2, compute;dur=3.4;desc="batch of 2"` to {stage: {ms, note}}.
 function timings(header) {
   const found = (header ?? "").matchAll(/(\w+);dur=([\d.]+)(?:;desc="([^"]*)")?/g);
   return Object.fromEntries([...found].map(([, stage, ms, note]) => [stage, { ms: Number(ms), note }]));

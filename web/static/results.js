@@ -5,16 +5,16 @@ import { makeCard, offerAgain, showAgain, showError, showPredictions, showWaitin
 import { closeExport, copy } from "./export.js";
 import { askForKey, currentKey, keyWanted, onKey } from "./key.js";
 import { ask } from "./request.js";
-import { look } from "./service.js";
+import { poll } from "./service.js";
 
-const LANES = 4; // images sent at once: a browser opens 6 connections, and the figures need one
+const AT_ONCE = 4; // images sent at once: a browser opens 6 connections to a host, and the figures need one
 const MOST = 200; // images on the page
 const MANY = 6; // more images than this are shown as rows
 const COMMON = 3; // labels in the summary
 
 let cards = []; // in the order on the page: the newest drop first, the images of one drop in their own order
 let waiting = []; // cards that are not sent yet, oldest first
-let lanes = 0;
+let senders = 0; // running calls of sendImages
 let clock = 0;
 let stop = new AbortController(); // cancels the requests of all cards
 
@@ -39,17 +39,17 @@ const fullText = (left) =>
 // Sending
 
 function sendWaiting() {
-  while (lanes < LANES && waiting.length && !keyWanted()) drive();
+  while (senders < AT_ONCE && waiting.length && !keyWanted()) sendImages();
   waiting.forEach(showWaiting);
   tick();
 }
 
-async function drive() {
-  lanes++;
+async function sendImages() {
+  senders++;
   try {
     while (waiting.length && !keyWanted()) await classify(waiting.shift());
   } finally {
-    lanes--;
+    senders--;
   }
 }
 
@@ -77,7 +77,7 @@ function fail(card) {
     askForKey(key);
     waiting.forEach(showWaiting); // they now wait for the key
   } else if (retry) offerAgain(card, wait, () => again([card]));
-  if (status >= 500) look(); // the line about the model may have changed
+  if (status >= 500) poll(); // the line about the model may have changed
 }
 
 function sendAgain(card) {
@@ -96,7 +96,7 @@ function again(chosen) {
 
 onKey(() => again(cards.filter((card) => card.answer?.status === 401)));
 
-// Updates the waiting times every second while an image waits.
+// Updates the waiting times every second while an image waits for its answer.
 function tick() {
   clearTimeout(clock);
   const sent = cards.filter((card) => card.state === "sent");
@@ -141,7 +141,7 @@ function commonLabels(answered) {
   return [...counts].sort((a, b) => b[1] - a[1]).slice(0, COMMON);
 }
 
-// Announces each of a few images; of many, only the summary once all are done.
+// Announces the result of each image; if there are many images, only the summary once all are done.
 function announce(card) {
   if (many()) {
     if (cards.every((each) => each.answer)) say("status", $("summary").textContent);
@@ -152,7 +152,7 @@ function announce(card) {
   }
 }
 
-// On a phone the results begin below the fold, and many results should be seen from the first.
+// On a phone the results begin below the visible part of the page; a list of many should begin at its first result.
 function bringIntoView(element) {
   const atTop = many() || matchMedia("(max-width: 40rem)").matches;
   if (atTop) $("results-section").scrollIntoView({ block: "start" });

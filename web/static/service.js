@@ -1,16 +1,16 @@
-// Polls /stats for the line about the model and for the figures, as long as one of them needs it.
+// Polls /stats until the model is known, and while the figures are open.
 
 import { $ } from "./basics.js";
-import { POLL, forgetFigures, note, showState } from "./figures.js";
+import { POLL, addSample, forgetFigures, showState } from "./figures.js";
 import { showModel } from "./model.js";
 
-const LOOK_AGAIN = 3_000; // milliseconds between polls until the model is known
-const LIMIT = 5_000; // milliseconds
+const MODEL_POLL = 3_000; // milliseconds between polls until the model is known
+const LIMIT = 5_000; // milliseconds that a poll may take
 
 let timer = 0;
 let known = false; // whether the model is known
 
-export async function look() {
+export async function poll() {
   clearTimeout(timer);
   const stats = await fetchStats();
   known = showModel(stats);
@@ -18,15 +18,15 @@ export async function look() {
   planNext();
 }
 
-// Plans one poll, however often look() was called meanwhile.
+// Plans the next poll, and only one even if poll() was called several times.
 function planNext() {
   clearTimeout(timer);
   const { open } = $("live");
-  if (!document.hidden && (open || !known)) timer = setTimeout(look, open ? POLL : LOOK_AGAIN);
+  if (!document.hidden && (open || !known)) timer = setTimeout(poll, open ? POLL : MODEL_POLL);
 }
 
 function showFigures(stats) {
-  if (stats) note(stats);
+  if (stats) addSample(stats);
   showState(stats);
 }
 
@@ -41,17 +41,17 @@ async function fetchStats() {
 }
 
 $("live").ontoggle = () => {
-  if ($("live").open) return look();
+  if ($("live").open) return poll();
   forgetFigures();
   planNext();
 };
 
 document.addEventListener("visibilitychange", () => {
   clearTimeout(timer);
-  if (!document.hidden) look();
+  if (!document.hidden) poll();
 });
 
-export function startLooking() {
+export function startPolling() {
   $("live").hidden = false;
-  if (!document.hidden) look();
+  if (!document.hidden) poll();
 }
