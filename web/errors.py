@@ -50,3 +50,8 @@ def status_of(kind: type[ServiceError]) -> int:
 def error_body(code: str, message: str) -> dict[str, Any]:
     """Return the JSON of an error; the routes below /v2 have their own form."""
     return {"success": False, "error": {"code": code, "message": message}}
+
+
+def printable(text: str, most: int = 40) -> str:
+    """Return the first `most` characters of a client's text, made safe for a message or a log."""
+    return "".join(each if each.isprintable() else "?" for each in text[:most])

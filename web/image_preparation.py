@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 import settings
 from helpers import Pixels, ServiceError, megapixels
-from web.errors import WebError
+from web.errors import WebError, printable
 from web.image_checks import MAX_EXIF_BYTES, TooManyPixels
 from web.image_colors import rendering_of, resize
 from web.image_formats import BYTES_AT_ANY_SCALE, LACKS_END, UnsupportedFormat, open_safely
@@ -180,5 +180,4 @@ def reason(error: ServiceError) -> str:
     """Return why a file is refused, as the library that failed says it, in one printable line for the log."""
     cause = error.__cause__
     text = re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", str(cause)) if cause else str(error)
-    text = "".join(sign if sign.isprintable() else "?" for sign in text[:200])
-    return text or type(cause).__name__
+    return printable(text, 200) or type(cause).__name__
