@@ -149,7 +149,7 @@ def strip_tiff(data: bytes) -> bytes:
         elif count > MAX_TAG_VALUES and (kind not in TIFF_BYTES or tag in TIFF_OFFSETS):
             raise Bomb(f"{count} values in TIFF tag {tag}")
         if tag in sizes:
-            # If there are two of such a tag, this module and libtiff might not read the same one.
+            # If there are two of such a tag, this module and the decoder might not read the same one.
             if count != 1 or kind not in TIFF_INTEGERS or sizes[tag]:
                 raise Bomb(f"invalid TIFF tag {tag}")
             [sizes[tag]] = struct.unpack_from(order + TIFF_INTEGERS[kind], value)

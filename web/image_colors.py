@@ -65,7 +65,7 @@ def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def rendering_of(image: Image.Image) -> Rendering:
     """Return how to render `image`.
 
-    16 bits are scaled by their full range. Floats, 32 bits and maps are scaled from their lowest to their highest value.
+    16 bits are scaled by their full range; floats, 32 bits and maps from their lowest to their highest value.
     """
     if image.format == "BMP" and image.mode == "RGBA":  # clipboards write a meaningless alpha of zeros
         return Rendering(opaque=image.getchannel("A").getextrema() == (0, 0))
@@ -101,7 +101,7 @@ def data_mask(values: Pixels, nodata: tuple[float, ...]) -> npt.NDArray[np.bool]
 
 
 def convert(image: Image.Image, mode: str, rendering: Rendering) -> Image.Image:
-    """Return `image` in `mode` (RGB or L), with transparent parts on white. Gray stays L, which is a third of the work."""
+    """Return `image` in `mode` (RGB or L), with transparent parts on white. Gray stays L, for a third of the work."""
     if image.mode == "P" and image.palette is None:
         image = image.copy()  # the copy gets a palette of grays
     if image.mode.startswith(("I", "F")):

@@ -156,7 +156,7 @@ class FirstFrame(WebPImageFile):
 
 def open_heic(data: bytes) -> Image.Image:
     """Return the HEIC in `data`."""
-    from pillow_heif import HeifImageFile, options  # noqa: PLC0415 - 4 MB, which many services never need
+    from pillow_heif import HeifImageFile, options  # noqa: PLC0415 - takes 4 MB, which many services never need
 
     options.DECODE_THREADS = 1
     options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
