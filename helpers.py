@@ -128,8 +128,7 @@ class StartupError(Exception):
 class ServiceError(Exception):
     """A request failed.
 
-    The message goes to the client: one plain sentence that says what to do. The text of a library's error stays in the
-    log.
+    The message goes to the client: one plain sentence that says what to do. The texts of libraries stay in the log.
     """
 
     code = "internal_error"

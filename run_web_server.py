@@ -59,8 +59,7 @@ def create_app() -> flask.Flask:
 
 def homepage() -> flask.Response:
     """Welcome the client: a browser gets a page, any other client a line of text."""
-    line = "Welcome to the PyImageSearch Keras REST API!"
-    response = send(WELCOME) if wants_page() else flask.make_response(line)
+    response = send(WELCOME) if wants_page() else flask.make_response("Welcome to the PyImageSearch Keras REST API!")
     response.vary.add("Accept")
     return response
 

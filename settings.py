@@ -144,7 +144,7 @@ REDIS_DB = _integer("REDIS_DB", 0, (0, 1_000_000), "", "The number of the Redis 
 REDIS_URL = _text("REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://",
     "Replaces the three above: `redis://user:password@host:port/db`, `rediss://` for TLS, or `unix:///path?db=0`.")
 IMAGE_QUEUE = _text("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "a name of letters, digits, '_', '.' and '-'",
-    "The Redis list of waiting jobs, and the prefix of every other key.")
+    "The Redis list of waiting jobs, and the prefix of other keys.")
 
 sections["The model"] = []
 MODEL = _text("MODEL", "ResNet50", r"|[\w-]+|.*[./].*",
@@ -170,8 +170,7 @@ XLA = _read(env.bool, False, lambda value: True, Setting("XLA", "false", "",
 sections["Time limits and the queue"] = []
 # Apache gives up after 300 seconds. The service must give up first, because its error says why.
 REQUEST_TIMEOUT = _seconds("REQUEST_TIMEOUT", 60, (0.5, 240),
-    "The longest time from the end of the upload to the answer. After that the client gets 504, and the model server "
-    "drops the image.")
+    "From the end of the upload to the answer. After that the client gets 504, and the image is dropped.")
 REDIS_TIMEOUT = _seconds("REDIS_TIMEOUT", 30, (0.1, 240),
     "How long the web tries to queue an image while Redis does not answer. After that, 503. If it is not set, at most "
     "half of REQUEST_TIMEOUT.", REQUEST_TIMEOUT)

@@ -13,7 +13,7 @@ from helpers import megabytes
 from web.errors import BadRequest, WebError, printable
 from web.image_preparation import TooLarge
 
-CHUNK = 2**16  # bytes
+CHUNK = 2**16  # bytes to read at once
 # zlib's `wbits` for each encoding. "deflate" means zlib's format, but some clients send raw deflate.
 ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 RAW_DEFLATE = -15

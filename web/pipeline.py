@@ -36,8 +36,7 @@ class Pipeline:
     def __init__(self, queue: WebQueue, metrics: Metrics) -> None:
         self.queue = queue
         self.metrics = metrics
-        # Decoding a photo takes a core and up to a few hundred megabytes. So images are decoded in order of arrival, only
-        # as many at once as the machine has cores and memory for.
+        # Decoding a photo takes a core and up to a few hundred megabytes, so images take turns in order of arrival.
         self.turns = Turns(shared_folder)
         # For requests with several images: one thread per image, which waits for its answer.
         self.threads = ThreadPoolExecutor(128, thread_name_prefix="ask")

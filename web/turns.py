@@ -60,10 +60,9 @@ class Turns:
     def start_threads(self) -> None:
         """Start one thread per turn."""
         for turn in range(self.cores):
-            self.threads.append(
-                threading.Thread(target=self.take_turns, args=[turn], name=f"prepare-{turn}", daemon=True)
-            )
-            self.threads[-1].start()
+            thread = threading.Thread(target=self.take_turns, args=[turn], name=f"prepare-{turn}", daemon=True)
+            self.threads.append(thread)
+            thread.start()
 
     def take_turns(self, turn: int) -> None:
         """Run jobs one after another, holding the lock of `turn` during each."""

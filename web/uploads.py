@@ -20,17 +20,15 @@ from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, Multip
 
 import settings
 from helpers import megabytes
-from web.compression import decompressed_body, encodings
+from web.compression import CHUNK, decompressed_body, encodings
 from web.errors import BadRequest, WebError, printable
 from web.image_preparation import MissingImage, TooLarge
 from web.storage import new_file, storage_errors
 
 NewStream = Callable[[], IO[bytes]]  # returns an empty stream to store an image in
-
 FORM = "multipart/form-data"
 # Sent by programs that do not know the file's type; Amazon S3 sends the last one.
 UNKNOWN_TYPES = ("", "application/octet-stream", "binary/octet-stream")
-CHUNK = 2**16  # bytes
 SMALL_UPLOAD = 2**16  # bytes; these stay in memory
 MAX_FORM_HEADERS = 4 * CHUNK  # bytes before the first part of a form, and in the headers of each part
 MAX_TEXT_FIELDS = 1000
