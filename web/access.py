@@ -32,7 +32,7 @@ class RateLimited(WebError):
     status, code = 429, "rate_limited"
 
     def __init__(self, wait: int) -> None:
-        super().__init__(f"You have sent more than {settings.RATE_LIMIT}, so try again in {wait} seconds.")
+        super().__init__(f"You have exceeded the limit of {settings.RATE_LIMIT}, so try again in {wait} seconds.")
         self.headers = {"Retry-After": str(wait)}
 
 

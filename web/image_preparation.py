@@ -173,7 +173,7 @@ def too_many_pixels(form: str) -> TooLarge:
 
 def damaged() -> BadImage:
     """Return the error for an image whose header can be read, but not its pixels."""
-    return BadImage("The image is damaged or cut off and can't be decoded, so send it again whole.")
+    return BadImage("The image is damaged or cut off and can't be decoded, so send the whole file again.")
 
 
 def reason(error: ServiceError) -> str:

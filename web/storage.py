@@ -77,7 +77,7 @@ def check_free_space() -> None:
             folder = os.fstatvfs(file.fileno())
         free = folder.f_bavail * folder.f_frsize
         if free < settings.MAX_UPLOAD_BYTES:
-            raise OSError(f"{megabytes(free)} are free, and an upload may have {megabytes(settings.MAX_UPLOAD_BYTES)}")
+            raise OSError(f"{megabytes(free)} are free, but an upload may take {megabytes(settings.MAX_UPLOAD_BYTES)}")
 
 
 def log_storage_error(error: OSError) -> None:

@@ -106,7 +106,7 @@ class Turns:
             yield
 
     def lock_shares(self, shares: set[str], wanted: int, held: ExitStack) -> bool:
-        """Lock free `shares` and remove them from the set; return whether `wanted` of them are locked by now."""
+        """Lock those of `shares` that are free and remove them from the set; return whether `wanted` are locked."""
         for share in list(shares):
             if SHARES - len(shares) == wanted:
                 break
