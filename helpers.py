@@ -1,4 +1,4 @@
-"""What both programs share: images as text and back, log format, pauses between attempts, available cores, errors."""
+"""Shared by both programs: images as base64, log format, pauses between attempts, available cores, errors."""
 
 import binascii
 import logging
@@ -16,12 +16,12 @@ import pybase64
 Pixels = npt.NDArray[np.generic]
 Shape = tuple[int, int, int]  # height, width, channels
 
-USUAL_SHAPE: Shape = (224, 224, 3)  # unless a setting or the model says otherwise
-MOST_SIDE = 4096  # pixels
+USUAL_SHAPE: Shape = (224, 224, 3)  # used until a setting or the model gives another one
+MOST_SIDE = 4096  # pixels: the largest height or width of an image on the queue
 
 
 def as_shape(value: object) -> Shape | None:
-    """Return `value`, parsed from JSON, as the shape of an image; None unless the service takes such images."""
+    """Return `value`, parsed from JSON, as an image shape; None if it is not one that the service takes."""
     if not (isinstance(value, list | tuple) and len(value) == 3 and all(type(each) is int for each in value)):
         return None
     height, width, channels = value
@@ -29,14 +29,14 @@ def as_shape(value: object) -> Shape | None:
 
 
 def base64_encode_image(a: Pixels) -> str:
-    """Return the bytes of array `a`, in C order, as base64 text, which JSON can carry."""
+    """Return the bytes of array `a`, in C order, as base64 text for JSON."""
     return pybase64.b64encode_as_string(np.ascontiguousarray(a).data)
 
 
 def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
-    """Return the array of `dtype` and `shape` that base64 text `a` holds (read-only, no copy).
+    """Return the array of `dtype` and `shape` in the base64 text `a`. It is read-only, since nothing is copied.
 
-    Raises ValueError when `a` is not base64, or has the wrong number of bytes for the shape.
+    Raises ValueError if `a` is not base64 or has the wrong number of bytes for the shape.
     """
     try:
         data = pybase64.b64decode(a, validate=True)
@@ -61,8 +61,8 @@ def megapixels(count: int) -> str:
 def log_to_stderr(form: str) -> None:
     """Log each event as one line with its time on standard error.
 
-    `form` is "text" or "json"; the latter adds the event's own fields. Lines go to file descriptor 2, since mod_wsgi's
-    sys.stderr would prefix each with a second time and brackets, which are not JSON.
+    `form` is "text" or "json"; "json" adds the event's fields. Lines go to file descriptor 2, because mod_wsgi's
+    sys.stderr would add a second time and brackets to each, which are not JSON.
     """
     handler = logging.StreamHandler(open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
     handler.setFormatter(json_lines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -70,7 +70,7 @@ def log_to_stderr(form: str) -> None:
 
 
 def json_lines() -> logging.Formatter:
-    """Return a formatter for JSON objects: time (ISO 8601, UTC), level, message, and the event's own fields."""
+    """Return a formatter that writes JSON objects: time (ISO 8601, UTC), level, message, and the event's fields."""
     from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415 - only LOG_FORMAT=json needs it
 
     names = {"levelname": "level", "exc_info": "traceback"}
@@ -80,7 +80,7 @@ def json_lines() -> logging.Formatter:
 def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
     """Yield the seconds to wait between attempts, doubling up to `longest`.
 
-    Each is shortened at random by up to a fifth, so that processes that lost the same Redis do not all return at once.
+    Each is shortened at random by up to a fifth, so that processes that lost the same Redis do not all retry at once.
     """
     pause = first
     while True:
@@ -89,7 +89,7 @@ def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use, by its affinity and by the quota of its cgroups, rounded up."""
+    """Return how many cores this process may use, limited by its affinity and its cgroups' quota, rounded up."""
     quota = cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota)))
 
@@ -97,7 +97,7 @@ def available_cores() -> int:
 def cgroup_quota(own: Path, root: Path) -> float:
     """Return the lowest quota, in cores, of the cgroups in the file `own` and their parents; infinite if there is none.
 
-    They are mounted at `root`. A container sees its own cgroup there, whatever its path on the host.
+    Cgroups are mounted at `root`. A container finds its own cgroup directly there, whatever its path on the host.
     """
     quotas = [math.inf]
     with suppress(OSError):
@@ -122,18 +122,18 @@ def quota_of(folder: Path) -> float:
 
 
 class StartupError(Exception):
-    """The program can't run with these settings; the message is one line that says what to change."""
+    """The program can't start; the message is one line that says what to change."""
 
 
 class ServiceError(Exception):
-    """A request that can't be answered as asked.
+    """A request failed.
 
-    The message goes to the client: one plain sentence that says what to do. What a library said stays in the log.
+    The message goes to the client: one plain sentence that says what to do. The texts of libraries stay in the log.
     """
 
     code = "internal_error"
 
     def __init__(self, message: str, **more: object) -> None:
-        """Keep `message` and, for programs, `more` fields that stand beside the error in the response."""
+        """Keep `message`, and `more` fields for the JSON of the response, beside the error."""
         super().__init__(message)
         self.more = more

@@ -1,4 +1,4 @@
-"""Loaded by Apache: mod_wsgi looks for `application`."""
+"""The web program for Apache: mod_wsgi loads this file and calls `application`."""
 
 import sys
 from pathlib import Path

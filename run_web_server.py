@@ -1,6 +1,6 @@
 """The web program: takes a client's image, prepares it, queues it for a model server and returns the answer as JSON.
 
-Apache loads it through keras_rest_api_app.wsgi. For debugging, run it on Flask's own server:
+Apache loads it through keras_rest_api_app.wsgi. For debugging, run it on Flask's development server:
 
     python run_web_server.py [--port 5000]
 """
@@ -21,7 +21,7 @@ from web import errors
 from web.access import add_rate_limit, check_key, check_rate
 from web.cors import add_cors
 from web.health import add_health_routes
-from web.image_preparation import prepare_image  # noqa: F401 - the tutorial has it here
+from web.image_preparation import prepare_image  # noqa: F401 - the tutorial defines it in this file
 from web.inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from web.metrics import PREDICT, Metrics, add_metrics_routes
 from web.pages import WELCOME, add_pages, send, wants_page
@@ -36,7 +36,7 @@ MOST_TOP = 1000
 
 
 def create_app() -> flask.Flask:
-    """Return the app with its queue, its threads and its routes. No thread starts before the first image."""
+    """Return the app with its queue, threads and routes. No thread starts before the first image."""
     app = flask.Flask(__name__, static_folder=None)
     metrics = Metrics()
     queue = app.extensions["queue"] = WebQueue(metrics.count_jobs)
@@ -58,21 +58,20 @@ def create_app() -> flask.Flask:
 
 
 def homepage() -> flask.Response:
-    """Welcome the client: browsers get a page, others a line of text."""
-    line = "Welcome to the PyImageSearch Keras REST API!"
-    response = send(WELCOME) if wants_page() else flask.make_response(line)
+    """Welcome the client: a browser gets a page, any other client a line of text."""
+    response = send(WELCOME) if wants_page() else flask.make_response("Welcome to the PyImageSearch Keras REST API!")
     response.vary.add("Accept")
     return response
 
 
 def predict() -> flask.Response:
-    """Classify the image in the multipart field `image`, or each of several, or the body itself."""
-    # Check before reading the body: uploads of strangers are not even received.
+    """Classify each image in the multipart field `image`, or the image that is the body."""
+    # Check before reading the body, so that nothing is received from clients without a key.
     check_key()
     check_rate()
     top = requested_top()
     images = uploads(flask.request)
-    deadline = time.time() + settings.REQUEST_TIMEOUT  # starts here, since a slow network is not the service's time
+    deadline = time.time() + settings.REQUEST_TIMEOUT  # excludes the upload: a slow network is not our fault
     pipeline: Pipeline = flask.current_app.extensions["pipeline"]
     if len(images) == 1:
         result = pipeline.classify(images[0], deadline, flask.g.request_id, top)
@@ -84,7 +83,7 @@ def predict() -> flask.Response:
 
 
 def requested_top() -> int:
-    """Return how many predictions the client wants (?top=N), 0 if it does not say. Raises BadRequest."""
+    """Return how many predictions the client wants (?top=N); 0 if it does not say. Raises BadRequest."""
     given = flask.request.args.get("top")
     if given is None:
         return 0
@@ -101,7 +100,7 @@ def result_body(result: Classified | ServiceError) -> dict[str, Any]:
 
 
 def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
-    """Return the response with a Server-Timing header: milliseconds for each stage, the maximum over all images."""
+    """Return the response with a Server-Timing header: milliseconds for each stage, the longest of all images."""
     ms = {stage: 1000 * max((each.seconds[stage] for each in classified), default=0) for stage in STAGES}
     batch = max((each.batch for each in classified), default=0)
     total = 1000 * (time.monotonic() - flask.g.begun)
@@ -116,19 +115,19 @@ def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
 
 
 def service_error(error: ServiceError) -> flask.Response:
-    """Answer an error of the service, such as a full queue."""
+    """Respond to an error of the service, such as a full queue."""
     return error_response(errors.status_of(type(error)), error.code, str(error), **error.more)
 
 
 def web_error(error: errors.WebError) -> flask.Response:
-    """Answer an error of the web program, with its headers."""
+    """Respond to an error of the web program, with the headers of the error."""
     response = service_error(error)
     response.headers.update(error.headers)
     return response
 
 
 def http_error(error: HTTPException) -> flask.Response:
-    """Answer an error of Flask's own, such as an unknown path."""
+    """Respond to an error that Flask raised, such as an unknown path."""
     status = error.code or 500
     message = errors.HTTP_MESSAGES.get(status, f"{error.name}: check how the request is made.")
     if isinstance(error, ClientDisconnected):
@@ -139,13 +138,13 @@ def http_error(error: HTTPException) -> flask.Response:
 
 
 def unexpected_error(error: Exception) -> flask.Response:
-    """Answer a fault of ours: the traceback goes to the log, not to the client."""
+    """Respond to a bug: the traceback goes to the log, not to the client."""
     log.error("%s %s, request %s", flask.request.method, flask.request.path, flask.g.request_id, exc_info=error)
     return service_error(ServiceError(errors.OUR_FAULT))
 
 
 def error_response(status: int, code: str, message: str, **more: Any) -> flask.Response:
-    """Return an error as JSON, with `more` fields beside it; below /v2 in the form of the Open Inference Protocol."""
+    """Return an error as JSON with `more` fields beside it; under /v2 in the Open Inference Protocol's form."""
     flask.g.log_fields = {"code": code}
     ours = not is_protocol_path(flask.request.path)
     response = flask.jsonify(errors.error_body(code, message) | more if ours else protocol_error(message))
@@ -156,8 +155,8 @@ def error_response(status: int, code: str, message: str, **more: Any) -> flask.R
 
 
 def main() -> None:
-    """Run Flask's own server, for debugging."""
-    parser = argparse.ArgumentParser(description="Run the web on Flask's own server, for debugging.")
+    """Run Flask's development server, for debugging."""
+    parser = argparse.ArgumentParser(description="Run the web program on Flask's development server, for debugging.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
     arguments = parser.parse_args()

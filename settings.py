@@ -2,9 +2,9 @@
 
 A variable in the environment wins over a line NAME=value in the file `.env` beside this module, which wins over the
 default. An invalid value stops the program with exit code 2 and one line that names the setting, the value and what is
-allowed. `warnings` reports names that look like misspelled settings.
+allowed. `warnings()` reports names that look like misspelled settings.
 
-docs/generate_settings.py makes docs/settings.md and .env.example from the declarations below.
+docs/generate_settings.py writes docs/settings.md and .env.example from the declarations below.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from environs import Env, EnvError
 
-EXIT_BAD_SETTING = 2  # supervisors do not restart a program that ends with it: the same settings would fail again
+EXIT_BAD_SETTING = 2  # supervisors do not restart a program that exits with it: it would only fail again
 
 
 class Setting(NamedTuple):
@@ -31,10 +31,10 @@ class Setting(NamedTuple):
     allowed: str
 
 
-sections: dict[str, list[Setting]] = {}  # the settings below each heading of docs/settings.md
+sections: dict[str, list[Setting]] = {}  # the settings under each heading of docs/settings.md
 
 _Value = TypeVar("_Value")
-_secrets = {"REDIS_URL": r"(?<=//).*(?=@)|(?<=\?).*", "API_KEYS": r"(?s).+"}  # what must not reach the log
+_secrets = {"REDIS_URL": r"(?<=//).*(?=@)|(?<=\?).*", "API_KEYS": r"(?s).+"}  # the parts that must not reach the log
 _file = Path(__file__).with_name(".env")
 _line = re.compile(r"\s*(#.*|(export\s+)?(?P<name>\w+)\s*=.*)?")
 _lines_of: dict[str, list[int]] = {}  # the numbers of the lines in `.env` that set each name
@@ -47,14 +47,14 @@ def _stop(line: str) -> NoReturn:
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
-    """Stop the program with one line that names the setting and what it may be."""
+    """Stop the program with one line that names the setting, its value and what is allowed."""
     shown = re.sub(_secrets[name], "***", str(value)) if name in _secrets else str(value)
     shown = "".join(char if char.isprintable() else "?" for char in shown[:200])
     _stop(f"{name}={shown} is invalid: it must be {allowed}.")
 
 
 def _read_file() -> None:
-    """Load `.env` into the environment. Stop at an invalid line, which the library would skip without a word."""
+    """Load `.env` into the environment. Stop at an invalid line, which environs would skip silently."""
     try:
         lines = _file.read_text(encoding="utf-8").splitlines() if _file.exists() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -76,7 +76,7 @@ def _read(parse: Callable[..., Any], default: _Value, valid: Callable[[_Value], 
     return value if valid(value) else refuse(setting.name, env.str(setting.name), setting.allowed)
 
 
-def _whole(name: str, default: int, limits: tuple[int, int], unit: str, meaning: str) -> int:
+def _integer(name: str, default: int, limits: tuple[int, int], unit: str, meaning: str) -> int:
     low, high = limits
     setting = Setting(name, default, unit, meaning, f"a whole number from {low} to {high}")
     return _read(env.int, default, lambda value: low <= value <= high, setting)
@@ -90,7 +90,7 @@ def _optional(name: str, choices: Sequence[int], allowed: str, unit: str, meanin
 
 
 def _seconds(name: str, default: float, limits: tuple[float, float], meaning: str, below: float = inf) -> float:
-    """Return a number of seconds less than `below`, which is REQUEST_TIMEOUT where it is given."""
+    """Return a number of seconds. If `below` is given, it is REQUEST_TIMEOUT, and the number must be less."""
     low, high = limits
     setting = Setting(name, default, "seconds", meaning, f"a number of seconds from {low:g} to {high:g}")
     value = _read(env.float, min(float(default), below / 2), lambda value: low <= value <= high, setting)
@@ -102,8 +102,8 @@ def _one_of(name: str, default: str, choices: list[str], meaning: str) -> str:
     return _read(env.str, default, lambda value: value in choices, setting)
 
 
-def _listed(name: str, choices: str, meaning: str) -> str:
-    """Return those of the choices that the variable lists, in the order of the choices. The default is all of them."""
+def _subset(name: str, choices: str, meaning: str) -> str:
+    """Return the choices that the variable lists, in the order of `choices`, which is also the default."""
     setting = Setting(name, choices, "", meaning, f"one or more of {choices}, separated by commas")
     listed = _read(env.str, choices, lambda value: _words(value) <= _words(choices), setting)
     return ",".join(choice for choice in choices.split(",") if choice in _words(listed))
@@ -119,7 +119,7 @@ def _text(name: str, default: str, pattern: str, allowed: str, meaning: str) -> 
 
 
 def _is_rate_limit(text: str) -> bool:
-    import limits  # noqa: PLC0415 - costs a megabyte of memory, which only a rate limit is worth
+    import limits  # noqa: PLC0415 - takes a megabyte of memory, and only RATE_LIMIT needs it
 
     try:
         parsed = limits.parse_many(text)
@@ -129,22 +129,22 @@ def _is_rate_limit(text: str) -> bool:
 
 
 _host = r"([a-z0-9._-]+|\[[0-9a-f:.]+\])"
-# Browsers leave out the default port of http and https, so an origin with that port would never match.
+# Browsers omit the default port of http and https, so an origin with that port would never match.
 _web_origin = rf"http://{_host}(:(?!80\b)\d+)?|https://{_host}(:(?!443\b)\d+)?"
 _origin = rf"({_web_origin}|(?!https?:)[a-z][a-z0-9+.-]*://{_host}(:\d+)?)"
-_key = r"[A-Za-z0-9._~+/=-]{16,}"  # the characters that RFC 6750 allows in a bearer token; too long to be guessed
+_key = r"[A-Za-z0-9._~+/=-]{16,}"  # the characters that RFC 6750 allows in a bearer token, and too many to guess
 
 _read_file()
 
 # fmt: off
 sections["Redis"] = []
 REDIS_HOST = _text("REDIS_HOST", "localhost", r"[^\s/@]+", "a host name or an address", "The host that Redis runs on.")
-REDIS_PORT = _whole("REDIS_PORT", 6379, (1, 65535), "", "The port of Redis.")
-REDIS_DB = _whole("REDIS_DB", 0, (0, 1_000_000), "", "The number of the Redis database.")
+REDIS_PORT = _integer("REDIS_PORT", 6379, (1, 65535), "", "The port of Redis.")
+REDIS_DB = _integer("REDIS_DB", 0, (0, 1_000_000), "", "The number of the Redis database.")
 REDIS_URL = _text("REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://",
     "Replaces the three above: `redis://user:password@host:port/db`, `rediss://` for TLS, or `unix:///path?db=0`.")
-IMAGE_QUEUE = _text("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "made of letters, digits, '_', '.' and '-'",
-    "The Redis list of waiting jobs, and the prefix of every other key.")
+IMAGE_QUEUE = _text("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "a name of letters, digits, '_', '.' and '-'",
+    "The Redis list of waiting jobs, and the prefix of other keys.")
 
 sections["The model"] = []
 MODEL = _text("MODEL", "ResNet50", r"|[\w-]+|.*[./].*",
@@ -159,42 +159,42 @@ LABELS = _text("LABELS", "", r".*", "the path of a file, or empty",
     "labels in `name.json` or in `name.labels.txt`.")
 TOP = _optional("TOP", range(1, 1001), "a whole number from 1 to 1000", "predictions",
     "Predictions in an answer. Empty: what `name.json` says, otherwise 5.")
-BATCH_SIZE = _whole("BATCH_SIZE", 32, (1, 1024), "images",
+BATCH_SIZE = _integer("BATCH_SIZE", 32, (1, 1024), "images",
     "The most images in one batch. A model server takes fewer if warm-up shows that more are no faster.")
 DTYPE_POLICY = _one_of("DTYPE_POLICY", "float32", ["float32", "mixed_bfloat16", "mixed_float16"],
     "The number format that the model computes in. The last layer stays in float32.")
 XLA = _read(env.bool, False, lambda value: True, Setting("XLA", "false", "",
-    "Whether XLA compiles a TensorFlow model, once for each batch size: a slower start and less work for the GPU. JAX "
-    "always uses XLA, PyTorch never.", "true or false"))
+    "Whether XLA compiles a TensorFlow model, once for each batch size. The start takes longer, and the GPU has less "
+    "work. JAX always uses XLA, PyTorch never does.", "true or false"))
 
 sections["Time limits and the queue"] = []
-# Apache's own limit is 300 seconds. The service must give up first, since only it knows why.
+# Apache gives up after 300 seconds. The service must give up first, because its error says why.
 REQUEST_TIMEOUT = _seconds("REQUEST_TIMEOUT", 60, (0.5, 240),
-    "From upload to answer. After that the client gets 504 and the image is never computed.")
+    "From the end of the upload to the answer. After that the client gets 504, and the image is dropped.")
 REDIS_TIMEOUT = _seconds("REDIS_TIMEOUT", 30, (0.1, 240),
-    "How long a request that is not queued yet waits for a Redis that does not answer; then 503. If it is not set, at "
-    "most half of REQUEST_TIMEOUT.", REQUEST_TIMEOUT)
-MAX_QUEUE = _whole("MAX_QUEUE", 1000, (1, 1_000_000), "images", "Images that may wait in the queue. Beyond that, 503.")
+    "How long the web tries to queue an image while Redis does not answer. After that, 503. If it is not set, at most "
+    "half of REQUEST_TIMEOUT.", REQUEST_TIMEOUT)
+MAX_QUEUE = _integer("MAX_QUEUE", 1000, (1, 1_000_000), "images", "The most images in the queue. Beyond that, 503.")
 SERVER_SLEEP = _seconds("SERVER_SLEEP", 0.25, (0.01, 5),
-    "The longest time that the model server blocks on an empty queue. A new job wakes it at once, so this adds no "
-    "latency; it limits how late a stop is noticed.")
-# Longer than the tutorial's 0.25: with 500 waiting requests, four polls a second each would take a third of a core.
+    "The longest time that a model server blocks on an empty queue. A new job wakes it at once, so this adds no "
+    "latency. It only limits how late the server notices a stop.")
+# Longer than the tutorial's 0.25: with 500 waiting requests, four polls a second for each would take a third of a core.
 CLIENT_SLEEP = _seconds("CLIENT_SLEEP", 2, (0.01, 5),
-    "The same for a request that waits for its result. If it is not set, at most half of REQUEST_TIMEOUT.",
-    REQUEST_TIMEOUT)
+    "The longest time that the web blocks on a result before it checks that Redis still has the job. If it is not set, "
+    "at most half of REQUEST_TIMEOUT.", REQUEST_TIMEOUT)
 
 sections["Uploads"] = []
-MAX_UPLOAD_BYTES = _whole("MAX_UPLOAD_BYTES", 16 * 2**20, (1024, 2**30), "bytes",
-    "The largest request (16 MB), after decompression. Beyond that, 413. In production set it in Apache's site too, "
-    "which by itself refuses ten times as much.")
-MAX_IMAGES = _whole("MAX_IMAGES", 32, (1, 1000), "images", "Images in one request. Beyond that, 413.")
-MAX_IMAGE_PIXELS = _whole("MAX_IMAGE_PIXELS", 65_000_000, (1, 1_000_000_000), "pixels",
-    "The most pixels that are decoded of one image. Beyond that, 413. A baseline JPEG is decoded at a smaller scale, "
-    "so it may have four times as many: enough for a phone's 200 megapixels.")
-MAX_DECODE_BYTES = _whole("MAX_DECODE_BYTES", 720_000_000, (10_000_000, 10**12), "bytes",
-    "Memory for all images that are decoded at once, in all web processes. An image takes 4 to 14 bytes for each pixel "
-    "and waits until it fits. One that does not fit alone gets 413.")
-IMAGE_FORMATS = _listed("IMAGE_FORMATS", "JPEG,PNG,GIF,WEBP,BMP,TIFF,HEIC,AVIF", "Accepted formats. Others get 400.")
+MAX_UPLOAD_BYTES = _integer("MAX_UPLOAD_BYTES", 16 * 2**20, (1024, 2**30), "bytes",
+    "The largest request (16 MB), after decompression. Beyond that, 413. In production set it in Apache's site too: "
+    "Apache refuses requests ten times as large.")
+MAX_IMAGES = _integer("MAX_IMAGES", 32, (1, 1000), "images", "Images in one request. Beyond that, 413.")
+MAX_IMAGE_PIXELS = _integer("MAX_IMAGE_PIXELS", 65_000_000, (1, 1_000_000_000), "pixels",
+    "The most pixels to decode for one image. Beyond that, 413. A baseline JPEG is decoded at a smaller scale, so it "
+    "may have four times as many: enough for a phone's 200 megapixels.")
+MAX_DECODE_BYTES = _integer("MAX_DECODE_BYTES", 720_000_000, (10_000_000, 10**12), "bytes",
+    "Memory for all images that are decoded at once, in all web processes. An image takes 4 to 14 bytes per pixel and "
+    "waits until it fits. One that needs more than all of it gets 413.")
+IMAGE_FORMATS = _subset("IMAGE_FORMATS", "JPEG,PNG,GIF,WEBP,BMP,TIFF,HEIC,AVIF", "Accepted formats. Others get 400.")
 
 sections["Images on their way to the model"] = []
 IMAGE_WIDTH = _optional("IMAGE_WIDTH", range(1, 4097), "a whole number from 1 to 4096", "pixels",
@@ -211,43 +211,43 @@ IMAGE_RESAMPLE = _one_of("IMAGE_RESAMPLE", "bicubic", ["nearest", "box", "biline
 
 sections["Access"] = []
 API_KEYS = _text("API_KEYS", "", rf"|{_key}(,{_key})*",
-    "keys of 16 or more letters, digits and -._~+/=, separated by commas, such as `openssl rand -hex 24` makes",
-    "A client of `/predict` must send one of these as `Authorization: Bearer KEY`. Empty: no key is needed. With two "
-    "keys you can hand out the new one before you withdraw the old one.")
+    "keys of 16 or more letters, digits and -._~+/=, separated by commas; `openssl rand -hex 24` makes one",
+    "A client of `/predict` must send one of these keys as `Authorization: Bearer KEY`. Empty: no key is needed. With "
+    "two keys, you can hand out a new one before you withdraw the old one.")
 RATE_LIMIT = _read(env.str, "", lambda value: not value or _is_rate_limit(value), Setting("RATE_LIMIT", "", "",
-    "Requests to `/predict` from one client, which is a key, or an address if API_KEYS is empty. Empty: no limit.",
-    "such as 100/minute, 10/second or both as 10/second;100/minute, up to a year"))
+    "How often one client may call `/predict`. A client is a key, or an IP address if API_KEYS is empty. Empty: no "
+    "limit.", "one or more rates, such as 100/minute or 10/second;100/minute, over periods up to a year"))
 CORS_ORIGINS = _text("CORS_ORIGINS", "", rf"|\*|{_origin}(,{_origin})*",
     "* or origins as browsers send them, such as https://app.example or http://localhost:3000, separated by commas: "
-    "lower case, without a path, a / at the end, or :80 and :443",
-    "The origins whose pages may call the service from a browser. Empty: only the service's own page. In production "
-    "set it in Apache's site too.")
+    "in lower case, without a path, a / at the end, or the default ports :80 and :443",
+    "The origins of the web pages that may call the service. Empty: only the service's own page. In production set it "
+    "in Apache's site too.")
 
 sections["Metrics and logs"] = []
-METRICS_PORT = _whole("METRICS_PORT", 0, (0, 65535), "",
-    "The port of a model server's Prometheus metrics. With `--gpu N` it is N higher. 0: no metrics.")
-METRICS_HOST = _text("METRICS_HOST", "127.0.0.1", r"[^\s/@]+", "an address of this host, or 0.0.0.0 for all",
-    "The address that the metrics are served on.")
+METRICS_PORT = _integer("METRICS_PORT", 0, (0, 65535), "",
+    "The port of a model server's Prometheus metrics. `--gpu N` adds N to it. 0: no metrics.")
+METRICS_HOST = _text("METRICS_HOST", "127.0.0.1", r"[^\s/@]+", "an address of this host, or 0.0.0.0 for all of them",
+    "The address that serves these metrics.")
 LOG_FORMAT = _one_of("LOG_FORMAT", "text", ["text", "json"], "How both programs write their logs, one line per event.")
 
 sections["bin/serve only"] = []
-PORT = _whole("PORT", 8080, (1, 65535), "", "The port of its Apache.")
-MODEL_SERVERS = _whole("MODEL_SERVERS", 1, (1, 64), "", "How many model servers it runs.")
+PORT = _integer("PORT", 8080, (1, 65535), "", "The port that Apache listens on.")
+MODEL_SERVERS = _integer("MODEL_SERVERS", 1, (1, 64), "", "How many model servers to run.")
 # fmt: on
 
 
-def image_shape(own: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return (height, width, channels) from IMAGE_*, with the values of `own` for the empty ones."""
-    height, width, channels = own
+def image_shape(default: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return (height, width, channels) from IMAGE_*; a setting that is empty takes its value from `default`."""
+    height, width, channels = default
     return IMAGE_HEIGHT or height, IMAGE_WIDTH or width, IMAGE_CHANS or channels
 
 
 def image_is_set() -> bool:
-    """Whether IMAGE_* give the whole shape, so that the model's is not needed."""
+    """Whether IMAGE_* set the whole shape, so that the model's is not needed."""
     return bool(IMAGE_HEIGHT and IMAGE_WIDTH and IMAGE_CHANS)
 
 
-# What other programs call these settings, if the spelling alone would not show it.
+# Other programs' names for these settings, where the spelling is too different to guess from.
 _synonyms = {
     **dict.fromkeys(["API_TOKEN", "API_TOKENS", "AUTH_TOKEN", "AUTH_TOKENS", "BEARER_TOKEN"], "API_KEYS"),
     **dict.fromkeys(["REDIS_PASSWORD", "REDIS_PASS", "REDIS_AUTH", "REDIS_USER", "REDIS_USERNAME"], "REDIS_URL"),
@@ -259,7 +259,7 @@ _synonyms = {
     "TIMEOUT": "REQUEST_TIMEOUT",
     "WEIGHTS": "MODEL_WEIGHTS",
 }
-# Names that Keras, its backends, Python, compose.yaml and others read.
+# Variables of Keras, its backends, Python, compose.yaml and other programs: never reported as misspelled.
 _foreign = re.compile(
     r"(KERAS|TF|TENSORFLOW|TORCH|PYTORCH|JAX|XLA|CUDA|NVIDIA|NCCL|OMP|MKL|PYTHON\w*|PIP|COMPOSE|DOCKER|APACHE)_\w+"
     r"|OWN_MODELS|WEB_PROCESSES|WEB_THREADS"
@@ -272,15 +272,15 @@ def _meant_in_file(name: str) -> str | None:
     if name in _names.values() or _foreign.fullmatch(name):
         return None
     letters = name.upper().replace("_", "")
-    # With one letter more or less, a short name is often another word, such as MODE.
+    # A short name that is one letter off is often another word, such as MODE.
     close = difflib.get_close_matches(letters, _names, 1, cutoff=0.8 if len(name) > 5 else 0.9)
     return _synonyms.get(name.upper()) or (_names[close[0]] if close else None)
 
 
 def _meant_in_environment(name: str) -> str | None:
-    """Return the setting whose name differs only in case and underscores. Other programs' variables live there too.
+    """Return the setting whose name differs from `name` only in case or underscores, if it has any underscore.
 
-    A client's API_KEY, for example, and a `port` that may be anyone's are no mistakes.
+    The environment has other programs' variables too, so neither a client's API_KEY nor a `port` is reported.
     """
     meant = _names.get(name.upper().replace("_", ""))
     return meant if meant and meant != name and "_" in meant else None
@@ -293,7 +293,7 @@ def warnings() -> list[str]:
     others = os.environ.keys() - _lines_of.keys()
     guesses += [("the environment", name, _meant_in_environment(name)) for name in others]
     return [f"{_file} has {name} in lines {lines}: the last one counts." for name, lines in repeated.items()] + [
-        f"{place} has {name}, which is no setting and changes nothing: did you mean {meant}?"
+        f"{place} has {name}, which is not a setting and has no effect: did you mean {meant}?"
         for place, name, meant in guesses
         if meant and not env.str(meant, "")
     ]

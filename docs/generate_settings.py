@@ -1,4 +1,4 @@
-"""Write docs/settings.md and .env.example from the declarations in settings.py. Run it after you change a setting."""
+"""Write docs/settings.md and .env.example from the declarations in settings.py. Run this after you change a setting."""
 
 import sys
 import textwrap
@@ -14,16 +14,16 @@ INTRODUCTION = """\
 
 <!-- Written by docs/generate_settings.py from settings.py. Change a setting there, not here. -->
 
-Set them as environment variables, or as `NAME=value` lines in a file `.env` beside `settings.py`, which both programs
-read; `.env.example` is such a file with every default. The environment wins. An invalid value stops the program with
-one line that says what is allowed. A name that is almost one of these, such as `API_KEY=` in `.env`, changes nothing,
-and the log asks whether you meant the setting.
+Set them as environment variables, or as `NAME=value` lines in a file `.env` beside `settings.py`. Both programs read
+it, and the environment wins. `.env.example` is such a file with every default. An invalid value stops the program with
+one line that says what is allowed. A misspelled name, such as `API_KEY=` in `.env`, has no effect, and the log asks
+whether you meant the setting.
 
-Two more variables are Keras' own: `KERAS_BACKEND` (tensorflow, torch or jax) and `KERAS_HOME` (`~/.keras`).
+Keras has two more variables: `KERAS_BACKEND` (tensorflow, torch or jax) and `KERAS_HOME` (default `~/.keras`).
 """
 EXAMPLE_HEAD = """\
 # Settings: NAME=value lines, here with their defaults. Copy this file to .env and remove the # of the lines you change.
-# docs/settings.md says more. After a change: touch keras_rest_api_app.wsgi and restart the model servers.
+# docs/settings.md says more. After a change, touch keras_rest_api_app.wsgi and restart the model servers.
 """
 
 
@@ -44,7 +44,7 @@ def cells(setting: settings.Setting) -> list[str]:
 
 
 def env_example() -> str:
-    """Return .env.example: every setting of the two programs, commented out. bin/serve's own are of no use there."""
+    """Return .env.example: the settings of the two programs, commented out; not those of bin/serve."""
     lines = [EXAMPLE_HEAD]
     for heading, declared in settings.sections.items():
         if heading == "bin/serve only":

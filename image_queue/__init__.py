@@ -7,31 +7,31 @@ image_queue                      list         waiting jobs, first in, first out:
 image_queue:taken:<server>       list         jobs that a model server has taken but not yet answered, in that order
 image_queue:server:<server>      string, TTL  heartbeat of a model server, with a description of its model
 image_queue:result:<id>          list, TTL    the one answer to a job; a list, because BLPOP can wait for it
-image_queue:accepted:<id>        string, TTL  accepted marker: the job was pushed, and is neither answered nor expired
+image_queue:accepted:<id>        string, TTL  accepted marker: the job was pushed and is neither answered nor expired
 image_queue:shape                string, TTL  {"shape", "server"}: the image shape that the last heartbeat gave
-image_queue:limit:...            string, TTL  number of a client's requests, by Flask-Limiter (web/access.py)
+image_queue:limit:...            string, TTL  number of requests of a client, by Flask-Limiter (web/access.py)
 
-A job is {"id", "image" (base64), "deadline" (unix seconds)} and, unless they have their default, "request" (the id that
-the client knows), "top" (number of predictions), "crashes" (of servers that had it in flight) and "shape" ([height,
-width, channels] of the pixels; default: the model's).
+A job is {"id", "image" (base64), "deadline" (unix seconds)}. Four fields are left out if they have their default:
+"request" (the request id that the client sees), "top" (number of predictions), "crashes" (how many servers died with
+the job in flight) and "shape" ([height, width, channels] of the pixels; default: the model's).
 
-An answer is {"predictions": [{"label", "probability"}, ...], "held_s" (seconds since the job was taken), "compute_s",
-"batch" (seconds and number of images of its batch)} or {"error": {"code", "message"}}.
+An answer is {"predictions": [{"label", "probability"}, ...], "held_s" (seconds since the job was taken), "compute_s"
+(seconds to compute its batch), "batch" (images in its batch)} or {"error": {"code", "message"}}.
 
 A <server> is <slot>.<session>. The slot stays the same when a model server restarts; each join() begins a new session.
 A command that was delayed on a dead connection may still move jobs, but only to the taken list of the old session. That
 session has no heartbeat, so its jobs are reclaimed and never mixed into another batch.
 
 Delivery is at least once: each job has exactly one owner at any time.
-- The web: until the deadline, after each error and each poll without an answer, it asks whether Redis still has the job
-  or its answer, and pushes the job again if not. redis-py reconnects silently, so a poll without an error may have
-  reached another Redis than the push did.
+- The web: after each error and each poll without an answer, until the deadline, it asks whether Redis still has the job
+  or its answer, and pushes the job again if not. A poll without an error proves nothing: redis-py reconnects silently,
+  so the poll may have reached another Redis than the push did.
 - A model server: when its heartbeat expires, another server puts the jobs in its taken list back at the head of the
   queue. A job may thus be computed twice: the web takes the first answer, and the second expires.
 
-The clocks of the machines need not agree. The web sets the accepted marker in the same transaction as the push, and it
-expires when the web gives up; the model server reads its TTL when it takes the job. The `deadline` counts only for a
-job without a marker: one that a simpler client pushed, or one that is already answered or expired.
+The clocks of the machines need not agree. The web sets the accepted marker in the same transaction as the push, and the
+marker expires when the web gives up. A model server reads the marker's TTL when it takes the job. It uses `deadline`
+only for a job without a marker: one that a simpler client pushed, or one that is already answered or expired.
 """
 
 from image_queue.base import IMAGES_REFUSED, ImageQueue

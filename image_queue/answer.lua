@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Publish the answers of a batch and remove the batch from the taken list. Return 0 and leave the list alone if the
--- heartbeat has expired: other servers may have reclaimed the list, so its head may not be this batch.
+-- Publish the answers of a batch and remove the batch from the taken list. If the heartbeat has expired, return 0 and
+-- leave the list unchanged: another server may have reclaimed it, so its head may not be this batch.
 -- KEYS: taken list, heartbeat, then for each job its result and its accepted marker
 -- ARGV: entries of the batch, then for each job its answer and the milliseconds to keep it
 for i = 3, #KEYS, 2 do

@@ -1,4 +1,4 @@
-"""What both sides of the queue share: the connections, the key names, the checks of Redis, the live model servers."""
+"""Shared by both sides of the queue: connections, key names, checks of Redis, live model servers."""
 
 import json
 import logging
@@ -20,24 +20,24 @@ IMAGES_REFUSED = "images are refused"
 
 
 class ImageQueue:
-    """The queue for any program; WebQueue and ServerQueue add what each side does with jobs."""
+    """The queue without jobs: WebQueue and ServerQueue add what each side does with them."""
 
     def __init__(self, count: CountJobs = lambda event, times: None) -> None:
-        """Make the connection pool; the first command connects. `count` is called for the metrics.
+        """Make the connection pool; the first command connects. `count` is called with each event, for the metrics.
 
-        The web's events are queued and retried (pushed again). A model server's are taken, expired, recovered (jobs
-        of a dead server), given_up (after too many crashes) and dropped (malformed).
+        The web's events are queued and retried (pushed again). A model server's are taken, expired, recovered (from a
+        dead server), given_up (after too many crashes) and dropped (malformed).
         """
         self.count = count
         self.redis = connect()
         self.key = settings.IMAGE_QUEUE
-        self.unusable = False  # what check() found last, as are the risks
-        self.risks: list[str] = []  # each is the rest of a sentence that begins with the name of the Redis
+        self.unusable = False  # set by check(), like the risks
+        self.risks: list[str] = []  # each completes a sentence that begins with the name of the Redis
         self._logged_at: dict[str, float] = {}
         self._log_lock = Lock()
 
     def taken_key(self, server: str) -> str:
-        """Return the key of the jobs that `server` has taken."""
+        """Return the key of the taken list of `server`."""
         return f"{self.key}:taken:{server}"
 
     def server_key(self, server: str) -> str:
@@ -59,7 +59,7 @@ class ImageQueue:
 
     @property
     def address(self) -> str:
-        """The address of Redis for messages, never with the password."""
+        """The address of Redis for messages, without the password."""
         at = self.pool.connection_kwargs
         return cast(str, at.get("path")) or f"{at.get('host')}:{at.get('port')}"
 
@@ -79,10 +79,10 @@ class ImageQueue:
         return self.redis.llen(self.key)
 
     def check(self) -> None:
-        """Check whether this Redis is usable, and set `risks` to what may still cost requests.
+        """Check whether this Redis is usable, and set `risks` to what may cost requests although it is.
 
-        Raises UnusableRedis when the service can never work with it, NotPrimary while it is a replica, and RedisError
-        when it does not answer or rejects a write.
+        Raises UnusableRedis if the service can never work with it, NotPrimary while it is a replica, and RedisError
+        if it does not answer or rejects a write.
         """
         info = info_of_primary(self.redis)
         fault = why_unusable(info)
@@ -90,21 +90,21 @@ class ImageQueue:
         if fault:
             raise UnusableRedis(self.address, fault)
         self._limit_connections(connection_limit(info))
-        self.redis.delete(f"{self.key}:never")  # changes nothing, but fails wherever other writes would
+        self.redis.delete(f"{self.key}:never")  # deletes nothing, but fails if other writes would fail
         self.risks = risks_of(info)
 
     def warn(self) -> None:
-        """Log the risks that check() found, each once in a process."""
+        """Log the risks that check() found, each once per process."""
         for risk in self.risks:
             _warn_once(f"Redis at {self.address} {risk}.")
 
     def _limit_connections(self, limit: int) -> None:
-        """Set how many images of this process may be in flight at once; only the web needs it."""
+        """Set how many images of this process may be in flight at once. WebQueue overrides this."""
 
     def log_redis_error(self, error: Exception, pause: float, consequence: str = "") -> None:
         """Log what is wrong with Redis, once per attempt even if many threads fail at the same time.
 
-        `consequence` says what happens next, unless it is another attempt after `pause` seconds.
+        `consequence` says what happens next; by default, another attempt after `pause` seconds.
         """
         with self._log_lock:
             if time.monotonic() < self._logged_at.get(consequence, 0.0) + pause / 2:
@@ -117,7 +117,7 @@ class ImageQueue:
 
 
 def server_of(key: bytes) -> str:
-    """Return the name of the model server that a taken list or a heartbeat belongs to."""
+    """Return the name of the model server from the key of its taken list or heartbeat."""
     return key.decode("utf-8", "replace").rpartition(":")[2]
 
 

@@ -1,7 +1,7 @@
 """Connections to Redis that follow a fail-over.
 
 A fail-over behind one name (a virtual IP, a load balancer, a Kubernetes Service) turns the old primary into a replica
-and often leaves connections to it open. So a connection to a replica counts as broken, and the next one resolves the
+and often leaves connections to it open. So a connection to a replica counts as broken, and its replacement resolves the
 name again.
 """
 
@@ -17,8 +17,8 @@ from redis.retry import Retry
 
 import settings
 
-# Seconds that a reply may take beyond a blocking poll before the connection counts as dead. Without a limit a cut cable
-# is never noticed; with less than a second a busy Redis would count as dead.
+# Seconds that a reply may be late, after a blocking poll has ended, before the connection counts as dead. Without a
+# limit a cut cable would never be noticed; with less than a second a busy Redis would count as dead.
 SOCKET_GRACE = 5
 MAX_CONNECTIONS = 10_000  # of one process, unless Redis reports a limit
 CLOSE_SURPLUS_EVERY = 5.0  # seconds
@@ -27,14 +27,14 @@ Info = dict[str, Any]
 
 
 class NotPrimary(ConnectionError):
-    """Redis is a replica and accepts no writes; after a fail-over, so is the old primary."""
+    """Redis is a replica, which accepts no writes. After a fail-over the old primary is one too."""
 
 
 class PrimaryConnectionBase(AbstractConnection):
-    """A connection that breaks with NotPrimary when its Redis is, or becomes, a replica."""
+    """A connection that breaks with NotPrimary if its Redis is a replica or becomes one."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the next reply. Raises NotPrimary, and what redis-py raises."""
+        """Return the next reply. Raises NotPrimary and the errors of redis-py."""
         try:
             return super().read_response(*args, **kwargs)
         except ResponseError as error:
@@ -44,22 +44,22 @@ class PrimaryConnectionBase(AbstractConnection):
             raise NotPrimary(str(error)) from error
 
     def can_read(self, timeout: float = 0) -> bool:
-        """Return whether an unrequested reply has arrived. Raises it if it is an error.
+        """Return whether an unrequested reply has arrived. If it is an error, raise it.
 
-        A Redis without a free connection sends such an error right after the connect. redis-py would only report that
-        the connection is not ready.
+        A Redis without a free connection sends such an error right after the connection is made. redis-py would only
+        report that the connection is not ready.
         """
         if not super().can_read(timeout):
             return False
         try:
             self.read_response(timeout=0, disconnect_on_error=False)
         except RedisTimeout:
-            return False  # it was no reply but a TLS session ticket
+            return False  # a TLS session ticket, not a reply
         return True
 
 
 def _is_from_replica(error: ResponseError) -> bool:
-    # EXEC gives the reason in its text; UNBLOCKED ends a blocking command when a primary becomes a replica.
+    # EXEC has the reason in its text. UNBLOCKED ends a blocking command when a primary becomes a replica.
     return isinstance(error, ReadOnlyError | MasterDownError) or bool(
         re.search(r"because of: READONLY|^UNBLOCKED .*instance state changed", str(error))
     )
@@ -93,13 +93,13 @@ class QueuePool(ConnectionPool):
         return connection
 
     def release(self, connection: Any) -> None:
-        """Take `connection` back; if it is broken, close the idle ones too, because they lead to the same Redis."""
+        """Take `connection` back. If it is broken, close the idle ones too, since they lead to the same Redis."""
         super().release(connection)
         if not connection.is_connected:
             self.close_idle()
 
     def close_surplus(self) -> None:
-        """Close the idle connections that have not been needed since the last call, such as after a burst."""
+        """Close the idle connections that were not needed since the last call, as after a burst."""
         with self._lock:
             in_use = len(self._in_use_connections)
             needed, self._peak = self._peak - in_use, in_use
@@ -117,10 +117,10 @@ class QueuePool(ConnectionPool):
 
 
 def connect() -> Redis:
-    """Return a client whose waits are all limited, and which never repeats a command by itself.
+    """Return a client that never waits without a limit and never repeats a command.
 
-    By default redis-py 8 repeats a command whose reply was lost, which would lose or duplicate jobs. It also allows 100
-    connections only, but each waiting request holds one.
+    By default redis-py 8 repeats a command whose reply was lost, which would lose or duplicate jobs. It also allows
+    only 100 connections, but each waiting request holds one.
     """
     options: dict[str, Any] = {
         "protocol": 2,  # older proxies reject RESP3's HELLO, and nothing here needs RESP3
@@ -130,7 +130,7 @@ def connect() -> Redis:
         "health_check_interval": 30,
         "retry": Retry(NoBackoff(), 0),
         "max_connections": MAX_CONNECTIONS,
-        "driver_info": None,  # announcing the library needs a permission that nothing else here needs
+        "driver_info": None,  # sending the library's name needs a permission that nothing else here needs
     }
     if settings.REDIS_URL:
         return Redis(connection_pool=_pool_by_url(options))
@@ -146,17 +146,17 @@ def _pool_by_url(options: dict[str, Any]) -> QueuePool:
         pool: QueuePool = QueuePool.from_url(settings.REDIS_URL, **options)
         pool.connection_class(**pool.connection_kwargs)  # does not connect, but raises for an unknown option
     except (ValueError, TypeError):
-        # The error is not shown: if a password contains a /, the error quotes part of it.
+        # Do not show the error: if the password contains a /, the error quotes part of it.
         settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as in docs/operations.md, special characters as %2F")
     return pool
 
 
 def info_of_primary(redis: Redis) -> Info:
-    """Return the reply to INFO. Raises NotPrimary when the name leads to a replica, RedisError."""
+    """Return the reply to INFO. Raises NotPrimary if Redis is a replica, RedisError."""
     for _ in range(2):
         info: Info = redis.info()
         if info.get("role") not in ("slave", "replica"):
             return info
-        # This may be an old connection to the former primary, so ask once more on a new one.
+        # This may be an old connection to the former primary, so ask once more on a new connection.
         cast(QueuePool, redis.connection_pool).close_idle()
     raise NotPrimary(f"its INFO says role:{info['role']}")

@@ -1,6 +1,6 @@
 """What is wrong with a Redis, in plain words: why it is unusable, what may cost requests, what an error means.
 
-All texts are the rest of a sentence that begins with the name of the Redis, such as "rejects the password, so ...".
+Each text completes a sentence that begins with the name of the Redis, such as "rejects the password, so ...".
 """
 
 import re
@@ -23,11 +23,11 @@ import settings
 from image_queue.connection import MAX_CONNECTIONS, Info, NotPrimary
 from image_queue.errors import UnusableRedis
 
-OLDEST_REDIS = 7  # the first with script flags, which let jobs be taken and answered when Redis is out of memory
-# One process may use this fraction of maxclients, which leaves connections for the other web processes, the model
-# servers and the operator.
+OLDEST_REDIS = 7  # the first with script flags, which allow taking and answering jobs when Redis is out of memory
+# One process may use a tenth of maxclients, which leaves connections for the other web processes, the model servers and
+# the operator.
 PROCESS_SHARE = 10
-LOW_LIMIT = 64  # with fewer connections a web process has only a batch or two in flight, which is worth a warning
+LOW_LIMIT = 64  # with fewer connections, a web process has only a batch or two in flight, so log a warning
 
 
 def why_unusable(info: Info) -> str:
@@ -38,7 +38,7 @@ def why_unusable(info: Info) -> str:
     if "dragonfly_version" in info:
         return "is Dragonfly, which can't run the service's scripts, so use Redis or Valkey"
     if mode == "cluster" or info.get("cluster_enabled") == 1:
-        return "is a Redis Cluster, which splits the keys of a queue up, so use a Redis with cluster mode off"
+        return "is a Redis Cluster, which spreads a queue over servers, so use a Redis with cluster mode off"
     if mode == "sentinel":
         return "is a Sentinel, which holds no data, so point REDIS_* at the primary that it monitors"
     if not number or int(number[0]) < OLDEST_REDIS:
@@ -55,7 +55,7 @@ def connection_limit(info: Info) -> int:
 
 
 def risks_of(info: Info) -> list[str]:
-    """Return which properties of a usable Redis may cost requests."""
+    """Return what may cost requests although Redis is usable."""
     risks, policy = [], info.get("maxmemory_policy", "noeviction")
     if info.get("maxmemory", 0) and policy != "noeviction":
         risks.append(
@@ -78,10 +78,10 @@ CLOSED = "closed the connection, so check its log; if it requires TLS, begin RED
 CLOSED_OVER_TLS = (
     "closed the connection, so check its log; if it requires a client certificate, set ssl_certfile in REDIS_URL"
 )
-OVER_TLS = {NO_ANSWER: NO_ANSWER_OVER_TLS, CLOSED: CLOSED_OVER_TLS}  # what to say instead when REDIS_URL has TLS
+OVER_TLS = {NO_ANSWER: NO_ANSWER_OVER_TLS, CLOSED: CLOSED_OVER_TLS}  # replaced when REDIS_URL has TLS
 NO_CONNECTION_LEFT = "has no connection left, so raise its maxclients"
 
-# What is wrong, by the type of the error and a part of its text. The first match counts.
+# What is wrong, by the type of an error and a part of its text. The first match counts.
 FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
     (NotPrimary, "", "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"),
     (AuthenticationError, "Authentication required", "requires a password, so set it in REDIS_URL"),
@@ -117,7 +117,7 @@ FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
 def fault_of(error: Exception) -> str:
     """Return what is wrong with Redis and what to do about it.
 
-    `error` is what redis-py raised, or UnusableRedis. Clients may be told the result: it quotes nothing of the error.
+    `error` is UnusableRedis or comes from redis-py. The result is safe to send to clients: it does not quote the error.
     """
     if isinstance(error, UnusableRedis):
         return error.fault

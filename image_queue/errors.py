@@ -1,16 +1,16 @@
-"""The errors of the queue. The web knows which HTTP status belongs to each."""
+"""The errors of the queue. web/errors.py has the HTTP status of each."""
 
 from helpers import ServiceError, StartupError
 
 
 class QueueFull(ServiceError):
-    """MAX_QUEUE jobs are waiting already, or Redis has no room for another one."""
+    """There is no room for another image, such as when MAX_QUEUE jobs are waiting."""
 
     code = "queue_full"
 
 
 class RedisDown(ServiceError):
-    """The job could not be queued because Redis did not answer for REDIS_TIMEOUT or is unusable."""
+    """The job could not be queued: Redis did not answer for REDIS_TIMEOUT, or it is unusable."""
 
     code = "redis_down"
 
@@ -28,7 +28,7 @@ class ResultTimeout(ServiceError):
 
 
 class HeartbeatExpired(Exception):
-    """The heartbeat expired, so other model servers may have reclaimed the jobs; join again."""
+    """The heartbeat expired, so other model servers may have reclaimed the jobs. Join again."""
 
 
 class UnusableRedis(StartupError):

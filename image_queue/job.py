@@ -16,14 +16,14 @@ Answer = dict[str, Any]
 
 # Seconds that an answer outlives its deadline. The web polls until the deadline; then Redis deletes the answer.
 RESULT_GRACE = 2
-# The longest lifetime of a job in seconds, whatever its deadline says: far above the highest REQUEST_TIMEOUT.
+# The longest lifetime of a job in seconds, whatever its deadline: far above the highest REQUEST_TIMEOUT.
 MAX_LIFETIME = 3600
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ID_IN_MALFORMED = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"')
 MALFORMED_PREFIX = 200  # bytes of a malformed or oversized entry that are searched for an id
-MAX_ENVELOPE = 1000  # bytes of a job besides its image: a generous limit
-# A job queued for one model may be computed by the next one, so a job may have the largest input of keras.applications
-# even if the current model takes less.
+MAX_ENVELOPE = 1000  # bytes of a job besides its image, more than it ever has
+# A job queued for one model may be taken by the next one, so a job may be as large as the largest input in
+# keras.applications, even if the current model takes less.
 LARGEST_SHAPE: Shape = (600, 600, 3)
 
 
@@ -31,10 +31,10 @@ LARGEST_SHAPE: Shape = (600, 600, 3)
 class Job:
     """One image to classify.
 
-    `image` is base64 text, `deadline` unix seconds, `request` the id that the client knows, `top` the number of
-    predictions (0: TOP), `crashes` how many servers died with this job in flight, `shape` that of the pixels (None: the
-    model's), `taken` the time.monotonic() at which the job was parsed, and `ttl` the seconds that the web still waited
-    for the answer then (None: Redis had no accepted marker).
+    `image` is base64 text, `deadline` unix seconds, `request` the request id that the client sees, `top` the number of
+    predictions (0: TOP), `crashes` how many servers died with this job in flight, and `shape` the shape of the pixels
+    (None: the model's). `taken` is the time.monotonic() at which the job was parsed, and `ttl` how many more seconds
+    the web would wait for the answer then (None: Redis had no accepted marker).
     """
 
     id: str
@@ -49,9 +49,9 @@ class Job:
 
     @classmethod
     def parse(cls, raw: bytes | str) -> "Job":
-        """Return the job in `raw`. Raises ValueError when it has no id, so that nobody can be answered.
+        """Return the job in `raw`. Raises ValueError if it has no id, since then nobody can be answered.
 
-        A job that has an id but is otherwise invalid gets an empty image. It is answered with an error like any other
+        A job that has an id but is otherwise invalid gets an empty image. So it is answered with an error, like any
         image that can't be decoded.
         """
         try:
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def remaining(self) -> float:
-        """Seconds for which the web still waits for the answer; 0 or less when it has given up."""
+        """How many more seconds the web waits for the answer; 0 or less if it has given up."""
         by_redis = None if self.ttl is None else self.taken + self.ttl - time.monotonic()
         return min(self.deadline - time.time() if by_redis is None else by_redis, MAX_LIFETIME)
 
@@ -100,7 +100,7 @@ def _is_count(value: object) -> bool:
 
 
 def max_job_bytes(own: Shape) -> int:
-    """Return the length limit of a job for a model of the shape `own`: its base64 image and the other fields."""
+    """Return the most bytes that a job may have for a model of the shape `own`."""
     pixels = max(math.prod(own), math.prod(LARGEST_SHAPE))
     return MAX_ENVELOPE + 4 * -(-pixels * np.dtype(settings.IMAGE_DTYPE).itemsize // 3)
 
@@ -109,8 +109,8 @@ def max_job_bytes(own: Shape) -> int:
 class Batch:
     """Jobs that were taken together.
 
-    `entries` counts what they occupy in the taken list, where expired and malformed jobs count too. `images` are the
-    decoded images of `jobs`, with None for each that could not be decoded.
+    `entries` is how many entries of the taken list the batch occupies, expired and malformed ones included. `images`
+    has the decoded image of each job, or None if it could not be decoded.
     """
 
     jobs: list[Job] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Batch:
         return self
 
     def drop_expired(self) -> int:
-        """Remove the expired jobs and return their number; their entries stay in the taken list until the answer."""
+        """Remove the expired jobs and return their number. Their entries stay in the taken list until the answer."""
         before = len(self.jobs)
         kept = [pair for pair in zip(self.jobs, self.images, strict=True) if not pair[0].expired]
         self.jobs = [job for job, _ in kept]

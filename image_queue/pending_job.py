@@ -9,10 +9,10 @@ from image_queue.job import Job
 
 
 class PendingJob:
-    """The JSON of a job, kept until its answer is there. Hundreds wait at once, so it can be moved to disk."""
+    """The JSON of a job, kept until its answer arrives. Hundreds wait at once, so it can be moved to disk."""
 
     def __init__(self, job: Job) -> None:
-        """Keep `job`, which the web gives up at its deadline."""
+        """Serialize `job`; the web gives it up at its deadline."""
         self.id = job.id
         self.until = time.monotonic() + job.deadline - time.time()  # not affected by later changes of the clock
         self._content = job.dump()
@@ -25,11 +25,11 @@ class PendingJob:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the web gives up, at least 0."""
+        """Seconds until the web gives up; 0 afterwards."""
         return max(0.0, self.until - time.monotonic())
 
     def move_to_disk(self) -> None:
-        """Move the JSON from memory to an unnamed temporary file; when the disk is full it stays in memory."""
+        """Move the JSON from memory to an unnamed temporary file. If the disk is full, it stays in memory."""
         if self._file:
             return
         with suppress(OSError):

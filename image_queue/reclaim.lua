@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Empty the taken list of a dead server: publish answers and requeue jobs. Return 0 if the length of the list has
--- changed: only the first server to reclaim it succeeds.
+-- Empty the taken list of a dead server: publish answers and requeue jobs. If the length of the list has changed, change
+-- nothing and return 0: only the first server to reclaim it succeeds.
 -- KEYS: queue, taken list, then for each answered job its result and its accepted marker
 -- ARGV: length of the taken list, number of jobs for the head of the queue, then for each answered job its answer and
 --       the milliseconds to keep it, then the jobs for the head, then the jobs for the end

@@ -19,23 +19,23 @@ from image_queue.slots import claim_slot
 
 log = logging.getLogger(__name__)
 
-# Lua copies its arguments and results, so an image takes Redis 0.2 ms in a script but a tenth of that in a plain
-# command. So scripts are only for what plain commands can't do: several steps in one, or writing when out of memory.
+# Lua copies its arguments and results, so an image takes Redis 0.2 ms in a script and a tenth of that in a plain
+# command. Scripts are only for what plain commands can't do: several steps at once, or writing when out of memory.
 SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.lua")}
 ALL = 1_000_000  # more jobs than any server has taken
 # A job that was in flight when a server died may be the cause, so it is computed alone from then on. After the second
-# crash it goes to the end of the queue, so that the others of its first batch do not wait for it. Two crashes would be
-# proof enough, but a server may also be killed from outside twice, which must not cost an innocent image its answer.
+# crash it goes to the end of the queue, so that the others of its first batch do not wait for it. It is given up only
+# after the third: a server may also be killed from outside twice, which must not cost an innocent image its answer.
 MAX_CRASHES = 3
 CRASHED = "The model server crashed each time it had this image, so send another one."
-SHAPE_TTL = 86400  # seconds for which the web knows the model's shape when no model server is alive
-TTL_ROUNDING = 0.5  # seconds that TTL may round down
+SHAPE_TTL = 86400  # seconds for which the web keeps the model's shape when no model server is alive
+TTL_ROUNDING = 0.5  # seconds by which TTL may round down
 
 
 class ServerQueue(ImageQueue):
     """Joins the queue as a model server, takes batches, answers them and leaves.
 
-    Only one thread may use it, but one more may call take() while a batch is computed.
+    Only one thread may use it, except that a second one may call take() while a batch is computed.
     """
 
     def __init__(self, about: dict[str, Any], ttl: float, count: CountJobs = lambda event, times: None) -> None:
@@ -51,10 +51,10 @@ class ServerQueue(ImageQueue):
         self._max_job_bytes = max_job_bytes(self._shape or USUAL_SHAPE)
 
     def join(self) -> None:
-        """Requeue the jobs that this slot had taken, before or after a crash, and begin a new session.
+        """Requeue the jobs that earlier sessions of this slot took but did not answer, and begin a new session.
 
-        Raises RedisError. Raises StartupError if this Redis is unusable or another model is served on this queue, which
-        would make half of the answers wrong.
+        Raises RedisError. Raises StartupError if this Redis is unusable, or if another model is served on this queue:
+        then images would be answered by the wrong model.
         """
         self.check()
         self.warn()
@@ -72,9 +72,9 @@ class ServerQueue(ImageQueue):
         self.redis.delete(self.heartbeat)
 
     def beat(self) -> None:
-        """Renew the heartbeat when a fifth of its `ttl` is over, and reclaim the jobs of dead servers.
+        """Renew the heartbeat if a fifth of its TTL has passed, and reclaim the jobs of dead servers.
 
-        Raises HeartbeatExpired if it had expired, RedisError.
+        Raises HeartbeatExpired if it had expired already, RedisError.
         """
         if time.monotonic() < self._next_beat:
             return
@@ -91,9 +91,9 @@ class ServerQueue(ImageQueue):
     def take(self, most: int, wait: float = 0, *, ahead: bool = False) -> Batch:
         """Move up to `most` jobs from the queue to the taken list and return them. Raises RedisError.
 
-        Blocks up to `wait` seconds for the first job, but not for more. Drops expired and malformed jobs. A suspect is
-        returned alone, and never with `ahead`, which means that another batch is being computed: if that batch killed
-        the server, the suspect would be blamed.
+        Blocks up to `wait` seconds for the first job only. Drops expired and malformed jobs. A suspect is returned
+        alone. `ahead` means that another batch is being computed; then a suspect stays in the queue, because it would
+        be blamed if that batch killed the server.
         """
         entries = self._move(most, wait)
         parsed = self._parse_all(entries)
@@ -107,10 +107,10 @@ class ServerQueue(ImageQueue):
         return Batch(live, kept)
 
     def answer(self, jobs: list[Job], answers: Iterable[Answer], entries: int) -> None:
-        """Publish one of `answers` for each of `jobs`, and remove the first `entries` of the taken list, atomically.
+        """Publish the answer to each of `jobs`, and remove the first `entries` of the taken list, atomically.
 
-        Raises ValueError if there are more or fewer answers than jobs, HeartbeatExpired if the heartbeat had expired
-        (the answers are published even so), RedisError.
+        Raises ValueError if the numbers of answers and jobs differ, HeartbeatExpired if the heartbeat has expired (the
+        answers are published even then), RedisError.
         """
         keys, args = self._to_publish(jobs, answers)
         if not self._scripts["answer"]([self.taken, self.heartbeat, *keys], [entries, *args]):
@@ -142,12 +142,12 @@ class ServerQueue(ImageQueue):
         errors = [reply for reply in replies if isinstance(reply, RedisError)]
         if moved or not errors:
             return moved
-        if isinstance(errors[0], OutOfMemoryError):  # then Redis rejects all plain writes, but not this script
+        if isinstance(errors[0], OutOfMemoryError):  # Redis rejects all plain writes then, but not this script
             return list(self._scripts["take"]([self.key, self.taken], [most]))
         raise errors[0]
 
     def _length_of_batch(self, parsed: list[Job | None], *, ahead: bool) -> int:
-        """Return how many of the entries may be computed together: those before a suspect, or one suspect."""
+        """Return how many of the first entries may be computed together: all before a suspect, or one suspect."""
         first = next((i for i, job in enumerate(parsed) if job and job.crashes and not job.expired), None)
         if first is None:
             return len(parsed)
@@ -157,7 +157,7 @@ class ServerQueue(ImageQueue):
         self._scripts["requeue"]([self.key, self.taken], [count])
 
     def _reclaim_from(self, dead: str) -> None:
-        """Requeue the jobs that were in flight when the server `dead` died; give up those that crashed too many."""
+        """Requeue the jobs of the server `dead`, but give up those that were in flight at MAX_CRASHES crashes."""
         taken = self.taken_key(dead)
         entries = self.redis.lrange(taken, 0, -1)
         jobs = [replace(job, crashes=job.crashes + 1) for job in self._parse_all(entries) if job and not job.expired]
@@ -173,7 +173,7 @@ class ServerQueue(ImageQueue):
             log.warning("%s died: %d images were requeued, %d were given up", dead, requeued, len(given_up))
 
     def _to_publish(self, jobs: list[Job], answers: Iterable[Answer]) -> tuple[list[str], list[str | int]]:
-        """Return what the scripts need to publish the answers, as KEYS and ARGV."""
+        """Return the KEYS and ARGV with which a script publishes the answers."""
         keys: list[str] = []
         args: list[str | int] = []
         for job, answer in zip(jobs, answers, strict=True):
@@ -187,7 +187,7 @@ class ServerQueue(ImageQueue):
         self.heartbeat = self.server_key(self.name)
 
     def _renew(self, *options: str) -> None:
-        """Write the heartbeat; with the option "XX" only if it has not expired. Raises HeartbeatExpired, RedisError."""
+        """Write the heartbeat, with the option "XX" only if it has not expired. Raises HeartbeatExpired, RedisError."""
         keys = [self.heartbeat, self.shape_key] if self._shape else [self.heartbeat]
         shape = json.dumps({"shape": self._shape, "server": self.name})
         args: list[str | int] = [shape, SHAPE_TTL, json.dumps(self.about), "PX", int(1000 * self.ttl), *options]
@@ -196,7 +196,7 @@ class ServerQueue(ImageQueue):
         self._next_beat = time.monotonic() + self.ttl / 5
 
     def _parse_all(self, entries: Sequence[bytes | str]) -> list[Job | None]:
-        """Return the jobs, each with its `ttl`, and None for each malformed entry. Raises RedisError."""
+        """Return the job in each entry, with its `ttl`, or None if it is malformed. Raises RedisError."""
         parsed = [self._parse(entry) for entry in entries]
         jobs = [job for job in parsed if job]
         ttls = self._scripts["ttls"]([self.accepted_key(job.id) for job in jobs]) if jobs else []

@@ -1,4 +1,4 @@
-"""The slots of the model servers on a host: names that stay the same when a server restarts."""
+"""Slots of the model servers on a host: names that stay the same when a server restarts."""
 
 import hashlib
 import os
@@ -13,10 +13,10 @@ from helpers import StartupError
 def claim_slot(key: str) -> tuple[socket.socket, str]:
     """Return a slot of the queue `key` that no live model server holds, and the socket that holds it.
 
-    A server that restarts after a crash gets its slot again. So it finds the jobs that it had taken, without waiting
-    for its old heartbeat to expire. The name consists of the host name, a hash of the boot and the network namespace,
-    and the lowest free number. A number is claimed by binding a socket in Linux's abstract namespace: the kernel frees
-    it however the process ends, and it leaves no file behind.
+    A server that restarts after a crash gets the same slot again. So it can requeue the jobs that it had taken without
+    waiting for its old heartbeat to expire. The name consists of the host name, a hash of the boot and the network
+    namespace, and the lowest free number. Binding a socket in Linux's abstract namespace claims a number: the kernel
+    frees it however the process ends, and no file is left behind.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     namespace = os.stat("/proc/self/ns/net").st_ino

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Move jobs from the head of the queue to a taken list, and return them. Used when Redis is out of memory.
+-- Move jobs from the head of the queue to a taken list and return them. Used only when Redis is out of memory.
 -- KEYS: queue, taken list
 -- ARGV: maximum number of jobs
 local jobs = {}

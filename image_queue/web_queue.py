@@ -20,8 +20,8 @@ from image_queue.job import Answer, Job
 from image_queue.pending_job import PendingJob
 
 NONE_ALIVE = "no model server is alive; try again when one is started"
-SHAPE_REFRESH = 1.0  # seconds between two requests of a web process for the model's shape
-SPARE_CONNECTIONS = 4  # besides those of the images in flight: for health, metrics and rate limits, which are quick
+SHAPE_REFRESH = 1.0  # seconds after which a web process asks Redis for the model's shape again
+SPARE_CONNECTIONS = 4  # for health, metrics and rate limits, which are quick; each image in flight has another one
 
 
 class WebQueue(ImageQueue):
@@ -29,20 +29,20 @@ class WebQueue(ImageQueue):
 
     def __init__(self, count: CountJobs = lambda event, times: None) -> None:
         super().__init__(count)
-        self._full = False  # at the last push
-        self._shape = USUAL_SHAPE  # of the images that the model takes, as far as known
+        self._full = False  # whether the queue was full at the last push
+        self._shape = USUAL_SHAPE  # the model's, as last read from Redis
         self._next_refresh = 0.0  # time.monotonic() from which the shape is out of date
         self._refreshing = Lock()
         self._max_in_flight = MAX_CONNECTIONS
-        self._in_flight = 0  # images in flight, each of which holds a connection
+        self._in_flight = 0  # images, each with a connection
         self._finished = Condition()
 
     def shape(self) -> Shape:
-        """Return the shape to prepare images in, (height, width, channels): that of IMAGE_*, or else the model's.
+        """Return the shape to prepare images in, (height, width, channels): from IMAGE_*, or where empty, the model's.
 
-        One thread refreshes the model's shape every SHAPE_REFRESH seconds, and the others use the cached one. If it is
-        older than twice SHAPE_REFRESH, they wait up to SHAPE_REFRESH for the new one. The cached one stays if Redis
-        does not answer.
+        One thread refreshes the model's shape every SHAPE_REFRESH seconds, and the others use the cached one. If that
+        is older than twice SHAPE_REFRESH, they wait up to SHAPE_REFRESH for the new one. If Redis does not answer, the
+        cached one is kept.
         """
         overdue = time.monotonic() - self._next_refresh
         if overdue >= 0 and not settings.image_is_set():
@@ -61,21 +61,21 @@ class WebQueue(ImageQueue):
             self._refreshing.release()
 
     def _served_shape(self) -> Shape | None:
-        """Return the shape that a live model server takes, or else that of the last one. Raises RedisError."""
+        """Return the shape that a live model server takes, or that the last one took. Raises RedisError."""
         last = parse_object(self.redis.get(self.shape_key) or b"")
         shape, server = as_shape(last.get("shape")), last.get("server")
         if isinstance(server, str) and self.redis.exists(self.server_key(server)):
             return shape
-        # An older model server writes the shape to its heartbeat only. Looking for heartbeats scans all keys of Redis,
-        # so that is not done every time.
+        # An older model server writes the shape only to its heartbeat. Finding heartbeats scans all keys of Redis, so
+        # this is the last resort.
         live = [as_shape(about.get("shape")) for about in self.live_servers().values()]
         return next(filter(None, live), shape)
 
     def ask(self, image: str, deadline: float, request: str = "", top: int = 0, shape: Shape | None = None) -> Answer:
         """Queue `image` (base64 text) and return its answer by `deadline` (unix seconds).
 
-        `request` is the id that the client knows, `top` the number of predictions (0: TOP), `shape` that of the pixels
-        (None: the model's).
+        `request` is the request id that the client sees, `top` the number of predictions (0: TOP), `shape` the shape
+        of the pixels (None: the model's).
 
         Raises QueueFull, NoModelServer and RedisDown if the job was not accepted, ResultTimeout if it was.
         """
@@ -94,11 +94,11 @@ class WebQueue(ImageQueue):
             self.log_redis_error(error, 60, IMAGES_REFUSED)
             raise RedisDown("The queue is misconfigured, so tell the operator of the service.") from None
         except RedisError:
-            pass  # this may be over soon
+            pass  # this may be over soon, so try to queue the image
 
     @contextmanager
     def _connection_for(self, job: PendingJob) -> Iterator[None]:
-        """Wait until `job` may use a connection, at most REDIS_TIMEOUT. Raises QueueFull."""
+        """Wait up to REDIS_TIMEOUT until `job` may use a connection. Raises QueueFull."""
         with self._finished:
             if self._in_flight >= self._max_in_flight:
                 job.move_to_disk()
@@ -157,13 +157,13 @@ class WebQueue(ImageQueue):
         return bool(self.redis.exists(self.accepted_key(job.id), self.result_key(job.id)))
 
     def _push(self, job: PendingJob, *, accepted: bool) -> None:
-        """Queue the job; if it was `accepted` before, even when the queue is full. Raises QueueFull, NoModelServer."""
+        """Queue the job, even in a full queue if it was `accepted` before. Raises QueueFull, NoModelServer."""
         limit = math.inf if accepted else settings.MAX_QUEUE
         try:
             pushed = not (self._full and self.waiting() >= limit) and self._append(job, limit)
         except OutOfMemoryError as error:
             if accepted:
-                raise  # so keep retrying
+                raise  # then keep retrying
             self.log_redis_error(error, 1, IMAGES_REFUSED)
             raise QueueFull("Redis has no memory for another image, so try again in a few seconds.") from error
         if not pushed:
@@ -172,7 +172,7 @@ class WebQueue(ImageQueue):
             raise NoModelServer(f"The queue is full and {NONE_ALIVE}.")
 
     def _append(self, job: PendingJob, limit: float) -> bool:
-        """Append the job. If the queue is then longer than `limit`, withdraw the job if it was not taken yet.
+        """Append the job, and withdraw it if the queue is then longer than `limit` and it was not taken yet.
 
         Return whether the job stays.
         """

@@ -181,7 +181,7 @@ def test_over_the_rate_limit_the_page_says_when_to_try_again(service: Service, b
         browser.choose(THREE, THREE, THREE)
         browser.bars()
 
-        assert any(error.startswith("You have sent more than 1/minute") for error in browser.texts(".error"))
+        assert any(error.startswith("You have exceeded the limit of 1/minute") for error in browser.texts(".error"))
         assert re.fullmatch(r"Try again in \d+ seconds?", browser.texts(".again")[0])
         assert browser.texts("#retry") == ["Try 2 again"]
 

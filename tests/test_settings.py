@@ -199,7 +199,7 @@ def warnings(folder: Path, content: str, **environment: str) -> list[str]:
 def test_misspelled_name_in_the_file_is_reported_without_its_value(tmp_path: Path, name: str, meant: str) -> None:
     [line] = warnings(tmp_path, f"TOP=3\n{name}=a-secret-value\n")
 
-    assert line == f"{tmp_path}/.env has {name}, which is no setting and changes nothing: did you mean {meant}?"
+    assert line == f"{tmp_path}/.env has {name}, which is not a setting and has no effect: did you mean {meant}?"
 
 
 def test_names_of_other_programs_are_not_reported(tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_only_clear_misspellings_in_the_environment_are_reported(tmp_path: Path)
     found = warnings(tmp_path, "", RATELIMIT="1/minute", api_keys="a", API_KEY="b", port="80", MODELS="c")
 
     assert sorted(line.removeprefix("the environment has ") for line in found) == [
-        "RATELIMIT, which is no setting and changes nothing: did you mean RATE_LIMIT?",
-        "api_keys, which is no setting and changes nothing: did you mean API_KEYS?",
+        "RATELIMIT, which is not a setting and has no effect: did you mean RATE_LIMIT?",
+        "api_keys, which is not a setting and has no effect: did you mean API_KEYS?",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Who may post to /predict, and how often: API_KEYS and RATE_LIMIT. Both are off unless set."""
+"""Who may post to /predict, and how often: API_KEYS and RATE_LIMIT, which are off by default."""
 
 import hashlib
 import hmac
@@ -32,7 +32,7 @@ class RateLimited(WebError):
     status, code = 429, "rate_limited"
 
     def __init__(self, wait: int) -> None:
-        super().__init__(f"You have sent more than {settings.RATE_LIMIT}, so try again in {wait} seconds.")
+        super().__init__(f"You have exceeded the limit of {settings.RATE_LIMIT}, so try again in {wait} seconds.")
         self.headers = {"Retry-After": str(wait)}
 
 
@@ -40,20 +40,20 @@ def check_key() -> None:
     """Raise Unauthorized unless the request has one of API_KEYS, or none is set."""
     if not key_hashes:
         return
-    # Compare with every key, each in constant time, so that the time taken reveals nothing about the keys.
+    # Compare with every key, each in constant time, so that the duration reveals nothing about the keys.
     matches = [hmac.compare_digest(sent_key_hash(), known) for known in key_hashes]
     if not any(matches):
         raise Unauthorized("Send a key that the operator gave you, in the header Authorization: Bearer KEY.")
 
 
 def sent_key_hash() -> str:
-    """Return the hash of what follows `Bearer` in the request; arbitrary bytes are not an error."""
+    """Return the hash of the key that the request sends after `Bearer`, whatever its bytes."""
     scheme, _, token = flask.request.headers.get("Authorization", "").partition(" ")
     return key_hash(token.strip(" ") if scheme.lower() == "bearer" else "")
 
 
 def key_hash(key: str) -> str:
-    """Return a hash that stands for a key wherever the key itself must not appear, such as in Redis."""
+    """Return a hash to use wherever the key itself must not appear, such as in Redis."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -64,9 +64,9 @@ def add_rate_limit(app: flask.Flask, queue: WebQueue) -> None:
     """Prepare `app` for check_rate(). Redis holds the counters, so the web processes share them."""
     if not settings.RATE_LIMIT:
         return
-    from flask_limiter import Limiter  # noqa: PLC0415 - takes 2 MB, and most services do not need it
+    from flask_limiter import Limiter  # noqa: PLC0415 - takes 2 MB, which only RATE_LIMIT needs
 
-    logging.getLogger("flask-limiter").setLevel(logging.WARNING)  # at INFO it logs every request that it rejects
+    logging.getLogger("flask-limiter").setLevel(logging.WARNING)  # at INFO it logs each rejected request
     # Reuse the queue's connections, with their password, TLS and time limits.
     storage: Any = {"connection_pool": queue.redis.connection_pool, "key_prefix": f"{queue.key}:limit"}
     limiter = Limiter(client_id, app=app, storage_uri="redis://", storage_options=storage, on_breach=limit_exceeded)
@@ -86,7 +86,7 @@ def check_rate() -> None:
     try:
         extensions["rate_limit"]()
     except RedisError as error:
-        # Better to lose the count than the request, which can wait in the queue until Redis is back.
+        # Better to lose the count than the request, which can still wait until Redis is back.
         extensions["queue"].log_redis_error(error, 1, "until it does, RATE_LIMIT is not enforced")
 
 

@@ -7,11 +7,11 @@ from web.heif_boxes import Budget
 
 SEQUENCE_PARAMETERS = 33  # the type of a NAL unit of HEVC
 SEQUENCE_HEADER = 1  # the type of an OBU of AV1
-HEADER_BYTES = 1000  # of a unit, enough to read the size
+HEADER_BYTES = 1000  # enough of a unit to read the size
 
 
 class Bits:
-    """Reads bytes bit by bit. Raises IndexError at their end."""
+    """Reads bytes bit by bit. Raises IndexError at the end."""
 
     def __init__(self, data: bytes) -> None:
         self.bits = "".join(f"{byte:08b}" for byte in data)
@@ -25,7 +25,7 @@ class Bits:
         return int(self.bits[self.at - count : self.at] or "0", 2)
 
     def zeros(self) -> int:
-        """Return how many zeros stand ahead of the next one."""
+        """Return how many 0 bits precede the next 1 bit. Raises ValueError if there is no 1 bit."""
         return self.bits.index("1", self.at) - self.at
 
     def golomb(self) -> int:
@@ -37,7 +37,7 @@ class Bits:
 
 
 def nal_units(content: bytes, length_size: int, budget: Budget) -> Iterator[bytes]:
-    """Yield the first bytes of each NAL unit of HEVC."""
+    """Yield the first HEADER_BYTES of each NAL unit in HEVC data."""
     at = 0
     while at + length_size < len(content):
         budget.spend()
@@ -65,7 +65,7 @@ def hevc_size(unit: bytes) -> tuple[int, int]:
 
 
 def av1_sequence_headers(content: bytes, budget: Budget) -> Iterator[bytes]:
-    """Yield the sequence headers among the OBUs of AV1."""
+    """Yield the sequence headers among the OBUs in AV1 data."""
     at = 0
     while at < len(content):
         budget.spend()
@@ -83,7 +83,7 @@ def av1_sequence_headers(content: bytes, budget: Budget) -> Iterator[bytes]:
 
 
 def av1_sizes(header: bytes) -> list[tuple[int, int]]:
-    """Return the width and height in a sequence header of AV1 (AV1, 5.5.1), and the largest that a frame may have."""
+    """Return the size in an AV1 sequence header (AV1, 5.5.1); if not a still, also a quarter of the largest frame."""
     bits = Bits(header[:200])
     bits.take(3 + 1)
     is_still = bits.take(1)
@@ -94,12 +94,12 @@ def av1_sizes(header: bytes) -> list[tuple[int, int]]:
     width_bits, height_bits = bits.take(4) + 1, bits.take(4) + 1
     width, height = bits.take(width_bits) + 1, bits.take(height_bits) + 1
     # A frame of a sequence may state another size in as many bits, and the decoder does not compare the two. Encoders
-    # use no more bits than they need, so a good frame is at most four times as large.
+    # use no more bits than they need, so no good image is smaller than the quarter.
     return [(width, height)] if is_still else [(width, height), (2 ** (width_bits - 1), 2 ** (height_bits - 1))]
 
 
 def skip_operating_points(bits: Bits) -> None:
-    """Skip the timing and the operating points in a sequence header of AV1."""
+    """Skip the timing and operating points in a sequence header of AV1."""
     decoder_model, delay_bits = 0, 0
     if bits.take(1):  # timing
         bits.take(64)

@@ -1,8 +1,8 @@
-"""CORS: which web pages of other origins may call the service from a browser. CORS_ORIGINS lists them.
+"""CORS: which origins' web pages may call the service from a browser. CORS_ORIGINS lists them; by default, none.
 
-Off unless set. Before it sends a key, a browser asks in a preflight request, which needs no key. It also hides every
-response from the page, errors included, unless the response names the page's origin. deploy/apache/service.conf adds
-the same headers to Apache's own errors.
+Before a browser sends a key, it asks for permission with a preflight request, which has no key. It hides every response
+from the page, errors included, unless the response names the page's origin. deploy/apache/service.conf adds the same
+headers to the errors that Apache sends.
 """
 
 import flask
@@ -11,7 +11,7 @@ import settings
 
 REQUEST_HEADERS = "Authorization, Content-Encoding, Content-Type, X-Request-ID"  # that a page may send
 RESPONSE_HEADERS = "X-Request-ID, Retry-After, Server-Timing"  # that a page may read, besides the standard ones
-MAX_AGE = "7200"  # seconds that a browser may cache a preflight; the maximum in Chromium
+MAX_AGE = "7200"  # seconds that a browser may cache the answer to a preflight; Chromium's maximum
 NOT_SHARED = "/metrics"
 
 origins = {origin for origin in settings.CORS_ORIGINS.split(",") if origin}
@@ -24,7 +24,7 @@ def add_cors(app: flask.Flask) -> None:
 
 
 def allow_origin(response: flask.Response) -> flask.Response:
-    """Let a page of an allowed origin read this response, or after a preflight send its request."""
+    """Let a page of an allowed origin read this response; after a preflight, let it send its request."""
     sent = flask.request.headers
     allowed = "*" if "*" in origins else sent.get("Origin")
     if allowed != "*":
@@ -33,7 +33,7 @@ def allow_origin(response: flask.Response) -> flask.Response:
         return response
     response.headers["Access-Control-Allow-Origin"] = allowed
     response.headers["Access-Control-Expose-Headers"] = RESPONSE_HEADERS
-    if is_preflight() and "Allow" in response.headers:  # without Allow there is no such path
+    if is_preflight() and "Allow" in response.headers:  # a path that does not exist has no Allow
         response.headers["Access-Control-Allow-Methods"] = response.headers["Allow"]
         response.headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
         response.headers["Access-Control-Max-Age"] = MAX_AGE

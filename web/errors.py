@@ -1,7 +1,6 @@
 """The errors that clients see: status, headers and JSON.
 
-This module must not import Flask: `run_model_server.py --check` prepares images too, and the model server runs without
-Flask.
+This module must not import Flask: `run_model_server.py --check` uses it too, and the model server has no Flask.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ HTTP_MESSAGES = {
     404: "There is nothing at this address, so post the image to /predict.",
     405: "This address does not take this method, so post the image to /predict.",
 }
-# For the queue's errors, since the queue knows nothing of HTTP.
+# For the queue's errors, since the queue does not know HTTP.
 STATUSES: dict[type[ServiceError], int] = {QueueFull: 503, RedisDown: 503, NoModelServer: 503, ResultTimeout: 504}
 
 
@@ -31,7 +30,7 @@ class WebError(ServiceError):
 
 
 class BadRequest(WebError):
-    """A part of the request, such as a parameter or the form, is malformed."""
+    """A part of the request is malformed, such as a parameter or the form."""
 
     status, code = 400, "bad_request"
 
@@ -48,5 +47,10 @@ def status_of(kind: type[ServiceError]) -> int:
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:
-    """Return the JSON of an error; the routes below /v2 have their own form."""
+    """Return the JSON of an error, except for the routes under /v2: see protocol_error()."""
     return {"success": False, "error": {"code": code, "message": message}}
+
+
+def printable(text: str, most: int = 40) -> str:
+    """Return the first `most` characters of an untrusted text, safe for a message or the log."""
+    return "".join(each if each.isprintable() else "?" for each in text[:most])

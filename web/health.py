@@ -17,7 +17,7 @@ def add_health_routes(app: flask.Flask, queue: WebQueue) -> None:
 
     @app.get("/livez")
     def livez() -> Body:
-        """Respond as long as the process works."""
+        """Respond whenever this process works."""
         return {"live": True}
 
     @app.get("/readyz")

@@ -7,15 +7,15 @@ from typing import NamedTuple
 from web.image_checks import Bomb
 
 # Limits, all far above what phones write.
-MAX_BOXES = 20_000  # and extents, references and properties: each costs a microsecond or two
+MAX_BOXES = 20_000  # plus extents, references and properties; each costs a microsecond or two
 MAX_DEPTH = 6  # of nested boxes
 MAX_ITEMS = 1_000  # images, tiles and metadata; libheif has the same limit. A photo of 200 megapixels has 768 tiles
 
 CONTAINERS = {b"meta", b"iprp", b"ipco", b"iinf", b"iref"}
-FULL_BOXES = {b"meta": 4, b"iref": 4}  # bytes ahead of the boxes inside
-# Two readers of the file could pick different ones of two such boxes.
+FULL_BOXES = {b"meta": 4, b"iref": 4}  # bytes before the inner boxes
+# If a file has two of such a box, this module and the decoder might not read the same one.
 UNIQUE = (b"ftyp", b"meta", b"pitm", b"iinf", b"iloc", b"iref", b"iprp", b"ipco")
-ALPHA = (b"auxid:1", b"auxiliary:alpha")  # in the type of an auxiliary image
+ALPHA = (b"auxid:1", b"auxiliary:alpha")  # occur in the type of an auxiliary image that is an alpha
 
 
 class Box(NamedTuple):
@@ -28,13 +28,13 @@ class Box(NamedTuple):
 
 
 class Budget:
-    """How many parts of one sort a file may have."""
+    """Limits how many parts of one sort a file may have."""
 
     def __init__(self, limit: int, parts: str) -> None:
         self.left, self.parts = limit, parts
 
     def spend(self, count: int = 1) -> None:
-        """Count further parts. Raises Bomb if there are too many."""
+        """Count `count` more parts. Raises Bomb if there are too many."""
         self.left -= count
         if self.left < 0:
             raise Bomb(f"too many {self.parts}")
@@ -61,13 +61,13 @@ class HeifFile:
         self.primary = self.number(pitm.body + 4, 4 if data[pitm.body] else 2)
 
     def number(self, at: int, size: int) -> int:
-        """Return the number of `size` bytes at `at`."""
+        """Return the big-endian number in the `size` bytes at `at`."""
         if at + size > len(self.data):
             raise IndexError("a box is cut off")
         return int.from_bytes(self.data[at : at + size], "big")
 
     def boxes(self, at: int, end: int) -> Iterator[Box]:
-        """Yield the boxes from `at` to `end`, without those inside."""
+        """Yield the boxes from `at` to `end`, without their inner boxes."""
         while at + 8 <= end:
             self.budget.spend()
             size, body = self.number(at, 4), at + 8
@@ -80,7 +80,7 @@ class HeifFile:
             at += size
 
     def walk(self, at: int, end: int, depth: int) -> None:
-        """Collect the boxes from `at` to `end`, and those inside."""
+        """Collect the boxes from `at` to `end`, with their inner boxes."""
         for box in self.boxes(at, end):
             self.found[box.kind].append(box)
             if box.kind in CONTAINERS and depth:
@@ -93,7 +93,7 @@ class HeifFile:
                     self.walk(box.body + ahead, box.end, depth - 1)
 
     def read_types(self) -> dict[int, bytes]:
-        """Return the type of each item. Raises Bomb at too many items, and at two of the same id."""
+        """Return the type of each item. Raises Bomb if there are too many items or two with the same id."""
         types = dict[int, bytes]()
         for box in self.found[b"infe"]:
             item, at = self.item_type(box)
@@ -126,7 +126,7 @@ class HeifFile:
         return owned
 
     def read_links(self) -> None:
-        """Collect the items that each item is derived from, repeated ones included, and its alpha."""
+        """Collect which items each item is derived from, repeated ones included, and its alphas."""
         for iref in self.found[b"iref"]:
             size = 4 if self.data[iref.body] else 2
             for box in self.boxes(iref.body + 4, iref.end):
@@ -141,12 +141,12 @@ class HeifFile:
                         self.alphas[target].append(source)
 
     def is_alpha(self, item: int) -> bool:
-        """Return whether an auxiliary image is an alpha, rather than a depth map or the like."""
+        """Return whether an auxiliary image is an alpha, not a depth map or the like."""
         types = [self.data[box.body + 4 : box.end] for box in self.owned[item] if box.kind == b"auxC"]
         return any(alpha in each for each in types for alpha in ALPHA)
 
     def read_extents(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """Yield the id of each item, and its data as (start, end) offsets."""
+        """Yield the id of each item, and the (start, end) offsets of its data."""
         for iloc in self.found[b"iloc"]:
             version, sizes = self.data[iloc.body], self.number(iloc.body + 4, 2)
             offset_size, length_size, base_size, index_size = (sizes >> shift & 15 for shift in (12, 8, 4, 0))
@@ -168,17 +168,17 @@ class HeifFile:
                 yield item, extents
 
     def extent(self, method: int, start: int, length: int) -> tuple[int, int]:
-        """Return the offsets of an extent in the file. Raises ValueError if it lies within another item."""
+        """Return the (start, end) offsets of an extent. Raises ValueError if it lies within another item."""
         end = len(self.data)
         if method == 1:
             [idat] = self.found[b"idat"]
             start, end = start + idat.body, idat.end
         elif method:
-            raise ValueError("an item inside of another")
+            raise ValueError("an item inside another")
         return start, min(end, start + length if length else end)
 
     def content(self, item: int) -> bytes:
-        """Return the data of an item. Raises Bomb if its extents overlap to more than the file."""
+        """Return the data of an item. Raises Bomb if its extents have more bytes in sum than the file."""
         extents = self.extents[item]
         if sum(max(0, end - start) for start, end in extents) > len(self.data):
             raise Bomb("extents that overlap")

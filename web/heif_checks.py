@@ -1,7 +1,7 @@
 """Hide the metadata of HEIC and AVIF files, and refuse those that cost too much to decode.
 
-Such a file states the size of its image several times, and in the end the codec's own header counts. So every size is
-checked, for everything that is decoded for the primary image: the tiles if it is a grid, and the alpha.
+Such a file states the size of its image several times, and the decoder believes the codec's header. So all sizes are
+checked, of everything that is decoded for the primary image: its tiles if it is a grid, and its alpha.
 """
 
 import struct
@@ -11,20 +11,20 @@ from web.codec_headers import SEQUENCE_PARAMETERS, av1_sequence_headers, av1_siz
 from web.heif_boxes import MAX_ITEMS, Budget, HeifFile
 from web.image_checks import Bomb, TooManyPixels, edit
 
-MAX_UNITS = 20_000  # NAL units or OBUs in all tiles: mostly one in each
-MAX_LINKS = 4  # from the primary image to its tiles and their alpha
-MAX_DECODED = 2.5  # times the pixel limit, in all tiles and alphas together
+MAX_UNITS = 20_000  # NAL units or OBUs in all tiles; most tiles have one
+MAX_LINKS = 4  # in a chain from the primary image to its tiles and their alphas
+MAX_DECODED = 2.5  # times the pixel limit, for all tiles and alphas together
 
 METADATA_ITEMS = (b"Exif", b"mime", b"uri ")
 CODECS = {b"hvc1": "HEIC", b"av01": "AVIF"}
-# The brands of image sequences, and those of still images that replace them.
+# The brands of image sequences, and the brands of still images to put in their place.
 BRANDS = {b"avis": b"avif", b"msf1": b"mif1", b"hevc": b"heic", b"hevx": b"heix", b"hevm": b"heim", b"hevs": b"heis"}
 
 
 def strip_heif(data: bytes, max_pixels: int) -> tuple[bytes, str]:
     """Return the file with metadata and image sequences hidden, and its format: HEIC or AVIF.
 
-    Raises Bomb, TooManyPixels, and what HeifFile does if the file is damaged or in another codec.
+    Raises Bomb, TooManyPixels, and the errors of HeifFile if the file is damaged or has another codec.
     """
     file = HeifFile(data)
     items = decoded_items(file)
@@ -45,7 +45,7 @@ def strip_heif(data: bytes, max_pixels: int) -> tuple[bytes, str]:
 
 
 def decoded_items(file: HeifFile) -> list[int]:
-    """Return the primary image and all that is decoded for it, repeated items included. Raises Bomb at too many."""
+    """Return the primary image and all items decoded for it, with repeats. Raises Bomb if there are too many."""
     found, front = list[int](), [file.primary]
     for _ in range(MAX_LINKS):
         found += front
@@ -66,12 +66,12 @@ def canvas_size(file: HeifFile, item: int) -> tuple[int, int]:
         grid = file.content(item)
         sizes.append(struct.unpack_from(">II" if grid[1] & 1 else ">HH", grid, 4))
         if (grid[2] + 1) * (grid[3] + 1) != len(file.derived_from[item]):
-            raise ValueError("a grid with another number of tiles")
+            raise ValueError("a grid whose number of tiles is wrong")
     return max(width for width, _ in sizes), max(height for _, height in sizes)
 
 
 def coded_sizes(file: HeifFile, item: int, budget: Budget) -> list[tuple[int, int]]:
-    """Return the sizes in all headers of an item's codec; the decoder takes one of them. Raises ValueError at none."""
+    """Return the sizes in all codec headers of an item; the decoder takes one. Raises ValueError if there is none."""
     if file.types[item] == b"hvc1":
         units = [unit for unit in hevc_units(file, item, budget) if unit]
         sizes = [hevc_size(unit) for unit in units if unit[0] >> 1 & 63 == SEQUENCE_PARAMETERS]
@@ -86,7 +86,7 @@ def coded_sizes(file: HeifFile, item: int, budget: Budget) -> list[tuple[int, in
 
 
 def hevc_units(file: HeifFile, item: int, budget: Budget) -> Iterator[bytes]:
-    """Yield the NAL units of an HEVC item: those in its properties, then the first bytes of those with its pixels."""
+    """Yield the NAL units of an HEVC item: those in its properties, then the beginnings of those in its data."""
     for box in file.owned[item]:
         if box.kind != b"hvcC":
             continue
@@ -104,7 +104,7 @@ def hevc_units(file: HeifFile, item: int, budget: Budget) -> Iterator[bytes]:
 
 
 def hiding_patches(file: HeifFile) -> dict[int, bytes]:
-    """Return the patches that hide image sequences and metadata: the orientation in its EXIF must not count."""
+    """Return the patches that hide image sequences and metadata, since the orientation in EXIF must not count."""
     patches = {box.kind_at: b"free" for box in file.found[b"moov"]}
     for box in file.found[b"ftyp"]:
         brands = [at for at in range(box.body, box.end - 3, 4) if file.data[at : at + 4] in BRANDS]

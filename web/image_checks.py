@@ -1,8 +1,8 @@
 """Remove metadata from PNG, WebP, GIF and TIFF files, and refuse those that cost too much to read.
 
-A file of a few bytes can cost Pillow gigabytes or minutes. Most of that cost is in metadata, and a classifier needs
-only the EXIF orientation. So metadata is cut out before Pillow sees the file, which also lets photos through whose
-profiles or texts are broken or very large. jpeg_checks.py and heif_checks.py do the same for the other formats.
+A file of a few bytes can cost Pillow gigabytes or minutes, mostly because of metadata, and a classifier needs only the
+EXIF orientation. So metadata is cut out before Pillow sees the file. This also accepts photos whose profiles or texts
+are broken or very large. jpeg_checks.py and heif_checks.py do the same for other formats.
 """
 
 import struct
@@ -10,13 +10,13 @@ import zlib
 
 # Limits, all far above what cameras and editors write.
 MAX_CHUNKS = 50_000  # in a PNG or WebP
-MAX_GIF_BLOCKS = 200_000  # ahead of the first frame: 50 MB of comments
+MAX_GIF_BLOCKS = 200_000  # before the first frame: 50 MB of comments
 MAX_TIFF_TAGS = 4096
 MAX_TAG_VALUES = 65_536  # in one tag of a TIFF, such as the offsets of its strips
 MAX_TILE_PIXELS = 2**20  # in one tile of a TIFF that is smaller than its tile
 MAX_EXIF_BYTES = 2**20
 
-PNG_ANIMATION = {b"acTL", b"fcTL"}  # needed ahead of the pixels, where they place the first frame
+PNG_ANIMATION = {b"acTL", b"fcTL"}  # kept once, before the pixels: they place the first frame
 PNG_ONCE = {b"eXIf", *PNG_ANIMATION}
 WEBP_FRAMES = (b"ANMF", b"VP8 ", b"VP8L")
 WEBP_PIXELS = (b"VP8X", b"ANIM", b"ALPH", *WEBP_FRAMES)
@@ -33,11 +33,11 @@ TIFF_BYTES = (1, 2, 7)  # types whose values Pillow keeps as bytes
 
 
 class Bomb(Exception):
-    """The file would cost more than an image does; the text is for the log."""
+    """Reading the file would cost too much; the text is for the log."""
 
 
 class TooManyPixels(Exception):
-    """The image is larger than the given limit."""
+    """The image has more pixels than the limit."""
 
 
 def edit(data: bytes, cuts: list[tuple[int, int]], patches: dict[int, bytes] | None = None) -> bytes:
@@ -57,7 +57,7 @@ def edit(data: bytes, cuts: list[tuple[int, int]], patches: dict[int, bytes] | N
 
 
 def strip_png(data: bytes) -> bytes:
-    """Return the PNG with only its pixels and a small EXIF. Raises Bomb if it has too many chunks."""
+    """Return the PNG with only its pixels and its EXIF, if that is small. Raises Bomb if it has too many chunks."""
     at, cuts, seen = 8, list[tuple[int, int]](), set[bytes]()
     for _ in range(MAX_CHUNKS):
         if at + 8 > len(data):
@@ -81,7 +81,7 @@ def has_valid_crc(data: bytes, start: int, end: int) -> bool:
 
 
 def strip_webp(data: bytes) -> bytes:
-    """Return the WebP with only its first frame and a small EXIF."""
+    """Return the WebP with only its first frame and its EXIF, if that is small."""
     at, pieces, header = 12, list[bytes | memoryview](), None
     view, has_frame, missing = memoryview(data), False, WEBP_PROFILE | WEBP_XMP | WEBP_EXIF
     for _ in range(MAX_CHUNKS):
@@ -92,7 +92,7 @@ def strip_webp(data: bytes) -> bytes:
         is_exif = kind == b"EXIF" and length <= MAX_EXIF_BYTES and end <= len(data) and missing & WEBP_EXIF
         if (kind in WEBP_PIXELS and not has_frame) or is_exif:
             if at + 8 + length > len(data):
-                return data  # cut off: libwebp reports it
+                return data  # cut off, which libwebp reports
             header = len(pieces) if kind == b"VP8X" and header is None else header
             has_frame = has_frame or kind in WEBP_FRAMES
             missing &= ~WEBP_EXIF if is_exif else 0xFF
@@ -106,7 +106,7 @@ def strip_webp(data: bytes) -> bytes:
 
 
 def strip_gif(data: bytes) -> bytes:
-    """Return the GIF without comments and the like ahead of its first frame. Raises Bomb if it has too many blocks."""
+    """Return the GIF without the comments and the like before its first frame. Raises Bomb at too many blocks."""
     if len(data) < 13:
         return data
     at = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)
@@ -129,9 +129,9 @@ def strip_gif(data: bytes) -> bytes:
 def strip_tiff(data: bytes) -> bytes:
     """Return the TIFF with each large metadata tag reduced to one byte.
 
-    Raises Bomb at a tag with very many values, since Pillow makes an object of each (an upload could hold ten gigabytes
-    of offsets), and at a tile much larger than the image, since libtiff fills the whole tile (134 bytes can claim two
-    gigabytes).
+    Raises Bomb if a tag has very many values, since Pillow makes an object of each (the offsets in one upload could
+    take ten gigabytes), or if a tile is much larger than the image, since libtiff allocates the whole tile (a file of
+    134 bytes can claim two gigabytes).
     """
     order = "<" if data.startswith(b"II") else ">"
     big = data[2 if order == "<" else 3] == BIG_TIFF
@@ -149,7 +149,7 @@ def strip_tiff(data: bytes) -> bytes:
         elif count > MAX_TAG_VALUES and (kind not in TIFF_BYTES or tag in TIFF_OFFSETS):
             raise Bomb(f"{count} values in TIFF tag {tag}")
         if tag in sizes:
-            # Two readers of the file could pick different ones of two tags.
+            # If there are two of such a tag, this module and the decoder might not read the same one.
             if count != 1 or kind not in TIFF_INTEGERS or sizes[tag]:
                 raise Bomb(f"invalid TIFF tag {tag}")
             [sizes[tag]] = struct.unpack_from(order + TIFF_INTEGERS[kind], value)

@@ -1,7 +1,7 @@
 """Convert an image of any Pillow mode to 8-bit RGB or gray, and resize it.
 
-A decoded image takes four bytes a pixel, a quarter of a gigabyte for a large one. To hold only one copy of it, colors
-are converted strip by strip, and each strip is at once resized to its final width.
+A decoded image takes four bytes per pixel, a quarter of a gigabyte for a large one. To hold only one copy of it, each
+strip of rows is converted and resized to its final width before the next.
 """
 
 import math
@@ -19,13 +19,13 @@ WHITE = (255, 255, 255)
 STRIP_PIXELS = 2**20
 GRAYS = ("1", "L")
 GDAL_NODATA = 42113  # the TIFF tag with the value that means no data
-MAP_TAGS = {33550, 33922, 34264, 34735}  # of a GeoTIFF
-USUAL_NODATA = (-9999.0, -32768.0)  # in maps without the tag
-MAX_FLOAT = 3.4e38  # a float this large means no data too
+MAP_TAGS = {33550, 33922, 34264, 34735}  # TIFF tags of a GeoTIFF
+USUAL_NODATA = (-9999.0, -32768.0)  # values that mean no data in maps without the tag
+MAX_FLOAT = 3.4e38  # a float this large also means no data
 
 
 class Rendering(NamedTuple):
-    """How pixel values become gray levels: `low` is black, `high` is white, and `nodata` values are black."""
+    """How pixel values become gray levels: `low` and `nodata` become black, `high` white."""
 
     low: float = 0.0
     high: float = 65535.0
@@ -40,7 +40,7 @@ def resize(image: Image.Image, size: tuple[int, int], mode: str, rendering: Rend
     """
     width, height = size
     if width > image.width and height < image.height and width * image.height > STRIP_PIXELS:
-        # A narrow tower would become wide before it becomes low: 500,000 rows would take half a gigabyte.
+        # A tall narrow image would be widened before it is shortened: 500,000 rows would take half a gigabyte.
         turned = resize(image.transpose(Image.Transpose.TRANSPOSE), (height, width), mode, rendering)
         return turned.transpose(Image.Transpose.TRANSPOSE)
     resample = Image.Resampling[settings.IMAGE_RESAMPLE.upper()]
@@ -65,9 +65,9 @@ def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def rendering_of(image: Image.Image) -> Rendering:
     """Return how to render `image`.
 
-    16 bits are scaled by their full range. Floats, 32 bits and maps are stretched from their lowest to highest value.
+    16 bits are scaled by their full range; floats, 32 bits and maps from their lowest to their highest value.
     """
-    if image.format == "BMP" and image.mode == "RGBA":  # clipboards write an alpha of zeros that means nothing
+    if image.format == "BMP" and image.mode == "RGBA":  # clipboards write a meaningless alpha of zeros
         return Rendering(opaque=image.getchannel("A").getextrema() == (0, 0))
     if not image.mode.startswith(("I", "F")):
         return Rendering()
@@ -84,7 +84,7 @@ def rendering_of(image: Image.Image) -> Rendering:
 
 
 def nodata_of(image: Image.Image) -> tuple[float, ...]:
-    """Return the values of a map that mean no data: from its tag, or the usual ones if a map has no tag."""
+    """Return the values that mean no data: from the image's tag, or the usual ones if it is a map without the tag."""
     tags = getattr(image, "tag_v2", {})
     try:
         return (float(tags[GDAL_NODATA]),)
@@ -93,7 +93,7 @@ def nodata_of(image: Image.Image) -> tuple[float, ...]:
 
 
 def data_mask(values: Pixels, nodata: tuple[float, ...]) -> npt.NDArray[np.bool]:
-    """Return which `values` are finite and do not mean no data."""
+    """Return which of `values` are finite data."""
     mask = np.abs(values) < MAX_FLOAT if values.dtype.kind == "f" else np.ones(values.shape, np.bool)
     for value in nodata:
         mask &= values != value
@@ -101,7 +101,7 @@ def data_mask(values: Pixels, nodata: tuple[float, ...]) -> npt.NDArray[np.bool]
 
 
 def convert(image: Image.Image, mode: str, rendering: Rendering) -> Image.Image:
-    """Return `image` in `mode` (RGB or L), with transparent parts on white. Gray stays L, a third of the work."""
+    """Return `image` in `mode` (RGB or L), with transparent parts on white. Gray stays L, for a third of the work."""
     if image.mode == "P" and image.palette is None:
         image = image.copy()  # the copy gets a palette of grays
     if image.mode.startswith(("I", "F")):

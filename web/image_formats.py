@@ -15,8 +15,8 @@ from web.heif_checks import strip_heif
 from web.image_checks import Bomb, strip_gif, strip_png, strip_tiff, strip_webp
 from web.jpeg_checks import strip_jpeg
 
-MAX_READS = 50_000  # calls of read for a header, which Pillow parses in Python: a microsecond each
-MAX_RLE_PIXELS = 2**21  # full HD, of a run-length encoded BMP, which Pillow decodes in Python
+MAX_READS = 50_000  # calls of read() for a header; Pillow parses it in Python, a microsecond for each
+MAX_RLE_PIXELS = 2**21  # of a run-length encoded BMP, which Pillow decodes in Python: full HD
 RLE = (1, 2)  # values of a BMP's compression field
 
 HEIF = "HEIC or AVIF"  # the two share their signatures
@@ -28,9 +28,9 @@ SIGNATURES = [
         (rb"....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1|avi[fs])", HEIF),
     )
 ]  # fmt: skip
-# What may precede the first element of XML or HTML. No byte is matched twice: backtracking could take minutes.
+# What may precede the first element of XML or HTML. It never backtracks, which could take minutes.
 BLANK = rb"(?:\xef\xbb\xbf)?(?>\s+|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>)*+"
-# Other files that people send, as the error names them.
+# Other files that people send, and their names for the error message.
 OTHER_FILES = [
     (re.compile(pattern, re.DOTALL | re.IGNORECASE), name)
     for pattern, name in (
@@ -47,23 +47,23 @@ OTHER_FILES = [
         (rb"(?:\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\d]", "JSON"), (rb"\s*<", "XML"),
     )
 ]  # fmt: skip
-START_BYTES = 1000  # that are examined to name an unsupported file
+START_BYTES = 1000  # examined to name an unsupported file
 
-# Keys in the `info` of a JPEG: strip_jpeg's bytes_at_any_scale, and whether only the end marker is missing.
+# Keys in the `info` of a JPEG: Jpeg.bytes_at_any_scale, and whether only the end marker is missing.
 BYTES_AT_ANY_SCALE = "bytes kept for each pixel at any scale"
 LACKS_END = "complete except for the end marker"
 
-# Python keeps the text of each warning it has shown, and one file can cause thousands.
+# Python keeps the text of each warning that it has shown, and one file can cause thousands.
 warnings.filterwarnings("ignore", module="PIL")
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each core decodes an image of its own
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each core decodes another image
 
 
 class UnsupportedFormat(Exception):
-    """The file is of no supported format; the text says what it is, with its article, or is empty."""
+    """The file's format is not supported; the text says what it is ("a web page"), or is empty if unknown."""
 
 
 class LimitedReads(io.BytesIO):
-    """A file that allows MAX_READS reads, to stop at a header with a million parts."""
+    """A file that allows MAX_READS reads, so that a header with a million parts is refused."""
 
     reads_left: float = MAX_READS
 
@@ -71,14 +71,14 @@ class LimitedReads(io.BytesIO):
         """Return the next bytes. Raises Bomb."""
         self.reads_left -= 1
         if self.reads_left < 0:
-            raise Bomb("a header of too many parts")
+            raise Bomb("a header with too many parts")
         return super().read(size)
 
 
 def open_safely(data: bytes, formats: Collection[str], max_pixels: int) -> Image.Image:
-    """Return the image in `data`, in one of `formats`, not decoded and without its metadata.
+    """Return the image in `data`, which has one of `formats`, without its metadata and not yet decoded.
 
-    Raises UnsupportedFormat, Bomb, TooManyPixels (only for HEIC and AVIF) and any exception of Pillow.
+    Raises UnsupportedFormat, Bomb, TooManyPixels (only for HEIC and AVIF), and any exception that Pillow raises.
     """
     form = next((form for pattern, form in SIGNATURES if pattern.match(data)), "")
     if form == HEIF and {"HEIC", "AVIF"}.isdisjoint(formats):
@@ -94,7 +94,7 @@ def open_safely(data: bytes, formats: Collection[str], max_pixels: int) -> Image
 
 
 def describe(data: bytes) -> str:
-    """Return what an unsupported file is, with its article; an empty string if unknown."""
+    """Return what an unsupported file is ("a web page"), or "" if unknown."""
     start = data[:START_BYTES]
     known = next((name for pattern, name in OTHER_FILES if pattern.match(start)), "")
     return known or ("text" if is_text(start) else "")
@@ -118,12 +118,12 @@ def open_bmp(data: bytes) -> Image.Image:
     """Return the BMP in `data`. Raises Bomb if it is large and run-length encoded."""
     image = open_with_pillow(data, "BMP")
     if image.info["compression"] in RLE and image.width * image.height > MAX_RLE_PIXELS:
-        raise Bomb("run-length encoding that takes seconds")
+        raise Bomb("run-length encoding that would take seconds")
     return image
 
 
 def open_tiff(data: bytes) -> Image.Image:
-    """Return the TIFF in `data`, without the directories of EXIF, which Pillow would parse and may fail on."""
+    """Return the TIFF in `data` without its EXIF directories, which Pillow would parse and could fail on."""
     image = open_with_pillow(strip_tiff(data), "TIFF")
     image.info.pop("xmp", None)
     exif = image.getexif()
@@ -135,7 +135,7 @@ def open_tiff(data: bytes) -> Image.Image:
 def open_jpeg(data: bytes) -> Image.Image:
     """Return the JPEG in `data`, with BYTES_AT_ANY_SCALE and LACKS_END in its info.
 
-    Image.open() would limit the pixels of the full size, but a large JPEG is decoded at a smaller one.
+    Not by Image.open(): it would limit the pixels of the full size, but a large JPEG is decoded at a smaller one.
     """
     jpeg = strip_jpeg(data)
     file = LimitedReads(jpeg.data)
@@ -146,7 +146,7 @@ def open_jpeg(data: bytes) -> Image.Image:
 
 
 class FirstFrame(WebPImageFile):
-    """A WebP that frees its decoder after the first frame: the decoder takes eight bytes for each pixel."""
+    """A WebP that frees its decoder after the first frame, since the decoder takes eight bytes per pixel."""
 
     def _get_next(self) -> tuple[bytes, int, int]:
         frame = super()._get_next()
@@ -156,7 +156,7 @@ class FirstFrame(WebPImageFile):
 
 def open_heic(data: bytes) -> Image.Image:
     """Return the HEIC in `data`."""
-    from pillow_heif import HeifImageFile, options  # noqa: PLC0415 - 4 MB, which many services never need
+    from pillow_heif import HeifImageFile, options  # noqa: PLC0415 - takes 4 MB, which many services never need
 
     options.DECODE_THREADS = 1
     options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False

@@ -1,6 +1,6 @@
 """Turn a client's file into the pixels that the model gets: open it, decode it, turn it upright, resize it.
 
-POST /predict and run_model_server.py --check both use this, so both treat a file alike.
+POST /predict and run_model_server.py --check both use this, so they treat a file alike.
 """
 
 import io
@@ -14,20 +14,20 @@ from PIL import ExifTags, Image
 
 import settings
 from helpers import Pixels, ServiceError, megapixels
-from web.errors import WebError
+from web.errors import WebError, printable
 from web.image_checks import MAX_EXIF_BYTES, TooManyPixels
 from web.image_colors import rendering_of, resize
 from web.image_formats import BYTES_AT_ANY_SCALE, LACKS_END, UnsupportedFormat, open_safely
 
 log = logging.getLogger(__name__)
 
-MAX_SIDE = 500_000  # pixels: Pillow keeps a pointer for each row, and its resize a table for each column
-MAX_SHRINK = 4  # how many times MAX_IMAGE_PIXELS a JPEG may have that is decoded smaller: phones make 200 megapixels
-# The most that decoding takes for each pixel, measured: a WebP is in memory three times, a HEIC also in YCbCr.
+MAX_SIDE = 500_000  # pixels: Pillow keeps a pointer per row, and its resize a table per column
+MAX_SHRINK = 4  # times MAX_IMAGE_PIXELS that a JPEG may have if it is decoded smaller: phones make 200 megapixels
+# The most bytes per pixel that decoding takes, measured. A WebP is in memory three times, a HEIC also in YCbCr.
 BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 6, "GIF": 5, "BMP": 4, "TIFF": 8, "WEBP": 14, "HEIF": 14, "AVIF": 14}
-# A JPEG is decoded no smaller than this many times the target, so that the resize after it still decides most of each
-# pixel. On 12 photos, compared with a full decode, probabilities change by 0.01 (median) at 1.3, 0.005 at 2, and 0.02
-# at 1. But at 2, a JPEG of 800x600 could not be decoded at half its size, which would take three times as long.
+# A JPEG is decoded at no less than this many times the target, so that the resize determines most of each pixel. On 12
+# photos, compared with a full decode, probabilities change by 0.01 (median) at 1.3, 0.005 at 2, and 0.02 at 1. But at
+# 2, a JPEG of 800x600 could not be decoded at half its size, and would take three times as long.
 SHRINK_TO = 1.3
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,18 +37,18 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)
 JPEG_END = b"\xff\xd9"
 
-# Pillow's own guard, which raises an error above twice this number; bytes_to_decode has the exact limit.
+# Pillow raises an error above twice this number. The exact limit is in bytes_to_decode().
 Image.MAX_IMAGE_PIXELS = settings.MAX_IMAGE_PIXELS
 
 
 class MissingImage(WebError):
-    """The form has no file named `image`."""
+    """The request has no image, or an empty one."""
 
     status, code = 400, "missing_image"
 
 
 class BadImage(WebError):
-    """The file is not an image that can be decoded. Its __cause__ says why."""
+    """The file is not an image that can be decoded; the error's __cause__ says why."""
 
     status, code = 400, "bad_image"
 
@@ -60,7 +60,7 @@ class TooLarge(WebError):
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
-    """Return the image in `stream` with only its header read. Raises MissingImage, BadImage, TooLarge."""
+    """Return the image in `stream`, not yet decoded. Raises MissingImage, BadImage, TooLarge."""
     if stream.seek(0, io.SEEK_END) == 0:
         raise MissingImage("The file in the form field `image` is empty, so send an image.")
     stream.seek(0)
@@ -78,11 +78,11 @@ def open_image(stream: IO[bytes]) -> Image.Image:
 
 
 def bytes_to_decode(image: Image.Image, target: tuple[int, int]) -> int:
-    """Return the memory in bytes that decoding `image` for `target` (width, height) takes. Raises BadImage, TooLarge.
+    """Return how many bytes of memory it takes to decode `image` for `target` (width, height).
 
-    Sets a large JPEG to be decoded at a half, a quarter or an eighth, which takes a fraction of the memory and time.
+    Makes Pillow decode a large JPEG at a half, a quarter or an eighth, which takes a fraction of the memory and time.
     Both sides stay at least SHRINK_TO times the longer side of the target, since EXIF may turn the image. The limits
-    apply to the pixels that are decoded.
+    apply to the pixels that are decoded. Raises BadImage, TooLarge.
     """
     full = image.width * image.height
     least = math.ceil(SHRINK_TO * max(target))
@@ -104,8 +104,8 @@ def bytes_to_decode(image: Image.Image, target: tuple[int, int]) -> int:
 def prepare_image(image: Image.Image, target: tuple[int, int], channels: int = 3) -> Pixels:
     """Return `image` as pixels (height, width, channels) of IMAGE_DTYPE, 0 to 255, at `target` (width, height).
 
-    The first frame is used, turned upright by its EXIF orientation, with transparent parts on white. Raises TooLarge,
-    and BadImage if it can't be decoded.
+    Uses the first frame, turned upright by its EXIF orientation, with transparent parts on white. Raises TooLarge, and
+    BadImage if it can't be decoded.
     """
     bytes_to_decode(image, target)
     try:
@@ -127,18 +127,18 @@ def prepare_image(image: Image.Image, target: tuple[int, int], channels: int = 3
 def append_end(image: Image.Image) -> None:
     """Append the missing end marker to a JPEG, if all of its pixels are there.
 
-    Pillow refuses a JPEG without the marker. With it, Pillow would also accept one that lacks pixels: libjpeg only
-    warns and fills them with gray. simplejpeg turns the warning into an error.
+    Pillow refuses a JPEG without the marker. If it were always appended, Pillow would also accept a JPEG that lacks
+    pixels: libjpeg only warns and fills them with gray. simplejpeg turns that warning into an error.
     """
-    import simplejpeg  # noqa: PLC0415 - which few files need
+    import simplejpeg  # noqa: PLC0415 - few files need it
 
     file = cast(io.BytesIO, image.fp)  # type: ignore[attr-defined]
     colors = {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB")
     try:
         simplejpeg.decode_jpeg(file.getvalue() + JPEG_END, colors, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
-        log.debug("without its end, and without pixels: %s", error)
-        return  # Pillow reports what is missing, or finds an end in the data after the image
+        log.debug("JPEG lacks its end and pixels: %s", error)
+        return  # Pillow reports the missing pixels, or finds an end marker in the data after the image
     at = file.tell()
     file.seek(0, io.SEEK_END)
     file.write(JPEG_END)
@@ -146,9 +146,9 @@ def append_end(image: Image.Image) -> None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if there is none that can be read."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing or can't be read."""
     if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
-        return 1  # Pillow would parse it in Python
+        return 1  # parsing it in Python would take too long
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # a good photo may have a damaged EXIF
@@ -158,7 +158,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def unreadable(kind: str = "") -> BadImage:
-    """Return the error for a file that is no supported image; `kind` says what it is."""
+    """Return the error for a file that is not a supported image; `kind` says what it is, if known."""
     *most, last = settings.IMAGE_FORMATS.split(",")
     formats = f"{', '.join(most)} or {last}" if most else last
     return BadImage(f"This is {kind or 'not an image that can be read'}, so send a file of {formats}.")
@@ -172,13 +172,12 @@ def too_many_pixels(form: str) -> TooLarge:
 
 
 def damaged() -> BadImage:
-    """Return the error for an image with a good header and bad pixels."""
-    return BadImage("The image is damaged or cut off and can't be decoded, so send it again whole.")
+    """Return the error for an image whose header can be read, but not its pixels."""
+    return BadImage("The image is damaged or cut off and can't be decoded, so send the whole file again.")
 
 
 def reason(error: ServiceError) -> str:
-    """Return why a file is refused, as the library that failed says it, in one printable line for the log."""
+    """Return why a file is refused, as one printable line for the log: what the library said, if one failed."""
     cause = error.__cause__
     text = re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", str(cause)) if cause else str(error)
-    text = "".join(sign if sign.isprintable() else "?" for sign in text[:200])
-    return text or type(cause).__name__
+    return printable(text, 200) or type(cause).__name__

@@ -1,6 +1,6 @@
-"""The routes below /v2: health and metadata in the form of the Open Inference Protocol.
+"""The routes under /v2: health and metadata in the form of the Open Inference Protocol.
 
-Clients such as tritonclient speak it (github.com/kserve/open-inference-protocol). Its errors are {"error": "text"}.
+tritonclient and others use it (github.com/kserve/open-inference-protocol). Its errors are {"error": "text"}.
 """
 
 import re
@@ -17,25 +17,25 @@ from web.health import Body, Servers, check_queue
 from web.storage import check_free_space
 
 PREFIX = "/v2"
-DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # IMAGE_DTYPE: the protocol's name
+DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # the protocol's name of each IMAGE_DTYPE
 
 View = Callable[..., Body]
 
 
 class UnknownModel(WebError):
-    """No live model server serves this model, or this version of it."""
+    """No live model server serves this model in this version."""
 
     status, code = 404, "not_found"
 
 
 class TensorsNotSupported(WebError):
-    """The service takes images, through /predict, but no tensors."""
+    """The service takes images, by POST /predict, but no tensors."""
 
     status, code = 501, "not_implemented"
 
 
 def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
-    """Add the routes below /v2 to `app`."""
+    """Add the routes under /v2 to `app`."""
 
     def get(rule: str) -> Callable[[View], View]:
         # Some clients end these paths with a slash, others do not.
@@ -53,13 +53,13 @@ def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
     def server_ready() -> Body:
         check_queue(queue)
         check_free_space()
-        # The protocol's text calls the field "live" here too.
+        # The protocol's specification names this field "live" too.
         return {"live": True, "ready": True}
 
     @get("/models/<name>")
     @get("/models/<name>/versions/<version>")
     def model_metadata(name: str, version: str = "") -> Body:
-        """Describe the input (pixels as they are queued) and the output (a probability for each class)."""
+        """Describe the input (pixels, as on the queue) and the output (a probability per class)."""
         versions = versions_of(check_queue(queue)[0], name, version)
         about = versions[version or min(versions)]
         pixels = {"name": "pixels", "datatype": DATATYPES[settings.IMAGE_DTYPE], "shape": [-1, *about["shape"]]}
@@ -82,9 +82,9 @@ def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
 
 
 def versions_of(servers: Servers, name: str, version: str = "") -> Servers:
-    """Return the heartbeat of one live server for each version of the model `name`.
+    """Return each version of the model `name`, with the heartbeat of one live server that has it.
 
-    Raises UnknownModel if the model is not served, or not in this `version`.
+    Raises UnknownModel if the model is not served, or not in the given `version`.
     """
     complete = [about for about in servers.values() if {"model", "shape", "classes", "weights"} <= about.keys()]
     versions = {version_of(about): about for about in complete if about["model"] == name}
@@ -96,20 +96,20 @@ def versions_of(servers: Servers, name: str, version: str = "") -> Servers:
 
 
 def version_of(about: dict[str, Any]) -> str:
-    """Return the version of a server's model: its weights file, made URL-safe because clients do not quote it."""
+    """Return the version of a server's model: the name of its weights, URL-safe because clients do not quote it."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(about["weights"]))
 
 
 def listed(names: set[str]) -> str:
-    """Return the names, sorted, for a sentence."""
+    """Return the names for a message, sorted."""
     return ", ".join(sorted(names))
 
 
 def is_protocol_path(path: str) -> bool:
-    """Whether errors at this path have the protocol's form, even if no such route exists."""
+    """Whether errors at this path have the protocol's form; the path need not exist."""
     return path == PREFIX or path.startswith(f"{PREFIX}/")
 
 
 def protocol_error(message: str) -> Body:
-    """Return the JSON of an error below /v2."""
+    """Return the JSON of an error under /v2."""
     return {"error": message}

@@ -10,10 +10,10 @@ from web.image_checks import MAX_EXIF_BYTES, Bomb, edit
 MAX_SEGMENTS = 10_000
 MAX_TABLES = 1_000  # segments other than metadata
 MAX_TABLE_BYTES = 512 * 2**10  # in segments that Pillow parses
-MAX_SCANS = 30  # each goes over all pixels. Encoders write about ten
-MAX_EXIF_SEGMENTS = 17  # they hold MAX_EXIF_BYTES. Pillow joins them one by one
+MAX_SCANS = 30  # decoding passes over all pixels for each; encoders write about ten
+MAX_EXIF_SEGMENTS = 17  # enough for MAX_EXIF_BYTES; Pillow joins them one by one
 
-MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # all but restarts, which stand among the pixels
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # all markers except restarts, which are among the pixels
 DHT, JPG, DAC, EOI, SOS, EXIF, COMMENT = 0xC4, 0xC8, 0xCC, 0xD9, 0xDA, 0xE1, 0xFE
 FRAMES = set(range(0xC0, 0xD0)) - {DHT, JPG, DAC}
 INTERLEAVED_FRAMES = (0xC0, 0xC1)  # baseline and extended, Huffman-coded
@@ -21,18 +21,18 @@ USED_APPLICATION_DATA = {0xE0: b"JFIF\0", EXIF: b"Exif\0\0", 0xEE: b"Adobe"}
 
 
 class Jpeg(NamedTuple):
-    """A JPEG without its metadata, and what decoding it takes."""
+    """A JPEG without its metadata, and what is known before decoding it."""
 
     data: bytes
-    bytes_at_any_scale: float  # that libjpeg keeps for each pixel of the full size, even if it decodes a smaller one
-    is_complete: bool  # whether the scans give every coefficient of every component
+    bytes_at_any_scale: float  # that libjpeg keeps per pixel of the full size, even if it decodes at a smaller one
+    is_complete: bool  # whether the scans have every coefficient of every component
     has_end: bool
 
 
 def strip_jpeg(data: bytes) -> Jpeg:
     """Return the JPEG without its metadata. Raises Bomb if its first image has too many segments or scans.
 
-    Pillow would take minutes to join many small EXIF segments, and it parses tables that libjpeg does not use.
+    Pillow would take minutes to join many small EXIF segments, and it also parses tables that libjpeg does not use.
     """
     cuts, exif, tables = list[tuple[int, int]](), [0], [0]
     frame, scans, has_end = b"", list[bytes](), False
@@ -53,7 +53,7 @@ def strip_jpeg(data: bytes) -> Jpeg:
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the marker of each segment of the first image, and the offsets of its marker, its content and its end.
+    """Yield each segment of the first image: its marker, and the offsets of its marker, content and end.
 
     Raises Bomb if there are too many.
     """
@@ -66,7 +66,7 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
         length = int.from_bytes(data[body : body + 2], "big")
         at = body if marker == EOI else body + max(length, 2)
         yield marker, found.start(), body, at
-        if marker == EOI and scanned:  # Pillow skips an end marker ahead of the first scan
+        if marker == EOI and scanned:  # Pillow skips an end marker before the first scan
             return
         scanned = scanned or marker == SOS
     raise Bomb("too many JPEG segments")
@@ -79,9 +79,9 @@ def is_metadata(marker: int, start: bytes) -> bool:
 
 
 def bytes_at_any_scale(frame: bytes, scans: list[bytes]) -> float:
-    """Return the bytes for each pixel that libjpeg keeps at any scale: all coefficients, if several scans refine them.
+    """Return how many bytes per pixel libjpeg keeps at any scale: all coefficients, if several scans refine them.
 
-    `frame` begins with its marker. Returns 0.0 if one scan has everything, since libjpeg then drops each finished row.
+    `frame` begins with its marker. Returns 0.0 if one scan has everything: then libjpeg drops each finished row.
     """
     sampling = [(each >> 4) * (each & 15) for each in frame[10::3]]
     single = scans and frame and frame[0] in INTERLEAVED_FRAMES and scans[0][2:3] == frame[8:9]
@@ -89,7 +89,7 @@ def bytes_at_any_scale(frame: bytes, scans: list[bytes]) -> float:
 
 
 def is_complete(frame: bytes, scans: list[bytes]) -> bool:
-    """Return whether the scans give all 64 coefficients of each component, to the last bit."""
+    """Return whether the scans have all 64 coefficients of each component, to the last bit."""
     missing = {component: [True] * 64 for component in frame[9::3]}
     for scan in scans:
         components, [first, last, bits] = scan[3 : 3 + 2 * scan[2] : 2], scan[-3:]

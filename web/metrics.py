@@ -1,8 +1,8 @@
-"""The web's metrics: for Prometheus at /metrics, and as JSON at /stats for the page.
+"""The web's metrics: for Prometheus at /metrics, and as JSON for the page at /stats.
 
-Any web process can answer for all of them: each keeps its values in a memory-mapped file in a shared folder, and
-prometheus_client adds the files up. What is counted here about a model server comes from its answers; each model server
-also has metrics of its own (model_server/metrics.py).
+Any web process can report for all of them: each keeps its values in memory-mapped files in a shared folder, and
+prometheus_client adds them up. The figures about batches come from the model servers' answers. Each model server has
+more metrics (model_server/metrics.py).
 """
 
 import fcntl
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 240)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-FILE_SIZE = 2**16  # bytes; all series here take a third of it
-PREDICT, CLASSIFIED = "/predict", "classified"  # values of labels
+FILE_SIZE = 2**16  # bytes: three times what all series here take
+PREDICT, CLASSIFIED = "/predict", "classified"  # label values
 
 
 class Metrics:
-    """The counters and histograms of one web process. Create it once per process: it claims a file."""
+    """The counters and histograms of one web process. Create it once per process, since it claims files."""
 
     def __init__(self) -> None:
         self._lock = share_values()  # before the first metric is created
@@ -63,14 +63,14 @@ class Metrics:
         self.all = (self.requests, self.duration, self.images, self.stages, self.batches, self.jobs)
 
     def count_jobs(self, event: str, times: int = 1) -> None:
-        """Count an event of `times` jobs; WebQueue calls this."""
+        """Count an event that happened to `times` jobs; WebQueue calls this."""
         self.jobs.labels(event).inc(times)
 
     def count_request(self, endpoint: str, status: int, seconds: float, images: int) -> None:
-        """Count a response that took `seconds` and has predictions for this number of `images`.
+        """Count a response that took `seconds` and has predictions for `images` images.
 
-        The duration counts only if there are predictions: a 401 takes a millisecond, and many of them would hide how
-        long images take.
+        The duration counts only if there are any: a 401 takes a millisecond, and many of them would hide how long
+        images take.
         """
         self.requests.labels(endpoint, str(status)).inc()
         if images:
@@ -79,7 +79,7 @@ class Metrics:
     def count_classified(self, batch: int, seconds: dict[str, float]) -> None:
         """Count a classified image: the size of its batch, and the `seconds` spent in each stage."""
         self.images.labels(CLASSIFIED).inc()
-        if batch:  # model servers of older versions do not report it
+        if batch:  # older model servers do not report it
             self.batches.observe(batch)
         for stage, taken in seconds.items():
             self.stages.labels(stage).observe(taken)
@@ -100,9 +100,9 @@ class Metrics:
 
 
 def share_values() -> IO[str] | None:
-    """Make prometheus_client keep this process's values in the shared folder; return the lock on its files.
+    """Make prometheus_client keep this process's values in the shared folder, and return the lock on its files.
 
-    Returns None if there are no other processes or the folder can't be written; then the values stay in this process.
+    If there are no other processes or the folder can't be written, keep the values in this process and return None.
     """
     if not (os.environ.get(METRICS_FOLDER) or "mod_wsgi" in sys.modules):
         return None
@@ -124,8 +124,8 @@ def share_values() -> IO[str] | None:
 def claim_number(folder: Path) -> tuple[IO[str], int]:
     """Return the lowest number that no live process has, and the lock that holds it. Raises OSError.
 
-    A process continues the files of the dead one it replaces. Otherwise each restart would add files, and each scrape
-    would take longer.
+    So a process continues the files of a dead one. Otherwise each restart would add files, and scrapes would become
+    slower and slower.
     """
     for number in count():
         lock = open(folder / f"{number}.lock", "a", encoding="ascii")  # noqa: SIM115 - held until the process ends
@@ -141,20 +141,20 @@ def claim_number(folder: Path) -> tuple[IO[str], int]:
 def reserve(file: Path) -> None:
     """Allocate the disk space of `file`. Raises OSError.
 
-    Without it, writing to the mapped memory would kill the process once the disk is full.
+    Otherwise writing to the mapped memory would kill the process once the disk is full.
     """
     with file.open("ab") as opened:
         os.posix_fallocate(opened.fileno(), 0, FILE_SIZE)
 
 
 class QueueCollector:
-    """Metrics that are read from Redis at each scrape."""
+    """Reads metrics from Redis at each scrape."""
 
     def __init__(self, queue: WebQueue) -> None:
         self.queue = queue
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the length of the queue and the number of live model servers, or that Redis is down."""
+        """Yield the length of the queue and the number of live model servers, or only that Redis is down."""
         try:
             self.queue.check()
             servers, waiting = self.queue.live_servers(), self.queue.waiting()
@@ -189,7 +189,7 @@ def add_metrics_routes(app: flask.Flask, queue: WebQueue, metrics: Metrics) -> N
 def totals(registry: CollectorRegistry) -> dict[str, Any]:
     """Return the counts for /stats: responses of /predict by status, images, latency and batch sizes.
 
-    The buckets of histograms are cumulative, by their upper bounds, as Prometheus has them.
+    The buckets of histograms are cumulative, by their upper bound, as in Prometheus.
     """
     samples = [sample for metric in registry.collect() for sample in metric.samples]
     answers = [each for each in samples if each.name == "keras_rest_api_requests_total"]
@@ -203,12 +203,12 @@ def totals(registry: CollectorRegistry) -> dict[str, Any]:
 
 
 def histogram(samples: list[Sample], name: str) -> dict[str, Any]:
-    """Return the histogram called `name`; zeros if nothing was observed yet."""
+    """Return the histogram `name`; zeros if nothing was observed yet."""
     buckets = {bound(each): int(each.value) for each in samples if each.name == f"{name}_bucket"}
     total = sum(each.value for each in samples if each.name == f"{name}_sum")
     return {"count": buckets.get("+Inf", 0), "sum": total, "buckets": buckets}
 
 
 def bound(bucket: Sample) -> str:
-    """Return the upper bound of a bucket for people: 0.25, 16, +Inf."""
+    """Return the upper bound of a bucket in short form: 0.25, 16, +Inf."""
     return bucket.labels["le"].removesuffix(".0")

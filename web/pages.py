@@ -1,7 +1,7 @@
 """Static files: the page at /, the interactive API documentation at /docs, their scripts and styles, openapi.json.
 
-Every file is listed here, so no URL leads to a folder. Files are sent from disk and not kept in memory. Links in the
-pages are relative, because a proxy may serve the service under a prefix.
+Every file is listed here, and no directory is served. Files are sent from disk and not kept in memory. Links in the
+pages are relative, because a proxy may put the service under a prefix.
 """
 
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ DOCS_POLICY = f"default-src 'none'; {COMMON_POLICY}; style-src 'self'; img-src '
 
 
 class Page(NamedTuple):
-    """A file, its media type, and for a page its Content-Security-Policy."""
+    """A file to serve: its path, its media type, and for HTML its Content-Security-Policy."""
 
     path: Path
     media_type: str
@@ -28,7 +28,7 @@ class Page(NamedTuple):
 
 
 def swagger() -> Path:
-    """Return the folder of Swagger UI's files without importing the package. Raises ModuleNotFoundError."""
+    """Return the folder with Swagger UI's files, without importing the package. Raises ModuleNotFoundError."""
     package = find_spec(SWAGGER)
     if package is None or package.origin is None:
         raise ModuleNotFoundError(f"{SWAGGER} is not installed, so install requirements/service.txt.")
@@ -39,7 +39,7 @@ SCRIPTS = (
     "page.js", "basics.js", "card.js", "export.js", "figures.js", "folders.js", "key.js", "model.js", "request.js",
     "results.js", "service.js",
 )  # fmt: skip
-# Photos that the page offers to try if the model knows the ImageNet classes.
+# Photos that the page offers as samples if the model knows the ImageNet classes.
 SAMPLES = ("cat.jpg", "coffee.jpg", "officer.jpg")
 WELCOME = Page(STATIC / "index.html", "text/html", WELCOME_POLICY)
 FILES = {
@@ -63,7 +63,7 @@ def add_pages(app: flask.Flask) -> None:
 
 
 def send(page: Page) -> flask.Response:
-    """Return a file. Browsers revalidate it by its ETag, so a page and its scripts are of the same version."""
+    """Return a file. Browsers revalidate it by its ETag, so a page and its scripts always have the same version."""
     response = flask.send_file(page.path, mimetype=page.media_type)
     if page.policy:
         response.headers["Content-Security-Policy"] = page.policy

@@ -36,23 +36,22 @@ class Pipeline:
     def __init__(self, queue: WebQueue, metrics: Metrics) -> None:
         self.queue = queue
         self.metrics = metrics
-        # Decoding a photo occupies a core and up to a few hundred megabytes. However many requests wait, only as many
-        # images are decoded at once as the machine has cores and memory for; first come, first served.
+        # Decoding a photo takes a core and up to a few hundred megabytes, so images take turns in order of arrival.
         self.turns = Turns(shared_folder)
-        # For requests with several images: each image waits for its answer in a thread of its own.
+        # For requests with several images: one thread per image, which waits for its answer.
         self.threads = ThreadPoolExecutor(128, thread_name_prefix="ask")
 
     def classify_all(
         self, uploads: list[IO[bytes]], deadline: float, request_id: str, top: int
     ) -> list[Classified | ServiceError]:
-        """Classify several images at once. An image that fails yields its error; the others still get their answers."""
+        """Classify several images at once. Return for each its result, or its error if it failed."""
         one = partial(self.classify_or_error, deadline=deadline, request_id=request_id, top=top)
         return list(self.threads.map(one, uploads))
 
     def classify_or_error(
         self, upload: IO[bytes], deadline: float, request_id: str, top: int
     ) -> Classified | ServiceError:
-        """Return the result of classify(), or the error that it raises."""
+        """Return the result of classify(), or its error."""
         try:
             return self.classify(upload, deadline, request_id, top)
         except ServiceError as error:
@@ -62,7 +61,7 @@ class Pipeline:
             return ServiceError(OUR_FAULT)
 
     def classify(self, upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
-        """Classify the image in `upload`, close it, and count the result. `top` 0 means the setting TOP.
+        """Classify the image in `upload`, close the upload, and count the result. `top` 0 means the setting TOP.
 
         `deadline` is in unix seconds. Raises ServiceError.
         """
@@ -81,19 +80,19 @@ class Pipeline:
         shape = self.queue.shape()
         image = [self._prepare_in_turn(upload, deadline, shape)]
         prepared = time.monotonic()
-        # pop() leaves no reference here, so the queue can free the image while it waits.
+        # pop() leaves no reference here, so that the queue can free the image while it waits.
         answer = self.queue.ask(image.pop(), deadline, request_id, top, shape)
         if "error" in answer:
             raise ModelFailed(answer["error"]["message"])
-        # Model servers of older versions do not report times or batch.
+        # Older model servers report neither times nor the batch.
         waited = time.monotonic() - prepared - answer.get("held_s", 0.0)
         seconds = (prepared - begun, waited, answer.get("compute_s", 0.0))
         return Classified(answer["predictions"], answer.get("batch", 0), dict(zip(STAGES, seconds, strict=True)))
 
     def _prepare_in_turn(self, upload: IO[bytes], deadline: float, shape: Shape) -> str:
-        """Wait for a turn, then return what _prepare() does. Raises what it raises.
+        """Wait for a turn, then return the result of _prepare() or raise its error.
 
-        Raises QueueFull if half of the time until `deadline` (unix seconds) passes first.
+        Raises QueueFull if half of the time until `deadline` (unix seconds) passes without a turn.
         """
         limit = time.monotonic() + max(0.0, deadline - time.time()) / 2
         prepared = self.turns.submit(partial(self._prepare, upload, shape, limit))
@@ -122,7 +121,7 @@ class Pipeline:
             raise
 
     def _encode(self, image: Image.Image, shape: Shape, limit: float) -> str:
-        """Reserve the memory to decode `image`; return it prepared, as base64 text.
+        """Reserve the memory to decode `image`, prepare it, and return it as base64 text.
 
         Raises BadImage, TooLarge, and MemoryTimeout if the memory is not free by `limit` (monotonic).
         """
@@ -134,7 +133,7 @@ class Pipeline:
 def drop_tracebacks(error: BaseException | None) -> None:
     """Remove the tracebacks from an error and its causes.
 
-    They keep the decoded image alive, and the error may have to wait for the other images of its request.
+    They keep the decoded image alive, and the error may be kept until the other images of its request are done.
     """
     while error:
         error.with_traceback(None)
@@ -142,5 +141,5 @@ def drop_tracebacks(error: BaseException | None) -> None:
 
 
 def too_many_images() -> QueueFull:
-    """Return the error for an image that gets no turn in time."""
+    """Return the error for an image that got no turn or no memory in time."""
     return QueueFull("Too many images are being prepared, so try again in a few seconds.")

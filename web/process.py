@@ -24,7 +24,7 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable of prometheu
 
 
 def set_up_process() -> None:
-    """Set what the whole process shares, before create_app(): malloc, file limit, log, temporary folder."""
+    """Set up malloc, the file limit, the log and the temporary folder. Call this before create_app()."""
     limit_malloc()
     allow_many_files()
     log_to_stderr(settings.LOG_FORMAT)
@@ -34,11 +34,11 @@ def set_up_process() -> None:
 
 
 def limit_malloc() -> None:
-    """Let malloc use one arena, and return freed memory beyond LARGE_BLOCK at its end to the system.
+    """Let malloc use one arena, and return more than LARGE_BLOCK of free memory at its end to the system.
 
-    By default hundreds of threads fragment eight arenas a core: a process grew from 64 to 200 MB in a thousand
-    requests. Returning every photo-sized block at once would save more memory, but faulting the pages back in took a
-    fifth of the time of a request.
+    By default, hundreds of threads fragment eight arenas per core: a process grew from 64 to 200 MB in a thousand
+    requests. Returning each photo-sized block at once would save more memory, but then page faults took a fifth of the
+    time of a request.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
     if mallopt:
@@ -48,13 +48,13 @@ def limit_malloc() -> None:
 
 
 def allow_many_files() -> None:
-    """Raise the limit on open files: each waiting request has three open, and a common limit is 1,024."""
+    """Raise the limit on open files: each waiting request has three, and a common limit is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def watch_redis(queue: WebQueue) -> None:
-    """Start a thread that logs Redis problems at startup, then closes idle connections."""
+    """Start a thread that logs problems of Redis at startup, then closes idle connections every few seconds."""
     threading.Thread(target=_watch_redis, args=[queue], name="watch-redis", daemon=True).start()
 
 
@@ -78,8 +78,8 @@ def _watch_redis(queue: WebQueue) -> None:
 def shared_folder() -> Path:
     """Return the folder that the web processes of one Apache share, for metrics and locks. Raises OSError.
 
-    Its name contains the pid of their parent, Apache, unless PROMETHEUS_MULTIPROC_DIR names another folder. The
-    temporary folder is writable by everybody, so a folder there must belong to this user.
+    It is PROMETHEUS_MULTIPROC_DIR, or by default a temporary folder with the pid of their parent, Apache, in its name.
+    Anybody may write to /tmp, so the folder must belong to this user.
     """
     if os.environ.get(METRICS_FOLDER):
         return Path(os.environ[METRICS_FOLDER])

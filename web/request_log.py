@@ -1,4 +1,4 @@
-"""Each request gets an id, is counted in the metrics, and if it is for /predict is logged."""
+"""Gives each request an id, counts it in the metrics, and logs it if it is for /predict."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def add_request_log(app: flask.Flask, metrics: Metrics) -> None:
-    """Log and count every request to `app`."""
+    """Count every request to `app`, and log those for /predict."""
 
     @app.before_request
     def begin() -> None:
@@ -32,7 +32,7 @@ def add_request_log(app: flask.Flask, metrics: Metrics) -> None:
         # A browser's preflight (OPTIONS) must not count as a request for predictions.
         rule = flask.request.url_rule if flask.request.method != "OPTIONS" else None
         endpoint = rule.rule if rule else "none"
-        more = flask.g.get("log_fields", {})  # of an error its code, otherwise the times and number of images
+        more = flask.g.get("log_fields", {})  # the code of an error, or the times and the number of images
         metrics.count_request(endpoint, response.status_code, seconds, more.get("images", 0))
         if endpoint == PREDICT:
             fields = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}

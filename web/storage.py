@@ -1,6 +1,6 @@
 """Temporary files for uploads, and the error when they can't be written.
 
-The files have no names. They are in the folder TMPDIR (default /tmp) and disappear when they are closed.
+The files are unnamed, in the folder TMPDIR (default /tmp), and disappear when they are closed.
 """
 
 import logging
@@ -23,7 +23,7 @@ LOG_EVERY = 10.0  # seconds
 PROBE = b"\0" * 2**16
 
 _lock = Lock()
-_next_log: dict[int | None, float] = {}  # errno: time.monotonic() before which it is not logged again
+_next_log: dict[int | None, float] = {}  # for each errno, the time.monotonic() from which it is logged again
 
 
 class StorageFull(WebError):
@@ -40,8 +40,8 @@ def new_file() -> IO[bytes]:
 def choose_temporary_folder() -> None:
     """Choose the temporary folder now, and log a warning if it is not TMPDIR.
 
-    Python takes the first of several folders that is writable. If the first upload made that choice, web processes
-    that start while the disk is full could end up with different folders.
+    Python takes the first writable one of several folders. If the first upload made that choice, the web processes
+    could choose different folders when the disk is full.
     """
     wanted = os.environ.get("TMPDIR", "")
     try:
@@ -68,7 +68,7 @@ def storage_errors(**more: object) -> Iterator[None]:
 def check_free_space() -> None:
     """Raise StorageFull unless the temporary folder is writable and has room for the largest upload.
 
-    A test write also finds a quota that is used up or a file system that became read-only.
+    A test write also detects an exhausted quota or a file system that became read-only.
     """
     with storage_errors(ready=False):
         with new_file() as file:
@@ -77,7 +77,7 @@ def check_free_space() -> None:
             folder = os.fstatvfs(file.fileno())
         free = folder.f_bavail * folder.f_frsize
         if free < settings.MAX_UPLOAD_BYTES:
-            raise OSError(f"{megabytes(free)} are free, and an upload may have {megabytes(settings.MAX_UPLOAD_BYTES)}")
+            raise OSError(f"{megabytes(free)} are free, but an upload may take {megabytes(settings.MAX_UPLOAD_BYTES)}")
 
 
 def log_storage_error(error: OSError) -> None:

@@ -1,7 +1,7 @@
 """Limit how many images are decoded at once: one for each core, and together within MAX_DECODE_BYTES.
 
-The limit covers all web processes of a service. They share a folder of files that serve as locks: the kernel wakes the
-next waiter without delay, and releases the locks of a process that dies.
+The limits hold for all web processes of a service together. The processes share a folder of lock files: the kernel
+wakes the next waiter without delay, and releases the locks of a process that dies.
 """
 
 import fcntl
@@ -22,24 +22,24 @@ from helpers import available_cores
 
 log = logging.getLogger(__name__)
 
-SHARES = 32  # the memory is divided into so many locks; an image holds as many as it needs
+SHARES = 32  # lock files for the memory, each for an equal share; an image locks as many as it needs
 T = TypeVar("T")
-POLL_EVERY = 0.01  # seconds, while an image waits for memory
+POLL_EVERY = 0.01  # seconds between two tries of an image that waits for memory
 
 
 class MemoryTimeout(Exception):
-    """The images being decoded left no memory for one more within its time limit."""
+    """The memory for an image was not free in time."""
 
 
 class Turns:
-    """Runs jobs, as many at once in all web processes of a service as there are turns: one for each core.
+    """Runs jobs, in all web processes of a service together only as many at once as there are turns, one per core.
 
-    Each process has a thread for each turn. Thread n waits for the lock of turn n, and only then takes the oldest job,
-    so no job waits for one turn while another is free.
+    Each process has one thread per turn. Thread n waits for the lock of turn n and only then takes the oldest job, so
+    no job waits for one turn while another is free.
     """
 
     def __init__(self, folder: Callable[[], Path], cores: int | None = None) -> None:
-        """Share `cores` turns (default: the available cores) through locks in `folder`. Start no thread yet."""
+        """Share `cores` turns (default: the available cores) by locks in `folder`. Threads start with the first job."""
         self.folder = folder
         self.cores = cores or available_cores()
         self.jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -48,7 +48,7 @@ class Turns:
         self.warned = False
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Return a future for the result of `work`, which can be cancelled until its turn comes."""
+        """Return a future for the result of `work`, which can be canceled until its turn comes."""
         future: Future[T] = Future()
         with self.arrived:
             self.jobs.append((future, work))
@@ -58,15 +58,14 @@ class Turns:
         return future
 
     def start_threads(self) -> None:
-        """Start a thread for each turn."""
+        """Start one thread per turn."""
         for turn in range(self.cores):
-            self.threads.append(
-                threading.Thread(target=self.take_turns, args=[turn], name=f"prepare-{turn}", daemon=True)
-            )
-            self.threads[-1].start()
+            thread = threading.Thread(target=self.take_turns, args=[turn], name=f"prepare-{turn}", daemon=True)
+            self.threads.append(thread)
+            thread.start()
 
     def take_turns(self, turn: int) -> None:
-        """Run jobs one after the other, each while holding the lock of `turn`."""
+        """Run jobs one after another, holding the lock of `turn` during each."""
         while True:
             with self.arrived:
                 self.arrived.wait_for(lambda: self.jobs)
@@ -76,7 +75,7 @@ class Turns:
             os.sched_yield()  # to another process that waits for the lock
 
     def run_next(self) -> None:
-        """Run the oldest job, unless other threads have taken them all."""
+        """Run the oldest job, if other threads have left one."""
         with self.arrived:
             if not self.jobs:
                 return
@@ -92,22 +91,22 @@ class Turns:
 
     @contextmanager
     def memory(self, size: int, seconds: float) -> Iterator[None]:
-        """Hold `size` bytes of MAX_DECODE_BYTES. Raises MemoryTimeout if they are not free within `seconds`.
+        """Reserve `size` bytes of MAX_DECODE_BYTES. Raises MemoryTimeout if they are not free within `seconds`.
 
-        An image smaller than half a share holds none: there are at most as many of those as cores.
+        An image of less than half a share reserves none; there is at most one of those per core.
         """
         wanted = min(SHARES, math.ceil(size * SHARES / settings.MAX_DECODE_BYTES - 0.5))
         limit = time.monotonic() + seconds
         with ExitStack() as held:
-            with ExitStack() as collecting:  # one image at a time, or two could deadlock with half of their shares each
+            with ExitStack() as collecting:  # one image at a time: two, each with half of its shares, could deadlock
                 if wanted > 0:
-                    wait(limit, lambda: self.lock("memory", collecting, fcntl.LOCK_NB))
+                    wait_until(limit, lambda: self.lock("memory", collecting, fcntl.LOCK_NB))
                     shares = {f"share-{number}" for number in range(SHARES)}
-                    wait(limit, lambda: self.lock_shares(shares, wanted, held))
+                    wait_until(limit, lambda: self.lock_shares(shares, wanted, held))
             yield
 
     def lock_shares(self, shares: set[str], wanted: int, held: ExitStack) -> bool:
-        """Lock the free ones of `shares` and remove them from the set; return whether `wanted` are now locked."""
+        """Lock those of `shares` that are free and remove them from the set; return whether `wanted` are locked."""
         for share in list(shares):
             if SHARES - len(shares) == wanted:
                 break
@@ -116,10 +115,10 @@ class Turns:
         return SHARES - len(shares) == wanted
 
     def lock(self, name: str, held: ExitStack, how: int = 0) -> bool:
-        """Lock the file `name` until `held` ends. With LOCK_NB in `how`, return False if another holds the lock.
+        """Lock the file `name` until `held` ends. With LOCK_NB in `how`, return False if it is locked already.
 
-        The file is opened each time, since the lock belongs to the open file. If it can't be opened, nothing is locked
-        and each process has its own turns.
+        Opens the file each time, since the lock belongs to the open file. If that fails, nothing is locked, and the
+        limits hold for each process alone.
         """
         try:
             folder = self.folder() / "turns"
@@ -139,8 +138,8 @@ class Turns:
         return True
 
 
-def wait(limit: float, condition: Callable[[], bool]) -> None:
-    """Return when `condition` is true. Raises MemoryTimeout at the monotonic time `limit`."""
+def wait_until(limit: float, condition: Callable[[], bool]) -> None:
+    """Poll until `condition` is true. Raises MemoryTimeout at the monotonic time `limit`."""
     while not condition():
         if time.monotonic() > limit:
             raise MemoryTimeout

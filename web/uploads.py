@@ -1,16 +1,13 @@
 """Read the images from the body of POST /predict, and tell clients what is wrong with a body that has none.
 
-    a form     multipart/form-data, each image a file in the field `image`
-    a body     the image itself, as image/..., application/octet-stream or without a Content-Type
-
-Either may be compressed (Content-Encoding: gzip or deflate). Images are stored in temporary files, not in memory.
+The body is a form (multipart/form-data, each image a file in the field `image`) or the image itself (as image/...,
+application/octet-stream or without a Content-Type). Images over SMALL_UPLOAD are stored in temporary files.
 """
 
 import io
 import re
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -20,37 +17,26 @@ import flask
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, MultipartDecoder, NeedData, State
-from werkzeug.wsgi import get_input_stream
 
 import settings
 from helpers import megabytes
-from web.errors import BadRequest, WebError
+from web.compression import CHUNK, decompressed_body, encodings
+from web.errors import BadRequest, WebError, printable
 from web.image_preparation import MissingImage, TooLarge
 from web.storage import new_file, storage_errors
 
+NewStream = Callable[[], IO[bytes]]  # returns an empty stream to store an image in
 FORM = "multipart/form-data"
-# Sent by programs that do not know the type of the file; the last one is Amazon S3's.
+# Sent by programs that do not know the file's type; Amazon S3 sends the last one.
 UNKNOWN_TYPES = ("", "application/octet-stream", "binary/octet-stream")
-# zlib's `wbits`. HTTP's "deflate" means zlib's format, but some clients send raw deflate: see Decompressed.
-ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-RAW_DEFLATE = -15
-CHUNK = 2**16  # bytes
 SMALL_UPLOAD = 2**16  # bytes; these stay in memory
 MAX_FORM_HEADERS = 4 * CHUNK  # bytes before the first part of a form, and in the headers of each part
 MAX_TEXT_FIELDS = 1000
-MAX_GZIP_MEMBERS = 1000  # each costs some Python; bgzip compresses a file of 16 MB to 256
 # One line of base64, or its first 100 characters.
 BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{16,}={0,2}(\r?\n|$)|[A-Za-z0-9+/_-]{100}")
 SET_BY_CLIENT = "let your HTTP client set this header itself"
 NO_BOUNDARY = f"The boundary in the Content-Type does not occur in the body, so {SET_BY_CLIENT}."
 AS_A_FORM = "send the image as a file in the multipart form field `image`, as in curl -F image=@photo.jpg"
-
-
-class UnsupportedMediaType(WebError):
-    """The service can't decompress this Content-Encoding."""
-
-    status, code = 415, "unsupported_media_type"
-    headers: Mapping[str, str] = {"Accept-Encoding": "gzip, deflate"}
 
 
 def uploads(request: flask.Request) -> list[IO[bytes]]:
@@ -60,11 +46,12 @@ def uploads(request: flask.Request) -> list[IO[bytes]]:
     """
     try:
         body = decompressed_body(request)
-        with storage_errors():  # an OSError can only be the disk's: werkzeug has its own error for a lost client
+        new = io.BytesIO if is_small(request) else new_file
+        with storage_errors():  # only the disk can raise OSError here: Werkzeug turns a lost client into another error
             if request.mimetype == FORM:
-                return form_images(body, boundary(request), is_small(request))
+                return form_images(body, boundary(request), new)
             if request.mimetype.startswith("image/") or request.mimetype in UNKNOWN_TYPES:
-                return [whole_body(body, is_small(request))]
+                return [whole_body(body, new)]
     except RequestEntityTooLarge:
         limit = megabytes(settings.MAX_UPLOAD_BYTES)
         raise TooLarge(f"A request may have at most {limit}, so send a smaller image.") from None
@@ -72,20 +59,15 @@ def uploads(request: flask.Request) -> list[IO[bytes]]:
 
 
 def is_small(request: flask.Request) -> bool:
-    """Whether the request can stay in memory. The size of a compressed or chunked body is not known beforehand."""
+    """Whether the images can stay in memory. The size of a compressed or chunked body is not known in advance."""
     length = request.content_length
     return length is not None and length <= SMALL_UPLOAD and not encodings(request)
 
 
-def new_upload(small: bool) -> IO[bytes]:
-    """Return an empty stream to store an image in."""
-    return io.BytesIO() if small else new_file()
-
-
-def whole_body(body: IO[bytes], small: bool) -> IO[bytes]:
-    """Return the body as a stream. Raises MissingImage if it is empty."""
+def whole_body(body: IO[bytes], new: NewStream) -> IO[bytes]:
+    """Return the body, copied to a new stream. Raises MissingImage if it is empty."""
     with ExitStack() as on_error:
-        image = on_error.enter_context(new_upload(small))
+        image = on_error.enter_context(new())
         shutil.copyfileobj(body, image, CHUNK)
         if not image.tell():
             raise MissingImage(f"The request has no body, so {AS_A_FORM}.")
@@ -107,18 +89,10 @@ def wrong_type(mimetype: str) -> str:
     return f"The Content-Type is {shown}, so {AS_A_FORM}, or its bytes as the body with a Content-Type like image/jpeg."
 
 
-def printable(text: str) -> str:
-    """Return the first 40 characters of a client's text, made safe for a message."""
-    return "".join(each if each.isprintable() else "?" for each in text[:40])
-
-
-# Forms
-
-
-def form_images(body: IO[bytes], boundary: bytes, small: bool) -> list[IO[bytes]]:
+def form_images(body: IO[bytes], boundary: bytes, new: NewStream) -> list[IO[bytes]]:
     """Return the files in the field `image` of a form. Raises MissingImage, BadRequest, TooLarge."""
     with ExitStack() as on_error:
-        form = Form(small, on_error)
+        form = Form(new, on_error)
         for event in events(body, boundary):
             form.take(event)
         if not form.images:
@@ -130,15 +104,15 @@ def form_images(body: IO[bytes], boundary: bytes, small: bool) -> list[IO[bytes]
 
 
 class Form:
-    """A form as it is received: its images, and what the error message needs if there are none."""
+    """Collects the images of a form part by part, and what the error message needs if there are none."""
 
-    def __init__(self, small: bool, on_error: ExitStack) -> None:
+    def __init__(self, new: NewStream, on_error: ExitStack) -> None:
         self.images: list[IO[bytes]] = []
-        self._small = small
+        self._new = new
         self._on_error = on_error  # closes the images
         self._other_files: list[str] = []  # field names
-        self._text: bytes | None = None  # start of a text field `image`
-        self._write: Callable[[bytes], object]
+        self._text: bytes | None = None  # the start of a text field `image`
+        self._write: Callable[[bytes], object]  # takes the data of the current part
 
     def take(self, event: Event) -> None:
         """Process the start of a part, or data of the current part. Raises TooLarge."""
@@ -156,7 +130,7 @@ class Form:
     def _new_image(self) -> IO[bytes]:
         if len(self.images) == settings.MAX_IMAGES:
             raise TooLarge(f"A request may have at most {settings.MAX_IMAGES} images, so send several requests.")
-        self.images.append(self._on_error.enter_context(new_upload(self._small)))
+        self.images.append(self._on_error.enter_context(self._new()))
         return self.images[-1]
 
     def _keep_text(self, data: bytes) -> None:
@@ -212,7 +186,7 @@ def events(body: IO[bytes], boundary: bytes) -> Iterator[Event]:
 
 
 def form_too_large(state: State) -> WebError:
-    """Return the error for a form that exceeded a limit of the decoder, which was in `state`."""
+    """Return the error for a form that exceeded a limit while the decoder was in `state`."""
     if state is State.PREAMBLE:
         return BadRequest(NO_BOUNDARY)
     if state is State.PART:
@@ -230,101 +204,7 @@ def form_malformed(decoder: MultipartDecoder) -> BadRequest:
 
 
 class Decoder(MultipartDecoder):
-    """Werkzeug's decoder, changed to accept file names that are not UTF-8."""
+    """Werkzeug's decoder, but it accepts file names that are not UTF-8."""
 
     def _parse_headers(self, data: bytes | bytearray) -> Headers:
         return super()._parse_headers(data.decode(errors="replace").encode())
-
-
-# Compressed bodies
-
-
-def encodings(request: flask.Request) -> list[str]:
-    """Return the body's compressions, from its Content-Encoding."""
-    named = (name.strip().lower() for name in request.headers.get("Content-Encoding", "").split(","))
-    return [name for name in named if name not in ("", "identity")]
-
-
-def decompressed_body(request: flask.Request) -> IO[bytes]:
-    """Return the body as a stream, decompressed. Raises UnsupportedMediaType, and RequestEntityTooLarge when read."""
-    # Werkzeug rejects a body as large as its limit, hence the extra byte.
-    body = get_input_stream(request.environ, max_content_length=settings.MAX_UPLOAD_BYTES + 1)
-    names = encodings(request)
-    if not names:
-        return body
-    if len(names) > 1 or names[0] not in ENCODINGS:
-        given = printable(", ".join(names))
-        raise UnsupportedMediaType(f"The Content-Encoding is {given}, so send gzip, deflate or no compression.")
-    return io.BufferedReader(Decompressed(body, ENCODINGS[names[0]]), CHUNK)
-
-
-class Decompressed(io.RawIOBase):
-    """A gzip or deflate stream, decompressed in pieces as it is read.
-
-    Reading raises BadRequest if the stream is damaged or cut off, and TooLarge beyond MAX_UPLOAD_BYTES. So a
-    decompression bomb costs no more than a normal upload.
-    """
-
-    def __init__(self, compressed: IO[bytes], wbits: int) -> None:
-        self._compressed = compressed
-        self._wbits = wbits
-        self._decompressor = zlib.decompressobj(wbits)
-        self._rest = b""  # already read: the start of the next member
-        self._begun = False
-        self._size = 0
-        self._members = 1
-
-    def readable(self) -> bool:
-        """Return True, as io expects of a stream that can be read."""
-        return True
-
-    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
-        """Read the next piece into `buffer`; return its length, 0 at the end."""
-        data = self._next(len(buffer))
-        self._size += len(data)
-        if self._size > settings.MAX_UPLOAD_BYTES:
-            limit = megabytes(settings.MAX_UPLOAD_BYTES)
-            raise TooLarge(f"A request may have at most {limit} when decompressed, so send a smaller image.")
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _next(self, most: int) -> bytes:
-        while not self._decompressor.eof or self._begin_next_member():
-            compressed = self._decompressor.unconsumed_tail or self._read()
-            try:
-                data = self._decompressor.decompress(compressed, most)
-            except zlib.error:
-                raise BadRequest("The body is damaged: it can't be decompressed by its Content-Encoding.") from None
-            if data:
-                return data
-            if not compressed and not self._decompressor.eof:
-                raise BadRequest("The body ends before its compressed data does, so send all of it again.")
-        return b""
-
-    def _read(self) -> bytes:
-        """Return the next compressed bytes; empty at the end."""
-        compressed, self._rest = self._rest or self._compressed.read(CHUNK), b""
-        if not self._begun and self._wbits == ENCODINGS["deflate"] and not has_zlib_header(compressed):
-            self._decompressor = zlib.decompressobj(RAW_DEFLATE)
-        self._begun = True
-        return compressed
-
-    def _begin_next_member(self) -> bool:
-        """Begin the next gzip member, if there is one: gzip files may be concatenated and padded with zeros."""
-        rest = self._decompressor.unused_data.lstrip(b"\0")
-        while not rest:
-            compressed = self._compressed.read(CHUNK)
-            if not compressed:
-                return False
-            rest = compressed.lstrip(b"\0")
-        self._members += 1
-        if self._wbits != ENCODINGS["gzip"] or self._members > MAX_GZIP_MEMBERS:
-            raise BadRequest("The body goes on after its compressed data, so send nothing after that.")
-        self._rest = rest
-        self._decompressor = zlib.decompressobj(self._wbits)
-        return True
-
-
-def has_zlib_header(compressed: bytes) -> bool:
-    """Whether the data begins with zlib's two-byte header, which raw deflate almost never does."""
-    return len(compressed) > 1 and compressed[0] & 15 == 8 and int.from_bytes(compressed[:2]) % 31 == 0
