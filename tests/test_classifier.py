@@ -456,6 +456,6 @@ def test_without_internet_the_error_says_which_file_to_put_where(tmp_path: Path)
 
     assert ended.returncode == 2
     line = ended.stderr.strip().splitlines()[-1]
-    assert "resnet50_weights_tf_dim_ordering_tf_kernels.h5 can't be fetched" in line
+    assert "resnet50_weights_tf_dim_ordering_tf_kernels.h5 can't be downloaded" in line
     assert f"put it in {tmp_path}/models/" in line
     assert "Traceback" not in ended.stderr

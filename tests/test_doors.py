@@ -28,6 +28,7 @@ import keras
 import numpy as np
 import pytest
 import requests
+from chroot import need_root
 from harness import (
     ROOT,
     Service,
@@ -527,9 +528,9 @@ def job(name: str, image: object) -> str:
 
 
 @pytest.mark.slow("copies Python and all its packages")
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> None:
     """Code and Python are in a folder that only root may enter, so any later import or read of a file fails."""
+    need_root()
     port, queue = free_port(), f"queue-{free_port()}"
     python, app, authority = tmp_path / "hidden/python", tmp_path / "hidden/app", make_certificates(tmp_path)
     for folder in (python / "bin", python / "lib", app):
