@@ -49,8 +49,8 @@ def download(call: Callable[[], Any]) -> Any:
             raise
         raise StartupError(
             f"{url or f'A file for MODEL={settings.MODEL}'} can't be downloaded ({why_not_fetched(error)}): get it on "
-            f"a machine with internet and put it in {keras_downloads()}/, or set MODEL=models/efficientnet_lite0.keras, "
-            "which needs no download."
+            f"a machine with internet and put it in {keras_downloads()}/, or set "
+            "MODEL=models/efficientnet_lite0.keras, which needs no download."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
