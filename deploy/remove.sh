@@ -33,7 +33,7 @@ remove_services() {
     done
     ! noted default-site || a2ensite -q 000-default >/dev/null 2>&1 || true # somebody may have deleted it
     for each in "${SYSTEM_FILES[@]}"; do rm -f "${each#* }"; done
-    rmdir --ignore-fail-on-non-empty /etc/systemd/system/apache2.service.d 2>/dev/null || true
+    rmdir --ignore-fail-on-non-empty /etc/systemd/system/apache2.service.d /etc/sysusers.d 2>/dev/null || true
     ! with_systemd || quietly systemctl daemon-reload
     ! apache_runs || said=$(apache2ctl graceful 2>&1) ||
         echo "* Apache still has the site, because its configuration has an error: $(last_fault "$said")"
