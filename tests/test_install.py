@@ -154,7 +154,7 @@ def check_removal(system: Chroot) -> None:
     # by root only; files that are not ours; and the modules that the other site needs
     other.write_text("Nonsense\n")
     kept = output_of(system, f"{runs} {INSTALL} --remove")
-    assert any("since others may use them: the packages" in line for line in kept)
+    assert any("because other programs may use them: the packages" in line for line in kept)
     assert output_of(system, "a2query -m headers")[0].startswith("headers (enabled")
     assert any("which bin/install --purge removes" in line for line in kept)
     left = output_of(system, f"find {TARGET} -mindepth 1 ! -type d | sort; stat -c %U:%a {TARGET}/.env")
