@@ -76,7 +76,7 @@ def api_key(text: str) -> str:
     """Return the key without whitespace around it, such as the newline of a file."""
     key = text.strip()
     if not (key.isascii() and key.isprintable()):
-        raise argparse.ArgumentTypeError("must be letters, digits and signs on one line")
+        raise argparse.ArgumentTypeError("must be letters, digits and symbols on one line")
     return key
 
 
@@ -208,7 +208,7 @@ def main() -> int:
     parser.add_argument("--url", default=KERAS_REST_API_URL, help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120, help="seconds of silence before giving up (%(default)s)")
     parser.add_argument("--retries", type=int, default=3,
-                        help="how often to retry if the service says when (%(default)s)")  # fmt: skip
+                        help="most retries after an answer with Retry-After (%(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
     key = os.environ.get("API_KEY", "")
     parser.add_argument("--api-key", type=api_key, default=key, help="default: the environment variable API_KEY")

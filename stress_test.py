@@ -9,7 +9,7 @@
 A request counts as answered if its status is 200 and its JSON says success. Its latency includes connecting (once for
 each client of --concurrency) and receiving the whole answer. Percentiles are nearest-rank: p95 is the smallest latency
 that at least 95% of the answered requests did not exceed. Each request is printed on one line, with the number of its
-thread; with --concurrency, where a thread sends many requests, with the number of the request.
+thread. With --concurrency, a thread sends many requests, so the number is that of the request.
 
 Exit code: 0 if all were answered, 1 if some were not, 2 for bad arguments, 130 after Ctrl-C.
 """
@@ -447,7 +447,7 @@ def api_key(text: str) -> str:
     """Return the key without whitespace around it, such as the newline of a file."""
     key = text.strip()
     if not (key.isascii() and key.isprintable()):
-        raise argparse.ArgumentTypeError("must be letters, digits and signs on one line")
+        raise argparse.ArgumentTypeError("must be letters, digits and symbols on one line")
     return key
 
 

@@ -20,7 +20,7 @@ IMAGES_REFUSED = "images are refused"
 
 
 class ImageQueue:
-    """The queue without jobs: WebQueue and ServerQueue add what each side does with them."""
+    """What both sides of the queue share. WebQueue and ServerQueue add the handling of jobs."""
 
     def __init__(self, count: CountJobs = lambda event, times: None) -> None:
         """Make the connection pool; the first command connects. `count` is called with each event, for the metrics.
@@ -79,7 +79,7 @@ class ImageQueue:
         return self.redis.llen(self.key)
 
     def check(self) -> None:
-        """Check whether this Redis is usable, and set `risks` to what may cost requests although it is.
+        """Check whether this Redis is usable, and set `risks` to what may still make requests fail.
 
         Raises UnusableRedis if the service can never work with it, NotPrimary while it is a replica, and RedisError
         if it does not answer or rejects a write.

@@ -17,8 +17,8 @@ from redis.retry import Retry
 
 import settings
 
-# Seconds that a reply may be late, after a blocking poll has ended, before the connection counts as dead. Without a
-# limit a cut cable would never be noticed; with less than a second a busy Redis would count as dead.
+# A connection counts as dead if a reply is this many seconds overdue; the reply to a blocking poll is due when the poll
+# ends. Without a limit a cut cable would never be noticed; with less than a second a busy Redis would count as dead.
 SOCKET_GRACE = 5
 MAX_CONNECTIONS = 10_000  # of one process, unless Redis reports a limit
 CLOSE_SURPLUS_EVERY = 5.0  # seconds
@@ -59,7 +59,7 @@ class PrimaryConnectionBase(AbstractConnection):
 
 
 def _is_from_replica(error: ResponseError) -> bool:
-    # EXEC has the reason in its text. UNBLOCKED ends a blocking command when a primary becomes a replica.
+    # The error of a failed EXEC quotes the reason. UNBLOCKED ends a blocking command when a primary becomes a replica.
     return isinstance(error, ReadOnlyError | MasterDownError) or bool(
         re.search(r"because of: READONLY|^UNBLOCKED .*instance state changed", str(error))
     )

@@ -21,7 +21,7 @@ from image_queue.pending_job import PendingJob
 
 NONE_ALIVE = "no model server is alive; try again when one is started"
 SHAPE_REFRESH = 1.0  # seconds after which a web process asks Redis for the model's shape again
-SPARE_CONNECTIONS = 4  # for health, metrics and rate limits, which are quick; each image in flight has another one
+SPARE_CONNECTIONS = 4  # besides one per image in flight: for health, metrics and rate limits, which are quick
 
 
 class WebQueue(ImageQueue):

@@ -73,7 +73,7 @@ def test_a_key_that_no_header_can_hold_is_rejected_and_not_shown(script: str) ->
 
     # then
     assert done.returncode == 2
-    assert "--api-key: must be letters, digits and signs on one line" in done.stderr
+    assert "--api-key: must be letters, digits and symbols on one line" in done.stderr
     assert "schl" not in done.stderr
 
 

@@ -87,7 +87,7 @@ def check_rate() -> None:
         extensions["rate_limit"]()
     except RedisError as error:
         # Better to lose the count than the request, which can still wait until Redis is back.
-        extensions["queue"].log_redis_error(error, 1, "until it does, RATE_LIMIT is not enforced")
+        extensions["queue"].log_redis_error(error, 1, "RATE_LIMIT is not enforced until it works again")
 
 
 def client_id() -> str:

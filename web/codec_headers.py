@@ -83,7 +83,7 @@ def av1_sequence_headers(content: bytes, budget: Budget) -> Iterator[bytes]:
 
 
 def av1_sizes(header: bytes) -> list[tuple[int, int]]:
-    """Return the size in an AV1 sequence header (AV1, 5.5.1); if not a still, also a quarter of the largest frame."""
+    """Return the size in an AV1 sequence header (AV1, 5.5.1); for a sequence, also half of its largest sides."""
     bits = Bits(header[:200])
     bits.take(3 + 1)
     is_still = bits.take(1)
@@ -93,8 +93,8 @@ def av1_sizes(header: bytes) -> list[tuple[int, int]]:
         skip_operating_points(bits)
     width_bits, height_bits = bits.take(4) + 1, bits.take(4) + 1
     width, height = bits.take(width_bits) + 1, bits.take(height_bits) + 1
-    # A frame of a sequence may state another size in as many bits, and the decoder does not compare the two. Encoders
-    # use no more bits than they need, so no good image is smaller than the quarter.
+    # Each frame of a sequence may state another size in the same number of bits, and the decoder does not compare them.
+    # Encoders use no more bits than they need, so each side of a good image is at least half of the largest.
     return [(width, height)] if is_still else [(width, height), (2 ** (width_bits - 1), 2 ** (height_bits - 1))]
 
 

@@ -13,7 +13,7 @@ MAX_ITEMS = 1_000  # images, tiles and metadata; libheif has the same limit. A p
 
 CONTAINERS = {b"meta", b"iprp", b"ipco", b"iinf", b"iref"}
 FULL_BOXES = {b"meta": 4, b"iref": 4}  # bytes before the inner boxes
-# If a file has two of such a box, this module and the decoder might not read the same one.
+# If a file has two boxes of one of these kinds, this module and the decoder might read different ones.
 UNIQUE = (b"ftyp", b"meta", b"pitm", b"iinf", b"iloc", b"iref", b"iprp", b"ipco")
 ALPHA = (b"auxid:1", b"auxiliary:alpha")  # occur in the type of an auxiliary image that is an alpha
 

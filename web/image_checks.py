@@ -13,10 +13,10 @@ MAX_CHUNKS = 50_000  # in a PNG or WebP
 MAX_GIF_BLOCKS = 200_000  # before the first frame: 50 MB of comments
 MAX_TIFF_TAGS = 4096
 MAX_TAG_VALUES = 65_536  # in one tag of a TIFF, such as the offsets of its strips
-MAX_TILE_PIXELS = 2**20  # in one tile of a TIFF that is smaller than its tile
+MAX_TILE_PIXELS = 2**20  # in a TIFF's tile that is larger than the image
 MAX_EXIF_BYTES = 2**20
 
-PNG_ANIMATION = {b"acTL", b"fcTL"}  # kept once, before the pixels: they place the first frame
+PNG_ANIMATION = {b"acTL", b"fcTL"}  # kept once, and only before the pixels: they give the first frame's position
 PNG_ONCE = {b"eXIf", *PNG_ANIMATION}
 WEBP_FRAMES = (b"ANMF", b"VP8 ", b"VP8L")
 WEBP_PIXELS = (b"VP8X", b"ANIM", b"ALPH", *WEBP_FRAMES)
@@ -149,7 +149,7 @@ def strip_tiff(data: bytes) -> bytes:
         elif count > MAX_TAG_VALUES and (kind not in TIFF_BYTES or tag in TIFF_OFFSETS):
             raise Bomb(f"{count} values in TIFF tag {tag}")
         if tag in sizes:
-            # If there are two of such a tag, this module and the decoder might not read the same one.
+            # If a file has such a tag twice, this module and the decoder might read different ones.
             if count != 1 or kind not in TIFF_INTEGERS or sizes[tag]:
                 raise Bomb(f"invalid TIFF tag {tag}")
             [sizes[tag]] = struct.unpack_from(order + TIFF_INTEGERS[kind], value)

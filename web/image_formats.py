@@ -28,7 +28,7 @@ SIGNATURES = [
         (rb"....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1|avi[fs])", HEIF),
     )
 ]  # fmt: skip
-# What may precede the first element of XML or HTML. It never backtracks, which could take minutes.
+# What may precede the first element of XML or HTML. The pattern never backtracks, since that could take minutes.
 BLANK = rb"(?:\xef\xbb\xbf)?(?>\s+|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>)*+"
 # Other files that people send, and their names for the error message.
 OTHER_FILES = [

@@ -34,7 +34,7 @@ def set_up_process() -> None:
 
 
 def limit_malloc() -> None:
-    """Let malloc use one arena, and return more than LARGE_BLOCK of free memory at its end to the system.
+    """Make malloc use one arena, and give the free memory at its end back to the system if it exceeds LARGE_BLOCK.
 
     By default, hundreds of threads fragment eight arenas per core: a process grew from 64 to 200 MB in a thousand
     requests. Returning each photo-sized block at once would save more memory, but then page faults took a fifth of the

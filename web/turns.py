@@ -32,7 +32,7 @@ class MemoryTimeout(Exception):
 
 
 class Turns:
-    """Runs jobs, in all web processes of a service together only as many at once as there are turns, one per core.
+    """Runs one job at a time for each turn. All web processes of a service share the turns, one per core.
 
     Each process has one thread per turn. Thread n waits for the lock of turn n and only then takes the oldest job, so
     no job waits for one turn while another is free.

@@ -5,7 +5,7 @@ import { $, make, number, plural } from "./basics.js";
 export const POLL = 2_000; // milliseconds
 const RECENTLY = 60_000; // milliseconds in "the last minute"
 const RATE_SPAN = 10_000; // milliseconds that "images per second" is averaged over
-const USUAL_BATCH = 32; // images: BATCH_SIZE, unless set
+const USUAL_BATCH = 32; // images: the default of BATCH_SIZE
 
 let samples = []; // {at, stats} of the last minute, oldest first
 let rates = []; // images per second between two samples, for the line

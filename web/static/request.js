@@ -52,7 +52,7 @@ async function understand(response, key) {
   };
 }
 
-// Replaces the message of the service, which is meant for programs, since it names a header.
+// Replaces the service's message, which tells programmers which header to send.
 const unauthorized = (key) =>
   key ? "The key is not accepted: enter another above." : "A key is needed: enter it above.";
 
