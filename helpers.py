@@ -62,7 +62,7 @@ def log_to_stderr(form: str) -> None:
     """Log each event as one line with its time on standard error.
 
     `form` is "text" or "json"; "json" adds the event's fields. Lines go to file descriptor 2, because mod_wsgi's
-    sys.stderr would add a second time and brackets to each, which are not JSON.
+    sys.stderr would add a second timestamp and brackets to each, which are not JSON.
     """
     handler = logging.StreamHandler(open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
     handler.setFormatter(json_lines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -134,6 +134,6 @@ class ServiceError(Exception):
     code = "internal_error"
 
     def __init__(self, message: str, **more: object) -> None:
-        """Keep `message`, and `more` fields for the JSON of the response, beside the error."""
+        """Store `message`, and in `more` the fields that the JSON response has beside `error`."""
         super().__init__(message)
         self.more = more

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 EXIT_STOPPED = 0
 EXIT_INVALID = settings.EXIT_BAD_SETTING
 
-# A server whose heartbeat is older than this many of its slowest batches counts as dead. While the web prepares images
-# on the same cores, a batch can take several times as long as at warm-up.
+# A heartbeat lasts this many times as long as the slowest batch. While the web prepares images on the same cores, a
+# batch can take several times as long as at warm-up.
 BATCHES_PER_HEARTBEAT = 5
 SHORTEST_HEARTBEAT = 5.0  # seconds
 
@@ -109,7 +109,7 @@ def main() -> int:
     if arguments.gpu is not None:
         pin_gpu(arguments.gpu)
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing to finish while the model loads
-        # Not sys.exit(): raised while a C library is being imported, its exception turns into another one.
+        # Not sys.exit(): during the import of a C library, its SystemExit would turn into another exception.
         signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     try:
         model_checks.check()

@@ -132,7 +132,7 @@ _host = r"([a-z0-9._-]+|\[[0-9a-f:.]+\])"
 # Browsers omit the default port of http and https, so an origin with that port would never match.
 _web_origin = rf"http://{_host}(:(?!80\b)\d+)?|https://{_host}(:(?!443\b)\d+)?"
 _origin = rf"({_web_origin}|(?!https?:)[a-z][a-z0-9+.-]*://{_host}(:\d+)?)"
-_key = r"[A-Za-z0-9._~+/=-]{16,}"  # the characters that RFC 6750 allows in a bearer token, and too many to guess
+_key = r"[A-Za-z0-9._~+/=-]{16,}"  # the characters of a bearer token (RFC 6750), at least 16 against guessing
 
 _read_file()
 
@@ -185,8 +185,8 @@ CLIENT_SLEEP = _seconds("CLIENT_SLEEP", 2, (0.01, 5),
 
 sections["Uploads"] = []
 MAX_UPLOAD_BYTES = _integer("MAX_UPLOAD_BYTES", 16 * 2**20, (1024, 2**30), "bytes",
-    "The largest request (16 MB), after decompression. Beyond that, 413. In production set it in Apache's site too: "
-    "Apache refuses requests ten times as large.")
+    "The largest request (16 MB), after decompression. Beyond that, 413. In production set it in Apache's site too, "
+    "which refuses requests larger than ten times its own value.")
 MAX_IMAGES = _integer("MAX_IMAGES", 32, (1, 1000), "images", "Images in one request. Beyond that, 413.")
 MAX_IMAGE_PIXELS = _integer("MAX_IMAGE_PIXELS", 65_000_000, (1, 1_000_000_000), "pixels",
     "The most pixels to decode for one image. Beyond that, 413. A baseline JPEG is decoded at a smaller scale, so it "
@@ -278,9 +278,9 @@ def _meant_in_file(name: str) -> str | None:
 
 
 def _meant_in_environment(name: str) -> str | None:
-    """Return the setting whose name differs from `name` only in case or underscores, if it has any underscore.
+    """Return the setting with an underscore whose name differs from `name` only in case or underscores.
 
-    The environment has other programs' variables too, so neither a client's API_KEY nor a `port` is reported.
+    Looser guesses would report variables of other programs, such as a client's API_KEY or `port`.
     """
     meant = _names.get(name.upper().replace("_", ""))
     return meant if meant and meant != name and "_" in meant else None

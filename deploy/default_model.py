@@ -28,7 +28,7 @@ from model_server import model_file  # noqa: E402
 from model_server.downloads import keras_downloads  # noqa: E402
 
 BUNDLED_MODEL = "models/efficientnet_lite0.keras"
-# What Keras downloads for ResNet50, with the MD5 sums that Keras checks. A killed download leaves part of one.
+# What Keras downloads for ResNet50, with the MD5 sums that Keras checks. A killed download leaves a partial file.
 RESNET50_FILES = {
     "resnet50_weights_tf_dim_ordering_tf_kernels.h5": "2cb95161c43110f7111970584f804107",
     "imagenet_class_index.json": "c2c37ea517e94d9795004a39431a14cb",

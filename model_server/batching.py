@@ -27,7 +27,7 @@ class BatchSizes:
 
     @property
     def best(self) -> int:
-        """The largest size worth computing: among the fastest sizes per image, the smallest that takes LONG.
+        """The size to use: the smallest of the fastest sizes (per image) that takes at least LONG, or else the largest.
 
         A larger batch would be no faster and answer its first image later. Usually BATCH_SIZE on a GPU, less on a CPU.
         """

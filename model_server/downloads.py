@@ -27,7 +27,7 @@ def keras_downloads() -> Path:
 
 
 def fetch() -> None:
-    """Download what MODEL needs with ImageNet weights and Keras has not cached; exit with the reason if that fails."""
+    """Download the files of MODEL and its weights that Keras has not cached. If that fails, exit with the reason."""
     try:
         import_keras()
         from model_server import applications  # noqa: PLC0415 - imports Keras

@@ -14,8 +14,8 @@ from helpers import StartupError
 
 # If these are installed, Keras imports them for training and plots. They would add 3 seconds to each start.
 UNUSED = ("matplotlib", "sklearn")
-# Lines that TensorFlow prints before it reads TF_CPP_MIN_LOG_LEVEL, so that no setting silences them: messages below
-# error level, about a library registered twice, and, on a machine without a GPU, about the missing GPU.
+# TensorFlow prints these lines before it reads TF_CPP_MIN_LOG_LEVEL, so no setting silences them: messages below error
+# level and messages about a library registered twice. Without a GPU, it also reports the missing GPU.
 NOISE = [
     "^[IW][0-9]{4} ",
     "^WARNING: All log messages before absl::InitializeLog",

@@ -127,7 +127,7 @@ class ModelServer:
 
     def _answer(self, batch: Batch, computing: Future[Computed]) -> None:
         self._unsent.append(computing.result())
-        if len(self._unsent) == 1:  # otherwise an earlier batch, still at the head of the taken list, goes first
+        if len(self._unsent) == 1:  # otherwise an earlier batch could not be sent, and _send_late() sends both
             self._send_oldest(batch.entries)
 
     def _send_oldest(self, entries: int) -> None:
@@ -180,8 +180,8 @@ class ModelServer:
         """Send the answers that could not be sent because Redis was lost or has restarted."""
         while self._unsent:
             jobs = self._unsent[0].batch.jobs
-            with suppress(HeartbeatExpired):  # expected: this server is about to join again
-                self._send_oldest(entries=0)  # our taken list no longer has them
+            with suppress(HeartbeatExpired):  # expected: this server is about to join again or leave
+                self._send_oldest(entries=0)  # our taken list may no longer have them
             log.info("Answered %d images late", len(jobs))
 
     def _sleep(self, seconds: float) -> None:

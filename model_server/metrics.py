@@ -17,7 +17,7 @@ OUTCOMES = Counter(
 )
 JOBS = Counter(
     "keras_model_server_jobs",
-    "Jobs by event: taken; expired before they were taken; recovered from a server that died; given_up, since they "
+    "Jobs by event: taken; expired before they were computed; recovered from a server that died; given_up, since they "
     "killed several servers; dropped, since they were invalid.",
     ["event"],
 )

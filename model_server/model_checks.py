@@ -25,11 +25,11 @@ NAME = re.compile(r"[\w-]+")  # of a classifier; any other text in MODEL is a pa
 HEAD = 1024  # bytes of a file, enough to tell its format
 
 ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
-SAVE_AGAIN = "save the Keras model that it was made from with model.save('name.keras')"
+SAVE_AGAIN = "save the original Keras model with model.save('name.keras')"
 COPY_AGAIN = "copy the whole file here again"
 NOT_KERAS = "the service needs a Keras model, saved with model.save('name.keras')"
 UNPACK = "unpack it, and set MODEL to the model's file"
-CONVERT_FOLDER = SAVE_AGAIN + ", or after `pip install tf_keras` tf_keras.models.load_model('{path}').save('name.h5')"
+CONVERT_FOLDER = SAVE_AGAIN + ", or `pip install tf_keras` and run tf_keras.models.load_model('{path}').save('name.h5')"
 
 # Files often mistaken for Keras models: offset and pattern of their bytes, what they are, what to do.
 FOREIGN = (

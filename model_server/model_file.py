@@ -119,7 +119,7 @@ def read_labels(path: Path) -> list[str]:
     if any(map(CONTROL.search, labels)):
         raise StartupError(f"The labels file {path} is not plain text: it needs one class per line.")
     if not all(labels) or not labels:
-        raise StartupError(f"The labels file {path} has an empty line or none at all: it needs one class per line.")
+        raise StartupError(f"The labels file {path} is empty or has an empty line: it needs one class per line.")
     return labels
 
 

@@ -22,11 +22,11 @@ from model_server.pipeline import Preprocess, input_shape, preprocessing
 log = logging.getLogger(__name__)
 
 SAVE = "save it again with model.save('name.keras')"
-MOST_NAMED = 3  # a message names at most so many layers that can't be loaded
+MOST_NAMED = 3  # a message names at most this many layers that can't be loaded
 KERAS_PACKAGES = ("keras", "keras_hub", "keras_cv", "keras_nlp")  # Keras itself loads classes from these
 # Keras 2 HDF5 files name classes without their modules. Keras looks them up in these.
 NAMESPACES = ("layers", "models", "initializers", "regularizers", "constraints", "dtype_policies")
-# Layers and operations whose output is probabilities if their input is, and logits if their input is.
+# Layers and operations that turn probabilities into probabilities, and logits into logits.
 TRANSPARENT = {
     *("Activation", "Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout2D", "ActivityRegularization"),
     *("Identity", "Cast", "Squeeze", "Transpose", "Mean", "GetItem", "Average", "Concatenate", "Maximum", "Minimum"),

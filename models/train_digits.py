@@ -157,7 +157,7 @@ def warp(digit: Array, rng: np.random.Generator) -> Array:
 
 
 def pictures(digits: Array, classes: Array, copies: int, rng: np.random.Generator, warped: float) -> Digits:
-    """Draw each digit `copies` times in alternating presentations, a share `warped` of them warped.
+    """Draw each digit `copies` times in alternating presentations; `warped` is the share of drawings to warp.
 
     Return the pictures' block means (n, 32, 32, 3), uint8, since whole pictures would not fit in memory, and
     their classes (n,).

@@ -74,9 +74,9 @@ class Torch:
         return self._torch.tensor(images, device=self._device)
 
     def _compile(self, images: Pixels) -> Function:
-        """Return a function that is correct for batches of this shape; if one for another batch size is, return that.
+        """Return a function that gives correct answers for batches of this shape.
 
-        A model that can't be compiled runs uncompiled.
+        Reuses a function for another batch size if it does. A model that can't be compiled runs uncompiled.
         """
         with self._torch.inference_mode():
             return self._checked(self._on_device(images))
