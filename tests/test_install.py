@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from chroot import Chroot, copy_of, copy_project, need_root
 from conftest import images_are_wanted
+from console_blocks import commands
 from harness import PATH, ROOT, make_certificates, need
-from test_docs import commands
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
