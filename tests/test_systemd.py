@@ -1,4 +1,4 @@
-"""What the model server reports to systemd, for which a socket of the test stands in."""
+"""What the model server reports to systemd. A socket of the test stands in for systemd."""
 
 import queue
 import signal
