@@ -1,9 +1,9 @@
-"""Measure one limit of the hardware and print it as a line of JSON.
+"""Measure one step alone, without the service, and print the figures as a line of JSON.
 
     alone.py model SIZE WAY    images/s of ResNet50 in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice (two batches at once, as in the model server)
     alone.py prepare IMAGE SECONDS
-                               images/s of decoding and resizing on all cores; ms of one, and of a full decode
+                               images/s of decoding on all cores; ms of one image with and without JPEG draft mode
     alone.py answer IMAGE      ms of decoding, resizing and classifying, one image at a time
     alone.py served            images/s of the model server's model (MODEL) at its batch size, two batches at once
     alone.py load              seconds for the model server's model to load and to warm up

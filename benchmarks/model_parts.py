@@ -62,15 +62,15 @@ def _baseline(bench: Bench, clients: int) -> dict[str, float]:
 
 
 def _load_seconds(bench: Bench, clients: int) -> float:
-    # With a dozen answers a second, 256 clients need longer for several answers each.
+    # At a dozen answers a second, it takes longer until each of 256 clients has had several answers.
     return bench.seconds * (1 if clients <= 64 else 2)
 
 
 def _intervals(bench: Bench) -> list[float]:
     """Return the seconds between requests for each burst: the tutorial's, none, and an overload on any machine.
 
-    The target was set where the tutorial's 20 requests a second were 1.75 times what two cores could serve. On a
-    faster machine no backlog builds up at that rate, so the third interval is needed.
+    The target was set on two cores, where the tutorial's 20 requests a second were 1.75 times the capacity. A faster
+    machine serves 20 a second without a backlog, so it needs a shorter interval.
     """
     overload = []
     if {"model", "prepare"} <= bench.figures.keys():

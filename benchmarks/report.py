@@ -134,7 +134,7 @@ def fast_server(row: Figures) -> str:
 
 def precision(rows: Figures) -> str:
     """Return the table of number formats, with and without XLA."""
-    head = ["", "images/s", "held-out digits read right", "largest difference of a probability to float32"]
+    head = ["", "images/s", "held-out digits recognized", "largest difference of a probability from float32"]
     body = [
         [name, row["per_s"], f"{row['right']:.2%}" if "right" in row else "", row.get("difference", "")]
         for name, row in rows.items()

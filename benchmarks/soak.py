@@ -5,7 +5,7 @@
 
 Starts a bin/serve, measures its capacity in a closed loop, then sends requests at a fixed rate. Latencies count from
 the time at which a request was due, so that a stall shows in every request that it delays. Prints a line a minute:
-requests answered and lost, p50 and p99 in ms, Redis' keys (mean of a sample a second), the resident memory of each
+requests answered and lost, p50 and p99 in ms, Redis' keys (counted once a second, mean), the resident memory of each
 process in MB. The end is compared with minute 2, when caches and pools are warm.
 
 Exit code: 0 nothing grew and nothing was lost, 1 otherwise.
@@ -40,7 +40,7 @@ CLIENTS = 256  # requests in flight at most
 CAPACITY_SECONDS = 40.0
 TIMEOUT = 120.0  # seconds for a request
 GROWTH = 0.05  # the end may exceed minute 2 by this share
-FEW_KEYS = 5  # so many more keys are noise
+FEW_KEYS = 5  # this many additional keys are noise
 DRIFT = 1.25  # p99 of the last third over p99 of the first: less is measurement noise
 
 

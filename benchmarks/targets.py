@@ -20,7 +20,7 @@ def ratios(figures: Figures) -> list[tuple[str, str, float]]:
         ("idle request to the costless model minus decode, ms", "at most 5", _value(lambda: _idle_plumbing(figures))),
         ("most resident memory of a web process, MB", "at most 90", _value(lambda: _web_memory(figures))),
         ("Redis traffic of a request, MB", "at most 0.45", _value(lambda: _redis_traffic(figures))),
-        ("500 at 1.75 L or 20 a second: p99 / unavoidable backlog", "at most 1.1", _value(lambda: _backlog(figures))),
+        ("500 requests at 1.75 L or 20/s: p99 / unavoidable backlog", "at most 1.1", _value(lambda: _backlog(figures))),
         ("8 model servers / 1", "at least 7.5", _value(lambda: figures["servers"]["8"] / figures["servers"]["1"])),
         ("12-megapixel JPEG: web time / full decode", "at most 0.3", _value(lambda: _large_jpeg(figures))),
         ("start to first answer minus the model's own load, s", "at most 2", _value(lambda: _start(figures))),

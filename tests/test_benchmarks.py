@@ -85,7 +85,7 @@ def test_unavoidable_backlog_matches_a_calculation_by_hand() -> None:
 
     ratios = {what: value for what, _, value in targets.ratios(FIGURES | {"bursts": {"500 x 0.05 s": burst}})}
 
-    assert ratios["500 at 1.75 L or 20 a second: p99 / unavoidable backlog"] == pytest.approx(2)
+    assert ratios["500 requests at 1.75 L or 20/s: p99 / unavoidable backlog"] == pytest.approx(2)
 
 
 @pytest.mark.slow("runs a whole part of the benchmark")

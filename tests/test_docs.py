@@ -9,6 +9,7 @@ from pathlib import Path
 
 import make_samples
 import pytest
+from console_blocks import commands
 from harness import AS_INSTALLED, ROOT, Process, Service, free_port, running, wait_until
 
 from model_server import metrics as server_metrics
@@ -45,13 +46,6 @@ LEFT = ["train_shapes.py", *(f"{shape}.png" for shape in ("circle", "square", "t
 
 def text_of(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
-
-
-def commands(text: str) -> list[str]:
-    """The commands of every console block, without their comments."""
-    blocks = re.findall(r"^ *```console\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    return [line.strip()[2:].split("  #")[0].strip() for block in blocks for line in block.splitlines()
-            if line.strip().startswith(("$ ", "# "))]  # fmt: skip
 
 
 def anchors(document: Path) -> set[str]:

@@ -162,7 +162,7 @@ def test_job_whose_push_got_no_reply_is_queued_once(
     assert batch.entries == 1
 
 
-def test_surplus_job_taken_before_its_withdrawal_is_answered(
+def test_job_over_the_limit_that_was_already_taken_is_answered(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     monkeypatch.setattr(settings, "MAX_QUEUE", 1)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from chroot import Chroot, copy_of, copy_project, need_root
 from conftest import images_are_wanted
+from console_blocks import commands
 from harness import PATH, ROOT, make_certificates, need
-from test_docs import commands
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -66,7 +66,7 @@ def mentions(system: Chroot) -> set[str]:
 
 @pytest.mark.timeout(900)
 def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: Path) -> None:
-    # Given a system where an install without Python packages has failed and was purged
+    # Given a system where an install that could not download Python packages failed, and was purged
     failed = system.run(INSTALL, seconds=300, variables=NO_INDEX)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
@@ -94,7 +94,7 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
     [counted] = (system.root / "tmp/counted").read_text().splitlines()
     assert counted.split() == ["10", 'keras_rest_api_requests_total{endpoint="/predict",status="200"}', "1.0"]
 
-    # And MODEL is set on one line, the one where the example has it
+    # And .env sets MODEL once, on the line where .env.example has it
     lines = (system.root / TARGET[1:] / ".env").read_text().splitlines()
     assert [line for line in lines if re.match("(# )?MODEL=", line)] == ["MODEL=models/efficientnet_lite0.keras"]
 
@@ -244,7 +244,7 @@ def test_another_program_on_port_80_is_refused(tmp_path: Path) -> None:
     assert "a program other than Apache uses port 80: stop it" in line
 
 
-def test_archive_has_the_same_files_as_a_clone_without_ignored_ones(tmp_path: Path) -> None:
+def test_archive_and_clone_have_the_same_project_files(tmp_path: Path) -> None:
     need("git")
     clone, archive = tmp_path / "clone", tmp_path / "archive"
     for folder in (clone, archive):

@@ -80,7 +80,7 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_below_the_target(orientation:
 
     prepared = preparation.prepare_image(image, (200, 380))
 
-    # Half the size. A quarter would be 250 high, below 380, the longer side of the target.
+    # Half the size. At a quarter it would be 250 high, less than 380, the longer side of the target.
     assert image.size == (1200, 500)
     expected = resized(np.rot90(rgb, -1) if orientation == 6 else rgb, (200, 380))
     assert np.abs(prepared.astype(int) - expected).mean() < 2
@@ -92,7 +92,7 @@ def test_a_jpeg_just_above_twice_the_target_is_decoded_at_full_size() -> None:
 
     preparation.prepare_image(image, (224, 224))
 
-    # At half the size, 256 high, it would be hardly larger than the target: the probability of a real photo changed
+    # At half the size it would be 256 high, hardly more than the target. That changed the probability of a real photo
     # from 0.46 to 0.43.
     assert image.size == (600, 512)
 

@@ -168,8 +168,8 @@ def test_one_error_moves_all_connections_to_the_new_primary(monkeypatch: pytest.
         wait_until(lambda: len(pair.primary.client_list("normal")) <= others, "none of our connections is left")
 
 
-def test_replica_behind_the_name_differs_from_an_old_connection(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
-    """A name that leads to a replica is an error. If only the old connection does, a new one replaces it silently."""
+def test_name_that_leads_to_a_replica_is_an_error(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    """If only an old connection leads to a replica, a new connection replaces it without an error."""
     with name_for(port_of(pair.primary)) as name:
         use(monkeypatch, name.port)
         web = WebQueue()
@@ -267,7 +267,7 @@ def current_fault() -> str:
 
 
 class Fake(socketserver.ThreadingTCPServer):
-    """Gives the same `reply` to every command except for PING, as another product would give to INFO."""
+    """Answers PING. To every other command it gives `reply`, such as another product's answer to INFO."""
 
     daemon_threads = True
 
@@ -498,7 +498,8 @@ def test_wrong_password_tls_and_database_are_told_apart(monkeypatch: pytest.Monk
             monkeypatch.setattr(settings, "REDIS_URL", url)
             found[url] = current_fault()
 
-    assert "client certificate" in found[no_certificate]  # whether TLS 1.3 reports it or the connection is closed
+    # TLS 1.3 may report the missing certificate, or the connection is just closed.
+    assert "client certificate" in found[no_certificate]
     for url, words in wanted.items():
         assert found[url].startswith(words), (url, found[url])
         assert bool(found[url]) == bool(words), (url, found[url])

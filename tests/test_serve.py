@@ -230,7 +230,7 @@ def waiting_requests(port: str) -> int:
 
 @pytest.mark.slow("waits for time limits to pass")
 def test_bin_serve_killed_with_a_frozen_web_process_leaves_nothing(impatient: dict[str, str], tmp_path: Path) -> None:
-    """Its first Apache was killed, whose remaining processes must not keep the next one from the port."""
+    """Its first Apache was killed. The processes that it left must not keep the port from the next one."""
     url = f"http://127.0.0.1:{impatient['PORT']}"
     with running(SERVE_IMPATIENTLY, tmp_path / "log", **impatient) as process:
         process.wait_for_log("* Ready on port")

@@ -1,4 +1,4 @@
-"""What the model server reports to systemd, for which a socket of the test stands in."""
+"""What the model server reports to systemd. A socket of the test stands in for systemd."""
 
 import queue
 import signal
@@ -14,7 +14,7 @@ import pytest
 import requests
 from harness import Service, free_port, run_apache, run_redis, running, wait_until
 from redis import Redis
-from test_model_server import MeanClassifier, push
+from stand_in_model import MEAN, MeanClassifier, push
 
 from image_queue import ServerQueue
 from model_server.classifier import Classifier
@@ -95,7 +95,7 @@ def test_batch_that_never_ends_stops_the_beat(systemd: Systemd, redis: Redis) ->
     """For example when a GPU hangs: the process and its other threads keep running."""
     classifier, go_on = MeanClassifier(), threading.Event()
     classifier.before = lambda images: go_on.wait(60)
-    server = ModelServer(cast(Classifier, classifier), ServerQueue({"model": "mean", "weights": "none"}, 5))
+    server = ModelServer(cast(Classifier, classifier), ServerQueue(MEAN, 5))
     thread = threading.Thread(target=server.run, daemon=True)
     push(redis, *range(20, 120))
     thread.start()
@@ -114,7 +114,7 @@ def test_beat_goes_on_while_redis_is_away(systemd: Systemd, tmp_path: Path, monk
     """Otherwise systemd would restart the model server again and again while Redis is away."""
     port = free_port()
     monkeypatch.setattr("settings.REDIS_PORT", port)
-    server = ModelServer(cast(Classifier, MeanClassifier()), ServerQueue({"model": "mean", "weights": "none"}, 5))
+    server = ModelServer(cast(Classifier, MeanClassifier()), ServerQueue(MEAN, 5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
 
