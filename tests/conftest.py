@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-pytest.register_assert_rewrite("browser", "harness", "load", "queue_fixtures")  # before they are imported
+# Before they are imported.
+pytest.register_assert_rewrite("access_fixtures", "browser", "harness", "load", "queue_fixtures")
 
 from harness import (  # noqa: E402
     ROOT,
