@@ -1,4 +1,4 @@
-"""A fixture and helpers of test_access.py and test_hidden_files.py, which name this module in pytest_plugins."""
+"""A service with API keys and TLS, for tests that name this module in pytest_plugins, and helpers for raw HTTP."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -106,7 +106,8 @@ def test_model_server_started_by_root_drops_its_privileges(tmp_path: Path) -> No
         assert fields["Gid"].split() == [str(user.pw_gid)] * 4
         assert fields["Groups"].strip() == ""
         assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
-    assert any("NoNewPrivs:\t1" in status for status in threads)  # only the main thread sets it, for itself and the threads and programs it starts
+    # The main thread sets it for itself, and for the threads and programs that it starts later.
+    assert any("NoNewPrivs:\t1" in status for status in threads)
     assert "Root has become www-data" in server.log
     assert "ArithmeticError" in server.log  # the traceback of the broken image
     assert not re.search(r"ImportError|ModuleNotFound|LookupError|PermissionError|Permission denied", server.log)
