@@ -24,7 +24,7 @@ from helpers import ServiceError  # noqa: E402
 from web.image_preparation import open_image, prepare_image  # noqa: E402
 from web.process import limit_malloc  # noqa: E402
 
-IDLE_SECONDS = 0.022  # for the work in slowness(), on the idle machine where the test's limit was chosen
+IDLE_SECONDS = 0.022  # that slowness() took on an idle machine, the one where the test's limit was chosen
 REPEAT_ABOVE = 0.05  # seconds
 
 

@@ -86,7 +86,8 @@ def named_paths() -> list[Path]:
     for _, text in pip_settings():
         for word in text.split():
             if word.startswith("file://"):
-                found.append(Path(word.removeprefix("file://")).parent)  # an index; its files are in the same folder
+                # A package index, whose files are in the same folder.
+                found.append(Path(word.removeprefix("file://")).parent)
             elif word.startswith("/"):
                 found.append(Path(word))
     return [path for path in found if path.exists()]

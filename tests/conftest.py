@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-pytest.register_assert_rewrite("browser", "harness", "load", "queue_fixtures")  # before they are imported
+# These modules have assertions or fixtures, and must be registered before they are imported.
+pytest.register_assert_rewrite("access_fixtures", "browser", "harness", "load", "queue_fixtures")
 
 from harness import (  # noqa: E402
     ROOT,

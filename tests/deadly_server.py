@@ -1,6 +1,6 @@
-"""run_model_server.py with a model that a white image kills, as a fault in a driver would.
+"""run_model_server.py with a faulty model: a white image kills the process, as a bug in a driver would.
 
-With IMAGES_THAT_FIT set, larger batches run out of memory. A real Keras model does neither on demand.
+With IMAGES_THAT_FIT set, larger batches run out of memory. No real Keras model does either on demand.
 """
 
 import os

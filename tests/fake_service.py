@@ -69,7 +69,7 @@ def first_then_hang(answered: int) -> Behavior:
 
 
 class FakeService(ThreadingHTTPServer):
-    """Calls its behavior with itself and the number of the request, from 1, and sends the answer that it returns."""
+    """Sends the answer that behavior(service, number) returns for each request; the first one has number 1."""
 
     daemon_threads = True
     request_queue_size = 1024

@@ -23,7 +23,7 @@ class ByFile(LoadScopeScheduling):  # type: ignore[misc]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    # xdist's own --dist loadgroup changes the tests' names, which pytest 9.2 ignores.
+    # Not --dist loadgroup: xdist would add the group to the tests' names, but pytest 9.2 ignores new names.
     return ByFile(config, log)
 
 
@@ -57,7 +57,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_testnodedown(node: Any) -> None:
-    """Add only what is missing of a worker's counts, since every worker collects every test."""
+    """Add a worker's counts only if no other worker has sent them, since every worker collects every test."""
     left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - left_out)
 
 

@@ -66,7 +66,10 @@ def known_images(count: int = 320) -> list[Known]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a request. `code` is empty, the JSON error's, "wrong answer", or the exception if none came."""
+    """The result of a request.
+
+    `code` is empty if the answer is right. Otherwise it is the error's code, "wrong answer", or the client's exception.
+    """
 
     started: float
     seconds: float

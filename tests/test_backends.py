@@ -123,7 +123,7 @@ def test_after_warm_up_nothing_is_traced_or_compiled(seen: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("seen", [TORCH], indirect=True)
 def test_torchscripts_fuser_is_off_on_a_cpu(seen: dict[str, Any]) -> None:
-    assert seen["fuser"] is False  # not measured: it slows down only models with dozens of layers
+    assert seen["fuser"] is False  # its effect can't be measured here: it slows down only models with dozens of layers
 
 
 @pytest.mark.parametrize("seen", [TORCH], indirect=True)

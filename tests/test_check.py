@@ -155,7 +155,7 @@ def test_check_has_the_limits_of_the_service(
 def test_check_resizes_like_the_service(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], int], digits: classifier.Classifier, tmp_path: Path
 ) -> None:
-    """So does the model server, for an image that was queued for a model of another size."""
+    """The model server resizes like that too, if an image was queued for a model of another size."""
     monkeypatch.setattr(settings, "IMAGE_RESAMPLE", "nearest")
     path = tmp_path / "seven.png"
     SEVEN.save(path)

@@ -202,7 +202,7 @@ def test_random_weights_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None
 def test_broken_download_by_keras_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: bytes, reason: str
 ) -> None:
-    """Whatever Keras raises, even if it does not name the URL."""
+    """Keras raises a different error in each case, and some errors do not name the URL."""
     monkeypatch.setattr(downloads, "DOWNLOAD_TIMEOUT", 0.3)
     release = threading.Event()
     with answering(said, lambda: release.wait(5 if said.endswith(b"200 O") else 0)) as url:

@@ -134,7 +134,7 @@ def storage(images_to_come: Future[list[str]]) -> list[str]:
 
 @contextmanager
 def model_server(storage: list[str], log: Path, **settings: str) -> Iterator[None]:
-    """Run the model server's image, which must become healthy, or without ALL its command on this machine."""
+    """Run the model server's image and check its health. Without ALL, run its command on this machine instead."""
     if not ALL:
         [command] = re.findall(r"^CMD (.*)$", (ROOT / "Dockerfile").read_text().split(" AS model\n")[1], re.MULTILINE)
         no_weights = {"MODEL": "", "KERAS_HOME": str(log.parent), "https_proxy": "http://127.0.0.1:1"}
@@ -197,7 +197,7 @@ def test_web_image_has_no_tensorflow_and_only_the_files_it_needs(storage: list[s
     assert "flask" in packages
     assert not {name for name in packages if re.match("tensorflow|keras", name)}
     assert {"settings.py", "run_web_server.py", "keras_rest_api_app.wsgi", "deploy", "models"} <= files
-    assert not files & {".git", ".env", "tests", "bin", "README.md", "bench"}
+    assert not files & {".git", ".env", "tests", "bin", "README.md", "bench", "benchmarks"}
     models = {path.name for path in Path(image.root, "opt/keras-rest-api/models").iterdir()}
     assert models == {path.name for path in (ROOT / "models").iterdir() if path.suffix in (".keras", ".json", ".txt")}
     assert {"digits.json", "efficientnet_lite0.json", "efficientnet_lite0.LICENSE.txt"} <= models

@@ -27,7 +27,7 @@ ELSEWHERE = {
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
     "curl -O https://": "test_classifier.py::test_without_internet_the_error_says_which_file_to_put_where",
-    "API_KEYS=0f3b... bin/serve": "test_doors.py::test_each_of_two_keys_is_accepted",
+    "API_KEYS=0f3b... bin/serve": "test_access.py::test_each_of_two_keys_is_accepted",
     "bin/install": INSTALL,
     "cp /opt/keras-rest-api/deploy/apache/default-tls.conf": INSTALL,
     "a2en": INSTALL,

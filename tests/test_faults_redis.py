@@ -161,7 +161,7 @@ def test_redis_out_of_memory_is_503_and_recovers(served: Serve, record_property:
 class Pair(NamedTuple):
     """A service whose Redis is a primary and its replica, behind one name.
 
-    Their policy allows eviction, so both programs must warn. They have too much memory for it to happen.
+    Both Redis servers may evict keys, so both programs must warn. They have so much memory that it never happens.
     """
 
     service: Service
@@ -261,7 +261,7 @@ def test_a_fail_over_behind_one_name_loses_nothing(pair: Pair, record_property: 
 
 
 def unready(pair: Pair) -> str:
-    """Return the error of /readyz that Redis is a read-only replica, or ""."""
+    """Return the error of /readyz if it says that Redis is a read-only replica, otherwise ""."""
     answer = pair.readyz()
     message = "" if answer.status_code == 200 else str(answer.json()["error"]["message"])
     return message if "replica" in message else ""

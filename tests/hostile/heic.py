@@ -23,7 +23,7 @@ ALPHA = full_box(AUXILIARY, 0, b"urn:mpeg:hevc:2015:auxid:1\0")
 
 
 def parameter_set(width: int, height: int) -> bytes:
-    """The codec's header, as a NAL unit among the pixels."""
+    """The parameters in the codec's header, as a NAL unit that can precede the pixels."""
     header = hevc_header(width, height)
     at = header.index(b"\x42\1")
     [size] = struct.unpack_from(">H", header, at - 2)

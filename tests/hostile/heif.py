@@ -78,7 +78,8 @@ def coded(form: str) -> tuple[bytes, bytes]:
 
 def heic_item(*properties: bytes, pixels: bytes | None = None, header: bytes | None = None) -> Item:
     own, data = coded("HEIC")
-    return b"hvc1", [header or own, *(properties or [ispe(64, 64)])], pixels or data  # as libx265 pads it
+    # libx265 pads SMALL to 64 x 64 pixels.
+    return b"hvc1", [header or own, *(properties or [ispe(64, 64)])], pixels or data
 
 
 def avif_item(*properties: bytes, pixels: bytes | None = None) -> Item:

@@ -98,7 +98,7 @@ def two_tile_widths() -> bytes:
 
 
 def tile_width_in_words() -> bytes:
-    """Multiplied by the height, the width would be a string of 4 GB in Python."""
+    """The width is a text: in Python, width times height would be a string of 4 GB."""
     where: list[Tag] = [(TILE_WIDTH, 2, 4, b"abcd"), (TILE_HEIGHT, LONG, 1, 2**30), (TILE_OFFSETS, LONG, 1, PIXELS_AT)]
     return make_tiff(gray_tags(10, 10, *where, compression=DEFLATE)).ljust(1100, b"\0")
 
