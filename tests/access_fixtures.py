@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from harness import (
-    ROOT,
-    Service,
-    connect,
-    free_port,
-    make_certificates,
-    run_service,
-)
+from harness import ROOT, Service, connect, free_port, make_certificates, run_service
 
 PNG = (ROOT / "models/digits/three.png").read_bytes()
 OLD_KEY = "the-key-of-2026-is-this"

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
-    ROOT,
-    Service,
-    need,
-    wait_until,
-)
+from harness import ROOT, Service, need, wait_until
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 

@@ -14,12 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import (
-    PATH,
-    ROOT,
-    Missing,
-    need,
-)
+from harness import PATH, ROOT, Missing, need
 
 # Mount what programs expect, then exec the command.
 ENTER = """

@@ -5,10 +5,7 @@ import subprocess
 from pathlib import Path
 
 from chroot import copy_of, named_paths, need_root
-from harness import (
-    ROOT,
-    need,
-)
+from harness import ROOT, need
 
 ALL = os.environ.get("BUILD_ALL_IMAGES") == "1"
 

@@ -9,10 +9,7 @@ import flask
 import pytest
 import requests
 from access_fixtures import NEW_KEY, OLD_KEY, PNG, Guarded, answer_of, bearer, raw
-from harness import (
-    assert_error,
-    connect,
-)
+from harness import assert_error, connect
 
 from run_web_server import create_app
 from web import access

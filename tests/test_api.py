@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    free_port,
-    raw_answer,
-    run_apache,
-    wait_until,
-)
+from harness import ROOT, Service, assert_error, free_port, raw_answer, run_apache, wait_until
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 

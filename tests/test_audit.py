@@ -6,9 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import (
-    ROOT,
-)
+from harness import ROOT
 
 AUDITS = {
     "none": ("echo No known vulnerabilities found >&2", 0, "No known vulnerability in "),

@@ -10,10 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from harness import (
-    ROOT,
-    Missing,
-)
+from harness import ROOT, Missing
 
 from model_server.batching import BATCHES_AT_ONCE
 

@@ -13,13 +13,7 @@ from typing import Any
 import convert_efficientnet_lite as convert
 import numpy as np
 import pytest
-from harness import (
-    ROOT,
-    Missing,
-    Service,
-    ready,
-    run_service,
-)
+from harness import ROOT, Missing, Service, ready, run_service
 
 MODEL = ROOT / "models/efficientnet_lite0.keras"
 ABOUT = json.loads(MODEL.with_suffix(".json").read_text())

@@ -11,10 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import (
-    ROOT,
-    Service,
-)
+from harness import ROOT, Service
 from PIL import Image
 from samples import saved
 

@@ -14,10 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from harness import (
-    AS_INSTALLED,
-    ROOT,
-)
+from harness import AS_INSTALLED, ROOT
 
 import settings
 from helpers import StartupError

@@ -9,13 +9,7 @@ from typing import Any
 
 import pytest
 import requests
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    raw_answer,
-    run_apache,
-)
+from harness import ROOT, Service, assert_error, raw_answer, run_apache
 
 THREE = (ROOT / "models/digits/three.png").read_bytes()
 APP, LOCAL, OTHER = "https://app.example", "http://localhost:3000", "https://evil.example"

@@ -15,12 +15,7 @@ from pathlib import Path
 
 import keras
 import pytest
-from harness import (
-    ROOT,
-    free_port,
-    running,
-    wait_until,
-)
+from harness import ROOT, free_port, running, wait_until
 
 import settings
 from helpers import StartupError

@@ -24,16 +24,7 @@ import requests
 import yaml
 from chroot import need_root
 from container_images import ALL
-from harness import (
-    ROOT,
-    Process,
-    Service,
-    free_port,
-    need,
-    run_redis,
-    running,
-    wait_until,
-)
+from harness import ROOT, Process, Service, free_port, need, run_redis, running, wait_until
 from redis import Redis
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())

@@ -5,10 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from access_fixtures import Guarded, answer_of, raw
-from harness import (
-    ROOT,
-    need,
-)
+from harness import ROOT, need
 
 pytest_plugins = ["access_fixtures"]
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import hooks
 import pytest
-from harness import (
-    ROOT,
-)
+from harness import ROOT
 
 TESTS = """
 import pytest

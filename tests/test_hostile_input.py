@@ -23,15 +23,7 @@ from typing import Any
 import hostile
 import pytest
 import requests
-from harness import (
-    ROOT,
-    Service,
-    assert_error,
-    connect,
-    raw_answer,
-    resident_bytes,
-    web_processes,
-)
+from harness import ROOT, Service, assert_error, connect, raw_answer, resident_bytes, web_processes
 from hostile.bmp import GRAYS, RLE8, make_bmp
 from hostile.gif import EMPTY_COMMENT, frame, make_gif
 from hostile.jpeg import COMMENT, EXIF, jpeg_with, segment

@@ -17,16 +17,7 @@ import keras
 import numpy as np
 import pytest
 from chroot import need_root
-from harness import (
-    ROOT,
-    answers,
-    free_port,
-    make_certificates,
-    need,
-    run_redis,
-    running,
-    wait_until,
-)
+from harness import ROOT, answers, free_port, make_certificates, need, run_redis, running, wait_until
 from redis import Redis
 
 from helpers import StartupError

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import requests
 from access_fixtures import NEW_KEY, OLD_KEY, PNG, bearer
-from harness import (
-    Service,
-    assert_error,
-    free_port,
-    run_apache,
-)
+from harness import Service, assert_error, free_port, run_apache
 from redis import Redis
 
 

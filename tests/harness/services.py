@@ -12,18 +12,7 @@ import requests
 from redis import Redis
 from redis.exceptions import RedisError
 
-from harness.processes import (
-    ROOT,
-    Process,
-    command_line,
-    free_port,
-    need,
-    parent,
-    pids,
-    running,
-    variables,
-    wait_until,
-)
+from harness.processes import ROOT, Process, command_line, free_port, need, parent, pids, running, variables, wait_until
 
 
 class Service:
