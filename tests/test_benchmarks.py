@@ -105,6 +105,7 @@ def test_plumbing_is_measured_and_reported(tmp_path: Path) -> None:
     assert printed.startswith("# Benchmarks")
 
 
+@pytest.mark.slow("draws photos of 12 megapixels")
 def test_images_have_the_sizes_in_their_names(tmp_path: Path) -> None:
     sizes = {name: path.stat().st_size for name, path in images.write_images(tmp_path).items()}
 

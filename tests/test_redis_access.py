@@ -67,6 +67,7 @@ def secure_redis(public: Path) -> Iterator[SecureRedis]:
         yield SecureRedis(port, files, admin)
 
 
+@pytest.mark.slow("starts both programs with TLS")
 def test_redis_with_user_password_and_tls_works(secure_redis: SecureRedis, tmp_path: Path) -> None:
     settings = {"REDIS_URL": secure_redis.url(), "IMAGE_QUEUE": "image_queue", "RATE_LIMIT": "100/hour"}
     with run_service(tmp_path, 1, **settings) as service:

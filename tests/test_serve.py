@@ -429,6 +429,7 @@ def test_remote_redis_that_does_not_answer_is_reported_in_one_line(nothing_cache
     assert "secret" not in line
 
 
+@pytest.mark.slow("starts bin/serve, which imports Keras twice")
 def test_resnet50_without_internet_says_which_file_goes_where(nothing_cached: dict[str, str], tmp_path: Path) -> None:
     environment = nothing_cached | {"MODEL": "ResNet50"}
     with running([SERVE], tmp_path / "log", **environment) as process:

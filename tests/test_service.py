@@ -367,6 +367,7 @@ def test_500_simultaneous_requests_are_all_answered(service: Service) -> None:
     assert figures["answered"] == 500
 
 
+@pytest.mark.slow("starts a service of its own for hundreds of requests")
 def test_hundreds_of_requests_wait_despite_a_low_file_limit(redis: Redis, tmp_path: Path) -> None:
     """systemd limits open files to 1,024 unless a process raises its limit; connections count as files."""
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)

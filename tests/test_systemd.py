@@ -61,6 +61,7 @@ def serves(redis: Redis, name: str) -> bool:
     return bool(list(redis.scan_iter(f"{name}:server:*")))
 
 
+@pytest.mark.slow("waits for several heartbeats")
 def test_ready_is_reported_then_a_beat_until_it_hangs_or_stops(systemd: Systemd, redis: Redis, tmp_path: Path) -> None:
     name = f"queue-{free_port()}"
     command = [sys.executable, "run_model_server.py"]
