@@ -33,6 +33,7 @@ def imagenet(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield service
 
 
+@pytest.mark.slow("starts a service with the bundled model")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_sample_photo_gets_its_known_probability(imagenet: Service, name: str) -> None:
     predictions = imagenet.predictions((ROOT / "images" / name).read_bytes())
@@ -55,6 +56,7 @@ def test_every_sample_photo_is_listed_with_label_and_license() -> None:
     assert all((ROOT / "images" / name).stat().st_size < 150_000 for name in photos)
 
 
+@pytest.mark.slow("starts a service with the bundled model")
 def test_readyz_says_what_the_bundled_model_recognizes(imagenet: Service) -> None:
     [server] = ready(imagenet.url)["model_servers"].values()
 

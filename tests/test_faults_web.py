@@ -22,6 +22,7 @@ import requests
 from harness import (
     ROOT,
     Service,
+    all_serving,
     apache_of,
     connect,
     free_port,
@@ -126,15 +127,6 @@ def reload_web_processes(url: str) -> None:
     before = wait_until(lambda: all_serving(url), "web processes that serve")
     (ROOT / "keras_rest_api_app.wsgi").touch()
     wait_until(lambda: not set(before) & set(web_processes(url)), "new web processes", 60)
-
-
-def all_serving(url: str) -> list[int]:
-    """Return the web processes if both serve, or []. Their request threads start only after the import."""
-    processes = web_processes(url)
-    with suppress(OSError):  # one has just ended
-        if len(processes) == 2 and all(len(os.listdir(f"/proc/{pid}/task")) > 100 for pid in processes):
-            return processes
-    return []
 
 
 # Dead web processes, absent model servers, impatient clients

@@ -32,6 +32,7 @@ def distinctive(name: str) -> bytes:
     return longest if len(longest) > 12 else b"no such line"
 
 
+@pytest.mark.slow("sends thousands of requests")
 def test_no_url_serves_a_project_file(guarded: Guarded) -> None:
     def leaks(name: str, address: str) -> str:
         request = f"GET {address} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()

@@ -209,6 +209,7 @@ def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
 # Logs
 
 
+@pytest.mark.slow("starts both programs")
 def test_logs_can_be_json(redis_port: int, tmp_path: Path) -> None:
     with run_service(tmp_path, LOG_FORMAT="json") as service:
         good = service.post(IMAGE, headers={"X-Request-ID": "good-1"})

@@ -23,12 +23,14 @@ from harness import (
     ROOT,
     Missing,
     Service,
+    all_serving,
     assert_error,
     free_port,
     make_certificates,
     need,
     resident_bytes,
     run_apache,
+    wait_until,
     web_processes,
 )
 
@@ -320,6 +322,7 @@ def test_uploads_are_503_while_the_disk_is_full(service: Service, small_disk: Pa
     log, large = tmp_path / "log", SEVEN + bytes(500_000)
     with run_apache(IMAGE_QUEUE=service.queue, TMPDIR=str(small_disk), log=log) as url:
         web = Service(url)
+        wait_until(lambda: all_serving(url), "web processes that serve")  # each chooses its temporary folder at start
         assert label(post(web, large, "image/jpeg")) == label(web.post(large)) == "7"
         (small_disk / "filler").write_bytes(MB * 10)
         assert_error(requests.get(f"{url}/readyz", timeout=10), 503, "storage_full")  # 16 MB must be free

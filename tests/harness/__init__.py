@@ -25,6 +25,7 @@ from harness.responses import assert_error, connect, raw_answer
 from harness.services import (
     Serve,
     Service,
+    all_serving,
     answers,
     apache_of,
     model_servers,
@@ -49,6 +50,7 @@ __all__ = [
     "Process",
     "Serve",
     "Service",
+    "all_serving",
     "answers",
     "apache_of",
     "assert_error",

@@ -1,10 +1,11 @@
 """Run Redis, model servers and Apache, alone or together as a service."""
 
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,6 +173,15 @@ def web_processes(url: str) -> list[int]:
     port = url.rsplit(":", 1)[1]
     commands = ((pid, command_line(pid)) for pid in pids())
     return [pid for pid, command in commands if command.startswith("(wsgi:") and f"APP_PORT {port}" in command]
+
+
+def all_serving(url: str) -> list[int]:
+    """Return the web processes if both serve, or []. Their request threads start only after the import."""
+    processes = web_processes(url)
+    with suppress(OSError):  # one has just ended
+        if len(processes) == 2 and all(len(os.listdir(f"/proc/{pid}/task")) > 100 for pid in processes):
+            return processes
+    return []
 
 
 def apache_of(url: str) -> int:
