@@ -425,6 +425,7 @@ def test_a_keras_classifier_gets_its_preprocessing_and_weights(
         assert [probability for _, probability in good(result)] == pytest.approx(probabilities[best], abs=1e-5)
 
 
+@pytest.mark.slow("builds a large network twice")
 @pytest.mark.parametrize(("weights", "said"), [("imagenet", applications.IMAGENET), ("random", None)])
 def test_only_a_trained_classifier_says_that_it_recognizes_imagenet(
     monkeypatch: pytest.MonkeyPatch, weights: str, said: str | None
