@@ -104,8 +104,8 @@ def test_mutated_images_never_harm_the_service(
     assert grown < 1e6
     answered = ", ".join(f"{times} x {status}" for status, times in statuses.most_common())
     growth = min(late[pid] - early[pid] for pid in late)
-    megabytes = f"at least {growth / 1e6:.1f} MB, to at most {max(late.values()) / 1e6:.0f} MB"
-    record_property("figures", f"{answered}; the web processes grew by {megabytes}")
+    megabytes = f"{growth / 1e6:.1f} MB or more, and none to more than {max(late.values()) / 1e6:.0f} MB"
+    record_property("figures", f"{answered}; each web process grew by {megabytes}")
 
 
 def sizes(service: Service) -> dict[int, int]:
