@@ -8,17 +8,11 @@ run_model_server.py itself never falls back to another model.
 """
 
 import hashlib
-import http.client
 import os
 import signal
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 APP_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(APP_ROOT))
@@ -35,6 +29,7 @@ RESNET50_FILES = {
 }
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/" + next(iter(RESNET50_FILES))
 PROBE_LIMIT = 5  # seconds for all addresses of the host together: there may be many, and none may answer
+PROBE = [sys.executable, "-c", "import sys; from model_server.downloads import ask; ask(sys.argv[1])"]
 FETCH = [sys.executable, "-c", "from model_server.downloads import fetch; fetch()"]
 FETCH_LIMIT = 600  # seconds for 100 MB; nobody should wait longer for the service
 
@@ -47,7 +42,7 @@ def choose() -> str:
     if settings.MODEL_WEIGHTS != "imagenet":
         return settings.MODEL
     recognizes = model_file.read((APP_ROOT / BUNDLED_MODEL).with_suffix(".json")).description
-    reason = "" if cached() else in_time(probe, PROBE_LIMIT) or fetch()
+    reason = "" if cached() else probe() or fetch()
     if not reason:
         print(f"* Serving {settings.MODEL}, which recognizes {recognizes}", flush=True)
         return settings.MODEL
@@ -74,44 +69,37 @@ def md5(path: Path) -> str:
         return ""
 
 
-def in_time(ask: Callable[[], str], seconds: float) -> str:
-    """Return what `ask` returns, or that it took too long. Looking up a host name has no time limit."""
-    answers: SimpleQueue[str] = SimpleQueue()
-    threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
-    try:
-        return answers.get(timeout=seconds)
-    except Empty:
-        return f"no answer within {seconds:g} seconds"
-
-
 def probe() -> str:
-    """Return why the weights can't be downloaded; an empty string if they can."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(WEIGHTS_URL, method="HEAD"), timeout=PROBE_LIMIT):
-            return ""
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the address of the proxy is invalid
-        return one_line(error.reason if type(error) is urllib.error.URLError else error)
+    """Return why the weights can't be downloaded; an empty string if they can.
+
+    A process of its own asks: looking up a host name has no time limit, and a thread that is still within OpenSSL
+    crashes a process that a signal ends.
+    """
+    return failure([*PROBE, WEIGHTS_URL], PROBE_LIMIT, "no answer within {:g} seconds")
 
 
 def fetch() -> str:
     """Let Keras download the files of ResNet50. Return why that failed, or an empty string."""
     print("* Downloading ResNet50's ImageNet weights (100 MB)", flush=True)
-    progress = None if sys.stdout.isatty() else subprocess.DEVNULL
+    return failure(FETCH, FETCH_LIMIT, "not complete after {:g} seconds", progress=sys.stdout.isatty())
+
+
+def failure(program: list[str], seconds: float, too_slow: str, progress: bool = False) -> str:
+    """Run a program. Return the last line of its errors, or `too_slow` after so many seconds; "" if it succeeds."""
     try:
         ended = subprocess.run(
-            FETCH, cwd=APP_ROOT, stdout=progress, stderr=subprocess.PIPE, errors="replace", timeout=FETCH_LIMIT,
-            check=False,
+            program, cwd=APP_ROOT, stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE,
+            errors="replace", timeout=seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"not complete after {FETCH_LIMIT:g} seconds"
+        return too_slow.format(seconds)
     if ended.returncode == 0:
         return ""
     return one_line((ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1])
 
 
-def one_line(error: object) -> str:
-    """Return an error's text as part of a sentence: one line, without control characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def one_line(text: str) -> str:
+    """Return a line of an error as part of a sentence: without control characters."""
     return "".join(char for char in text[:200] if char.isprintable()).rstrip(".")
 
 

@@ -3,6 +3,8 @@
 import http.client
 import os
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,15 @@ def keras_downloads() -> Path:
     base = Path(os.path.expanduser(os.environ.get("KERAS_HOME", default)))
     existing = next(each for each in (base, *base.parents) if each.exists())
     return (base if os.access(existing, os.W_OK) else Path("/tmp/.keras")) / "models"  # noqa: S108
+
+
+def ask(url: str) -> None:
+    """Ask for the headers of a file. If there is no answer that says it exists, exit with the reason."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD")).close()  # noqa: S310 - default_model's https
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the address of the proxy is invalid
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        raise SystemExit(" ".join(str(reason).split()) or type(reason).__name__) from None
 
 
 def fetch() -> None:

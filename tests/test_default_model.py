@@ -29,6 +29,7 @@ import default_model
 BUNDLED = "models/efficientnet_lite0.keras"
 DESCRIPTION = "1,000 ImageNet classes: animals, plants, food, vehicles, things"
 WEIGHTS, CLASSES = default_model.RESNET50_FILES
+NO_RESOLVER = "import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(20)"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -107,21 +108,22 @@ def test_bundled_model_is_served_without_internet_and_a_line_says_why(
 
 @pytest.mark.parametrize("silent", ["server", "resolver"])
 def test_network_that_drops_everything_delays_the_start_only_briefly(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], silent: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, silent: str
 ) -> None:
-    monkeypatch.setattr(default_model, "PROBE_LIMIT", 0.3)
+    monkeypatch.setattr(default_model, "PROBE_LIMIT", 1)
     release = threading.Event()
     if silent == "resolver":  # its own timeout can be a minute
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
+        (tmp_path / "sitecustomize.py").write_text(NO_RESOLVER)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with answering(b"", lambda: release.wait(20)) as url:
         monkeypatch.setattr(default_model, "WEIGHTS_URL", url)
         begun = time.monotonic()
 
         assert default_model.choose() == BUNDLED
 
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 3
         release.set()
-    assert re.search("no answer within 0.3 seconds|timed out", serving_line(capfd))
+    assert "(no answer within 1 seconds)" in serving_line(capfd)
 
 
 def test_cached_resnet50_is_served_without_a_network(
