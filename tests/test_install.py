@@ -64,10 +64,10 @@ def mentions(system: Chroot) -> set[str]:
     return {path for path in {*output_of(system, listed), *named} if not re.match(logs, path)}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: Path) -> None:
     # Given a system where an install that could not download Python packages failed, and was purged
-    failed = system.run(INSTALL, seconds=300, variables=NO_INDEX)
+    failed = system.run(INSTALL, seconds=600, variables=NO_INDEX)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("is there a network?")
     output_of(system, f"{INSTALL} --purge")
