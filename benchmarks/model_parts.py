@@ -11,6 +11,8 @@ from measure import Bench, Figures, batch_sizes
 from system import AS_INSTALLED, ROOT, START_LIMIT, Measured, child, responds, run_serve, service, wait_until
 from targets import PHOTO, in_series, serial_limit
 
+from images import LOADS
+
 RESNET50 = {"MODEL": "ResNet50", "MODEL_WEIGHTS": "random"}
 BUNDLED = {"MODEL": str(ROOT / "models/efficientnet_lite0.keras")}
 DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
@@ -28,7 +30,7 @@ def limits(bench: Bench) -> None:
             bench.show(f"the model alone, batches of {size}, {way}")
             model[f"{way} {size}"] = child("alone.py", "model", str(size), way)["per_s"]
     bench.figures["model"] = model
-    bench.figures["prepare"] = {name: bench.prepare(name) for name in bench.images}
+    bench.figures["prepare"] = {name: bench.prepare(name) for name in LOADS}
 
 
 def resnet50(bench: Bench) -> None:
@@ -40,7 +42,7 @@ def resnet50(bench: Bench) -> None:
             before = _baseline(bench, clients)
             rows[f"{PHOTO} x {clients}"] = bench.load_with_costs(ours, PHOTO, clients, _load_seconds(bench, clients))
             bench.figures |= {name: (before[name] + each) / 2 for name, each in _baseline(bench, clients).items()}
-        for name in bench.images:
+        for name in LOADS:
             if name != PHOTO:
                 rows[f"{name} x 64"] = bench.load_with_costs(ours, name, 64)
         bench.figures["resnet50"] = rows
