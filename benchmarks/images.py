@@ -42,14 +42,14 @@ def _photo_png() -> bytes:
 
 
 def _photo_jpeg() -> bytes:
-    image = scene(800, 600, 4)
-    return min((saved(image, "JPEG", quality=quality) for quality in range(60, 97, 4)), key=_far_from(90_000))
+    photo = scene(800, 600, 4)
+    return min((saved(photo, "JPEG", quality=quality) for quality in range(60, 97, 4)), key=_far_from(90_000))
 
 
 def _transparent() -> Image.Image:
-    image = scene(*PHOTO, 2).convert("RGBA")
-    image.putalpha(Image.linear_gradient("L").resize(PHOTO))
-    return image
+    photo = scene(*PHOTO, 2).convert("RGBA")
+    photo.putalpha(Image.linear_gradient("L").resize(PHOTO))
+    return photo
 
 
 IMAGES: dict[str, Callable[[], bytes]] = {
@@ -64,13 +64,12 @@ IMAGES: dict[str, Callable[[], bytes]] = {
 }
 
 
-def write_images(directory: Path) -> dict[str, Path]:
-    """Write each image to `directory`; return the files by name."""
-    paths = {}
-    for name, data in IMAGES.items():
-        paths[name] = directory / name
-        paths[name].write_bytes(data())
-    return paths
+def image(name: str, directory: Path) -> Path:
+    """Return the file of an image in `directory`; draw it first if it is missing, which takes up to 5 seconds."""
+    path = directory / name
+    if not path.exists():
+        path.write_bytes(IMAGES[name]())
+    return path
 
 
 def _far_from(wanted: int) -> Callable[[bytes], int]:

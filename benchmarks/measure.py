@@ -10,7 +10,7 @@ from typing import Any
 from system import Measured, child
 from tqdm import tqdm
 
-from images import write_images
+from images import image as file_of
 
 ALONE_SECONDS = 8.0  # at most, for measuring decoding alone
 
@@ -18,11 +18,10 @@ Figures = dict[str, Any]
 
 
 class Bench:
-    """One run: its images, the length of each load, and the figures so far."""
+    """One run: the length of each load, and the figures so far."""
 
     def __init__(self, scratch: Path, seconds: float, progress: "tqdm[Any]") -> None:
         self.seconds = seconds
-        self.images = write_images(scratch)
         self.scratch = scratch
         self.figures: Figures = {}
         self._progress = progress
@@ -36,10 +35,14 @@ class Bench:
         """Say that a part is left out."""
         self._progress.write(f"* {part} is left out: {why}", file=sys.stderr)
 
+    def image(self, name: str) -> str:
+        """Return the path of an image of images.py."""
+        return str(file_of(name, self.scratch))
+
     def load(self, url: str, image: str, clients: int, seconds: float | None = None) -> Figures:
         """Return the throughput and latencies of clients in a closed loop."""
         self.show(f"{clients} clients, {image}")
-        words = [url, str(self.images[image]), str(clients), str(seconds or self.seconds)]
+        words = [url, self.image(image), str(clients), str(seconds or self.seconds)]
         return dict(child("closed_loop.py", *words))
 
     def load_with_costs(self, ours: Measured, image: str, clients: int, seconds: float | None = None) -> Figures:
@@ -61,12 +64,12 @@ class Bench:
     def prepare(self, name: str) -> Figures:
         """Return the speed of decoding and resizing an image, without the service."""
         self.show(f"decoding alone, {name}")
-        return dict(child("alone.py", "prepare", str(self.images[name]), str(min(self.seconds, ALONE_SECONDS))))
+        return dict(child("alone.py", "prepare", self.image(name), str(min(self.seconds, ALONE_SECONDS))))
 
     def decode(self, name: str) -> Figures:
         """Return the ms of CPU to decode and resize an image, by the service's code and by plain Pillow."""
         self.show(f"CPU of decoding, {name}")
-        return dict(child("alone.py", "decode", str(self.images[name]), str(min(self.seconds, ALONE_SECONDS))))
+        return dict(child("alone.py", "decode", self.image(name), str(min(self.seconds, ALONE_SECONDS))))
 
 
 def batch_sizes(sizes: list[int]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _baseline(bench: Bench, clients: int) -> dict[str, float]:
     """Return the baseline for this number of clients; empty where there is none."""
     if clients == 1:
         bench.show("decode and predict in one process")
-        return {"in_process_ms": child("alone.py", "answer", str(bench.images[PHOTO]))["one_ms"]}
+        return {"in_process_ms": child("alone.py", "answer", bench.image(PHOTO))["one_ms"]}
     if clients == 64 and "model" in bench.figures:
         way, size = max(bench.figures["model"], key=bench.figures["model"].__getitem__).split()
         model = child("alone.py", "model", size, way)["per_s"]
@@ -85,7 +85,7 @@ def _burst(bench: Bench, ours: Measured, interval: float) -> Figures:
     written = bench.scratch / "burst.json"
     batches = len(ours.server.batches)
     command = [sys.executable, str(ROOT / "stress_test.py"), "--url", f"{ours.url}/predict"]
-    command += ["--image", str(bench.images[PHOTO]), "--interval", str(interval), "--json", str(written)]
+    command += ["--image", bench.image(PHOTO), "--interval", str(interval), "--json", str(written)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

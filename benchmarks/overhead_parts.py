@@ -23,7 +23,7 @@ from system import (
 )
 from targets import PHOTO
 
-from images import LOADS
+from images import IMAGES, LOADS
 
 HERE = ROOT / "benchmarks"
 LARGE_JPEG = "jpeg-12MP"
@@ -82,7 +82,7 @@ def mosec(bench: Bench) -> None:
         bench.leave_out("mosec", "it is not installed; bin/bench installs it")
         return
     ours, theirs = [], []
-    with costless_service(bench) as measured, _mosec(bench.scratch) as (url, pid):
+    with costless_service(bench) as measured, run_mosec(bench.scratch) as (url, pid):
         for _ in range(TURNS):
             ours.append(bench.load_with_costs(measured, PHOTO, 64))
             before = _cpu_of_all(pid)
@@ -93,7 +93,7 @@ def mosec(bench: Bench) -> None:
 
 
 @contextmanager
-def _mosec(scratch: Path) -> Iterator[tuple[str, int]]:
+def run_mosec(scratch: Path) -> Iterator[tuple[str, int]]:
     """Run mosec; give its URL and its pid."""
     port = str(free_port())
     command = [sys.executable, str(HERE / "mosec_server.py"), "--address", "127.0.0.1", "--port", port]
@@ -110,4 +110,4 @@ def _cpu_of_all(pid: int) -> float:
 
 def decode(bench: Bench) -> None:
     """Measure the CPU of decoding and resizing each image, by the service's code and by plain Pillow."""
-    bench.figures["decode"] = {name: bench.decode(name) for name in bench.images}
+    bench.figures["decode"] = {name: bench.decode(name) for name in IMAGES}
