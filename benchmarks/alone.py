@@ -3,7 +3,9 @@
     alone.py model SIZE WAY    images/s of ResNet50 in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice (two batches at once, as in the model server)
     alone.py prepare IMAGE SECONDS
-                               images/s of decoding on all cores; ms of one image with and without JPEG draft mode
+                               images/s of decoding on all cores; ms of one image, and by plain Pillow at full size
+    alone.py decode IMAGE SECONDS
+                               ms of CPU to decode and resize an image: the service's code and plain Pillow, by turns
     alone.py answer IMAGE      ms of decoding, resizing and classifying, one image at a time
     alone.py served            images/s of the model server's model (MODEL) at its batch size, two batches at once
     alone.py load              seconds for the model server's model to load and to warm up
@@ -11,7 +13,6 @@
 ResNet50 is untrained, which takes the same time as a trained one.
 """
 
-import io
 import json
 import multiprocessing
 import os
@@ -20,16 +21,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
+import decoding
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
+from decoding import TARGET
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from web.process import limit_malloc
+
 SECONDS = 8.0  # of each measurement
-TARGET = (224, 224)
 
 
 def median_seconds(call: Callable[[], object], seconds: float = SECONDS) -> float:
@@ -80,33 +82,50 @@ def calls_per_second(call: Callable[[], object], threads: int) -> float:
     return sum(counts) / (time.perf_counter() - begun)
 
 
-def decode(data: bytes, draft: bool = True) -> npt.NDArray[np.uint8]:
-    """Decode and resize an image file; return its pixels (height, width, 3)."""
-    image = Image.open(io.BytesIO(data))
-    if draft:
-        image.draft(None, TARGET)
-    return np.asarray(image.convert("RGB").resize(TARGET, Image.Resampling.BICUBIC), dtype=np.uint8)
-
-
 def count_decodes(data: bytes, start: float, seconds: float) -> int:
     """Return the number of decodes within `seconds` from `start` (time.time()) on."""
     time.sleep(max(0.0, start - time.time()))
     done = 0
     while time.time() < start + seconds:
-        decode(data)
+        decoding.service(data)
         done += 1
     return done
 
 
 def prepare(path: str, seconds: float) -> dict[str, float]:
-    """Return images/s on all cores at once, and ms of a single image with and without JPEG draft mode."""
+    """Return images/s on all cores at once, ms of a single image, and ms of plain Pillow without JPEG draft mode."""
     data = Path(path).read_bytes()
     cores = os.cpu_count() or 1
-    one = median_seconds(lambda: decode(data), seconds / 4)
-    full = median_seconds(lambda: decode(data, draft=False), seconds / 4)
+    one = median_seconds(lambda: decoding.service(data), seconds / 4)
+    full = median_seconds(lambda: decoding.plain(data, draft=False), seconds / 4)
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         done = pool.starmap(count_decodes, [(data, time.time() + 2, seconds)] * cores)
     return {"per_s": sum(done) / seconds, "one_ms": 1000 * one, "full_ms": 1000 * full}
+
+
+def decode(path: str, seconds: float) -> dict[str, float]:
+    """Return the ms of CPU to decode and resize an image in the service's way and in Pillow's, by turns.
+
+    All cores do this at once, because a core that shares its caches and units with another one is slower.
+    """
+    data = Path(path).read_bytes()
+    cores = os.cpu_count() or 1
+    with multiprocessing.get_context("spawn").Pool(cores, limit_malloc) as pool:  # malloc as in a web process
+        times = pool.starmap(time_decodes, [(data, time.time() + 2, seconds)] * cores)
+    return {name: fmean(each[name] for each in times) for name in times[0]}
+
+
+def time_decodes(data: bytes, start: float, seconds: float) -> dict[str, float]:
+    """Return the median ms of CPU of each way within `seconds` from `start` (time.time()) on."""
+    ways = {"service_ms": decoding.service, "plain_ms": decoding.plain}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    time.sleep(max(0.0, start - time.time()))
+    while time.time() < start + seconds or len(times["plain_ms"]) < 5:
+        for name, way in ways.items():
+            begun = time.process_time()
+            way(data)
+            times[name].append(1000 * (time.process_time() - begun))
+    return {name: median(each) for name, each in times.items()}
 
 
 def answer(path: str) -> dict[str, float]:
@@ -116,7 +135,7 @@ def answer(path: str) -> dict[str, float]:
 
     data = Path(path).read_bytes()
     network = TensorFlow(import_keras().applications.ResNet50(weights=None))
-    return {"one_ms": 1000 * median_seconds(lambda: network.predict_on_batch(decode(data)[np.newaxis]))}
+    return {"one_ms": 1000 * median_seconds(lambda: network.predict_on_batch(decoding.service(data)[np.newaxis]))}
 
 
 def served() -> dict[str, float]:
@@ -150,6 +169,8 @@ def main() -> None:
         figures = model(int(words[0]), words[1])
     elif what == "prepare":
         figures = prepare(words[0], float(words[1]))
+    elif what == "decode":
+        figures = decode(words[0], float(words[1]))
     elif what == "answer":
         figures = answer(words[0])
     elif what == "served":

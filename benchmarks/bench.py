@@ -1,6 +1,6 @@
 """Measure everything in one run on this machine, and report it as Markdown, JSON and charts.
 
-    bin/bench                       all parts, about 30 minutes
+    bin/bench                       all parts, about 40 minutes
     bin/bench limits plumbing       some of them
     bin/bench --seconds 60          longer loads, for a noisy machine
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import model_parts
 import overhead_parts
+import queue_parts
 import report
 from measure import Bench
 from system import Missing, directory
@@ -30,7 +31,11 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "bundled": model_parts.bundled,
     "tutorial": overhead_parts.tutorial,
     "plumbing": overhead_parts.plumbing,
-    "servers": overhead_parts.servers,
+    "mosec": overhead_parts.mosec,
+    "decode": overhead_parts.decode,
+    "intake": queue_parts.intake,
+    "scaling": queue_parts.scaling,
+    "servers": queue_parts.servers,
     "precision": model_parts.precision,
     "start": model_parts.start,
 }

@@ -38,7 +38,7 @@ def costs(figures: Figures, path: Path) -> None:
     places = range(len(rows))
     done = [0.0] * len(rows)
     for who in ("model server", "web", "Apache", "Redis"):
-        ms = [1000 * row["cores"][who] / row["per_s"] for row in rows.values()]
+        ms = [row["cpu_ms"][who] for row in rows.values()]
         axes.barh(places, ms, left=done, label=who)
         done = [sum(pair) for pair in zip(done, ms, strict=True)]
     cores = figures["machine"]["cores"]

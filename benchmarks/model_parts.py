@@ -11,6 +11,8 @@ from measure import Bench, Figures, batch_sizes
 from system import AS_INSTALLED, ROOT, START_LIMIT, Measured, child, responds, run_serve, service, wait_until
 from targets import PHOTO, in_series, serial_limit
 
+from images import LOADS
+
 RESNET50 = {"MODEL": "ResNet50", "MODEL_WEIGHTS": "random"}
 BUNDLED = {"MODEL": str(ROOT / "models/efficientnet_lite0.keras")}
 DIGITS = {"MODEL": str(ROOT / "models/digits.keras")}
@@ -28,7 +30,7 @@ def limits(bench: Bench) -> None:
             bench.show(f"the model alone, batches of {size}, {way}")
             model[f"{way} {size}"] = child("alone.py", "model", str(size), way)["per_s"]
     bench.figures["model"] = model
-    bench.figures["prepare"] = {name: bench.prepare(name) for name in bench.images}
+    bench.figures["prepare"] = {name: bench.prepare(name) for name in LOADS}
 
 
 def resnet50(bench: Bench) -> None:
@@ -40,7 +42,7 @@ def resnet50(bench: Bench) -> None:
             before = _baseline(bench, clients)
             rows[f"{PHOTO} x {clients}"] = bench.load_with_costs(ours, PHOTO, clients, _load_seconds(bench, clients))
             bench.figures |= {name: (before[name] + each) / 2 for name, each in _baseline(bench, clients).items()}
-        for name in bench.images:
+        for name in LOADS:
             if name != PHOTO:
                 rows[f"{name} x 64"] = bench.load_with_costs(ours, name, 64)
         bench.figures["resnet50"] = rows
@@ -53,7 +55,7 @@ def _baseline(bench: Bench, clients: int) -> dict[str, float]:
     """Return the baseline for this number of clients; empty where there is none."""
     if clients == 1:
         bench.show("decode and predict in one process")
-        return {"in_process_ms": child("alone.py", "answer", str(bench.images[PHOTO]))["one_ms"]}
+        return {"in_process_ms": child("alone.py", "answer", bench.image(PHOTO))["one_ms"]}
     if clients == 64 and "model" in bench.figures:
         way, size = max(bench.figures["model"], key=bench.figures["model"].__getitem__).split()
         model = child("alone.py", "model", size, way)["per_s"]
@@ -83,7 +85,7 @@ def _burst(bench: Bench, ours: Measured, interval: float) -> Figures:
     written = bench.scratch / "burst.json"
     batches = len(ours.server.batches)
     command = [sys.executable, str(ROOT / "stress_test.py"), "--url", f"{ours.url}/predict"]
-    command += ["--image", str(bench.images[PHOTO]), "--interval", str(interval), "--json", str(written)]
+    command += ["--image", bench.image(PHOTO), "--interval", str(interval), "--json", str(written)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,34 +1,33 @@
-"""The parts of bench.py that measure the service's overhead, without a real model or beside the tutorial's design."""
+"""The parts of bench.py that measure the web's overhead: beside decoding alone, beside mosec, beside the tutorial."""
 
-import json
+import importlib.util
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from measure import Bench, Figures, batch_sizes
-from redis import Redis
+from measure import Bench, Figures, means, middle
 from system import (
     ROOT,
-    Process,
+    Measured,
     apache,
     application,
     cpu_seconds,
+    descendants,
     directory,
-    redis_server,
+    free_port,
     running,
     service,
     service_in,
-    wait_until,
 )
 from targets import PHOTO
 
+from images import IMAGES, LOADS
+
 HERE = ROOT / "benchmarks"
-FIXED_SECONDS = 5.0  # of work for each fixed-cost server
-FAST_GPU = {"MODEL_MS": "2", "BATCH_SIZE": "32"}  # a model as fast as a GPU: 16,000 images/s
-FAST_JOBS = 8000
+LARGE_JPEG = "jpeg-12MP"
+TURNS = 3
 
 
 def tutorial(bench: Bench) -> None:
@@ -41,25 +40,35 @@ def tutorial(bench: Bench) -> None:
 
 
 def plumbing(bench: Bench) -> None:
-    """Measure the service with a model that costs nothing, and decoding alone behind the same Apache."""
-    model = bench.scratch / "costless.keras"
-    subprocess.run([sys.executable, str(HERE / "costless.py"), str(model)], check=True, capture_output=True)
+    """Measure the service with a model that costs nothing, decoding behind the same Apache, and decoding alone."""
     rows: Figures = {}
+    alone, web = [bench.prepare(PHOTO)], []
     with (
-        service(MODEL=str(model)) as ours,
+        costless_service(bench) as ours,
         application(_wsgi("decode_only")) as root,
         directory() as logs,
         apache(root, logs / "apache") as url,
     ):
         # Alternate, because they are compared and the speed of a shared machine drifts within minutes.
-        bench.figures["decode_ms"] = bench.prepare(PHOTO)["one_ms"]
-        for name, clients in [(PHOTO, 1), *((name, 64) for name in bench.images), (PHOTO, 64)]:
+        for name, clients in [(PHOTO, 64), (PHOTO, 1), *((name, 64) for name in LOADS)]:
+            busy = bench.load_with_costs(ours, name, clients)
+            if (name, clients) == (PHOTO, 64):
+                web.append(bench.decode(PHOTO) | {"web_ms": busy["cpu_ms"]["web"]})
+                alone.append(bench.prepare(PHOTO))
             for row, figures in (
-                (f"service, {name} x {clients}", bench.load_with_costs(ours, name, clients)),
+                (f"service, {name} x {clients}", busy),
                 (f"decode only, {name} x {clients}", bench.load(url, name, clients)),
             ):
                 rows[row] = max(rows.get(row, figures), figures, key=lambda each: each["per_s"])
-    bench.figures["plumbing"] = rows
+    bench.figures |= {"plumbing": rows, "web cost": means(web)}
+    bench.figures["alone"] = {PHOTO: means(alone), LARGE_JPEG: bench.prepare(LARGE_JPEG)}
+
+
+def costless_service(bench: Bench) -> AbstractContextManager[Measured]:
+    """Run the service with a model that costs nothing."""
+    model = bench.scratch / "costless.keras"
+    subprocess.run([sys.executable, str(HERE / "costless.py"), str(model)], check=True, capture_output=True)
+    return service(MODEL=str(model))
 
 
 def _wsgi(module: str) -> str:
@@ -67,55 +76,38 @@ def _wsgi(module: str) -> str:
     return f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom {module} import app as application\n"
 
 
-def servers(bench: Bench) -> None:
-    """Measure 1, 2, 4 and 8 fixed-cost model servers on a full queue, and one as fast as a GPU."""
-    slow = {"MODEL_MS": "20", "BATCH_SIZE": "1"}
-    bench.figures["servers"] = {
-        str(count): _drain(bench, count, slow, int(count * FIXED_SECONDS / 0.02))["per_s"] for count in (1, 2, 4, 8)
-    }
-    bench.figures["fast server"] = _drain(bench, 1, FAST_GPU, FAST_JOBS)
-
-
-def _drain(bench: Bench, count: int, model: dict[str, str], jobs: int) -> Figures:
-    """Return images/s of fixed-cost servers, and the cores that each program used."""
-    bench.show(f"{count} model servers of {model['MODEL_MS']} ms a batch")
-    with (
-        directory() as logs,
-        redis_server(logs / "redis") as (redis, where),
-        _fixed_cost_servers(count, logs, **where, **model) as processes,
-    ):
-        for process in processes:
-            process.wait_for_log("* Joined the queue")
-        _fill(redis, jobs)
-        programs = {"model server": [each.popen.pid for each in processes]}
-        programs["Redis"] = [redis.info("server")["process_id"]]
-        before = {name: cpu_seconds(pids) for name, pids in programs.items()}
-        begun = time.perf_counter()
-        # First compare DBSIZE with the number of answers and heartbeats: counting the answers takes Redis' time.
-        wait_until(lambda: redis.dbsize() == jobs + count and _answers(redis) == jobs, "all are answered", 120)
-        took = time.perf_counter() - begun
-        cores = {name: (cpu_seconds(pids) - before[name]) / took for name, pids in programs.items()}
-        sizes = [size for process in processes for size in process.batches]
-        return {"per_s": jobs / took, "cores": cores, "batches": batch_sizes(sizes)}
+def mosec(bench: Bench) -> None:
+    """Measure the service with a model that costs nothing, and mosec beside it."""
+    if importlib.util.find_spec("mosec") is None:
+        bench.leave_out("mosec", "it is not installed; bin/bench installs it")
+        return
+    ours, theirs = [], []
+    with costless_service(bench) as measured, run_mosec(bench.scratch) as (url, pid):
+        for _ in range(TURNS):
+            ours.append(bench.load_with_costs(measured, PHOTO, 64))
+            before = _cpu_of_all(pid)
+            figures = bench.load(url, PHOTO, 64)
+            used = _cpu_of_all(pid) - before
+            theirs.append(figures | {"cpu_ms": {"mosec": 1000 * used / figures["requests"]}})
+    bench.figures["mosec"] = {f"service, {PHOTO} x 64": middle(ours), f"mosec, {PHOTO} x 64": middle(theirs)}
 
 
 @contextmanager
-def _fixed_cost_servers(count: int, logs: Path, **environment: str) -> Iterator[list[Process]]:
-    """Run model servers whose model only sleeps."""
-    command = [sys.executable, str(HERE / "fixed_cost_server.py")]
-    with ExitStack() as stack:
-        yield [stack.enter_context(running(command, logs / f"server-{n}", **environment)) for n in range(count)]
+def run_mosec(scratch: Path) -> Iterator[tuple[str, int]]:
+    """Run mosec; give its URL and its pid."""
+    port = str(free_port())
+    command = [sys.executable, str(HERE / "mosec_server.py"), "--address", "127.0.0.1", "--port", port]
+    # Its limits are raised to the service's: with its 3 seconds, 64 clients on a slow machine would get errors.
+    command += ["--timeout", "60000", "--capacity", "1000"]
+    with running(command, scratch / "mosec.log") as process:
+        process.wait_for_log("http service is running")
+        yield f"http://127.0.0.1:{port}", process.popen.pid
 
 
-def _fill(redis: Redis, jobs: int) -> None:
-    """Put jobs onto the queue, all at once."""
-    pending = json.dumps({"image": "A" * 200_704, "deadline": time.time() + 600})
-    with redis.pipeline(transaction=True) as together:
-        for number in range(jobs):
-            together.rpush("image_queue", f'{{"id": "job{number}", {pending[1:]}')
-        together.execute()
+def _cpu_of_all(pid: int) -> float:
+    return cpu_seconds([pid, *descendants(pid)])
 
 
-def _answers(redis: Redis) -> int:
-    """Return the number of answers in Redis."""
-    return sum(1 for _ in redis.scan_iter("image_queue:result:*", count=10_000))
+def decode(bench: Bench) -> None:
+    """Measure the CPU of decoding and resizing each image, by the service's code and by plain Pillow."""
+    bench.figures["decode"] = {name: bench.decode(name) for name in IMAGES}

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import charts
-from targets import PHOTO, Figures, ratios, serial_limit
+import targets
+from targets import PHOTO, Figures, serial_limit
 
+LOADS = {
+    "resnet50": "ResNet50",
+    "tutorial": "The tutorial's design",
+    "plumbing": "Plumbing",
+    "mosec": "The costless model, beside mosec",
+}
+PROGRAMS = ("web", "Apache", "Redis", "model server", "mosec")
 BUNDLED = {
     "alone_per_s": "images/s alone, as the model server computes it",
     "batch_size": "batch size found at warm-up",
@@ -35,12 +43,15 @@ def markdown(figures: Figures) -> str:
     """Return the report as Markdown."""
     on = figures["machine"]
     parts = [f"# Benchmarks\n\n{on['cpu']}, {on['cores']} cores, Python {on['python']}. Latencies in ms.\n"]
-    parts += [targets(figures)]
+    parts += [reached(figures)]
     if "model" in figures:
         parts += ["## Limits\n", table(["alone", "images/s"], limits(figures))]
-    for name, heading in (("resnet50", "ResNet50"), ("tutorial", "The tutorial's design"), ("plumbing", "Plumbing")):
+    parts += [cpu_costs(figures)]
+    for name, heading in LOADS.items():
         if name in figures:
             parts += [f"## {heading}\n", loads(figures[name])]
+    if "decode" in figures:
+        parts += ["## CPU of decoding and resizing\n", decoding(figures["decode"])]
     if "bundled" in figures:
         parts += ["## The bundled model beside ResNet50\n", bundled(figures["bundled"])]
     if "bursts" in figures:
@@ -49,8 +60,10 @@ def markdown(figures: Figures) -> str:
         one = figures["servers"]["1"]
         rows = [[count, rate, rate / one] for count, rate in figures["servers"].items()]
         parts += ["## Model servers of 20 ms a batch of one\n", table(["servers", "images/s", "ratio"], rows)]
-    if "fast server" in figures:
-        parts += ["## A model server of 2 ms a batch of 32\n", fast_server(figures["fast server"])]
+    if "intake" in figures:
+        parts += ["## Redis and one model server of 1 ms a batch\n", queues(figures["intake"])]
+    if "scaling" in figures:
+        parts += ["## Several model servers and cells\n", queues(figures["scaling"])]
     if "precision" in figures:
         parts += ["## Precision\n", precision(figures["precision"])]
     if "start" in figures:
@@ -73,10 +86,31 @@ def limits(figures: Figures) -> list[list[Any]]:
     return rows
 
 
-def targets(figures: Figures) -> str:
+def reached(figures: Figures) -> str:
     """Return the table of the targets whose parts were measured."""
-    rows = [[what, wanted, value] for what, wanted, value in ratios(figures) if not math.isnan(value)]
-    return f"## Targets\n\n{table(['what', 'target', 'reached'], rows)}" if rows else ""
+    rows = [[*each, each.verdict] for each in targets.targets(figures) if not math.isnan(each.value)]
+    return f"## Targets\n\n{table(['what', 'target', 'measured', ''], rows)}" if rows else ""
+
+
+def cpu_costs(figures: Figures) -> str:
+    """Return the table of the CPU of a request by program, for every load of the service, and for mosec."""
+    rows: dict[str, Figures] = {}
+    for part in LOADS:
+        rows |= {f"{part}: {name}": row for name, row in figures.get(part, {}).items() if "cpu_ms" in row}
+    costs = [
+        [name, *(row["cpu_ms"].get(who, "") for who in PROGRAMS), sum(row["cpu_ms"].values())]
+        for name, row in rows.items()
+    ]
+    head = ["ms of a request", *PROGRAMS, "all"]
+    return f"## Where the CPU goes\n\n{table(head, costs)}" if costs else ""
+
+
+def decoding(rows: Figures) -> str:
+    """Return the table of the ms of CPU to decode and resize each image."""
+    body = [
+        [name, row["service_ms"], row["plain_ms"], row["service_ms"] / row["plain_ms"]] for name, row in rows.items()
+    ]
+    return table(["", "the service, ms", "plain Pillow, ms", "ratio"], body)
 
 
 def loads(rows: Figures) -> str:
@@ -125,11 +159,17 @@ def bursts(rows: Figures) -> str:
     return table(head, body)
 
 
-def fast_server(row: Figures) -> str:
-    """Return the table for a model server whose model is as fast as a GPU."""
-    cores = ", ".join(f"{who} {used:.2f}" for who, used in row["cores"].items())
-    body = [["the model alone", 16_000.0, "", ""], ["fed from Redis", row["per_s"], row["batches"]["mean"], cores]]
-    return table(["", "images/s", "mean batch", "cores used"], body)
+def queues(rows: Figures) -> str:
+    """Return the table of model servers that only sleep, of redis-benchmark, and of clients of the queue."""
+    body = []
+    for name, row in rows.items():
+        sizes, cores, cost = (row.get(key, {}) for key in ("batches", "cores", "cpu_ms"))
+        body.append([
+            name, row["per_s"], sizes.get("mean", ""), cores.get("Redis", ""), cores.get("model server", ""),
+            cost.get("Redis", ""), cost.get("model server", ""),
+        ])  # fmt: skip
+    head = ["", "images/s", "mean batch", "cores: Redis", "model servers", "ms an image: Redis", "model servers"]
+    return table(head, body)
 
 
 def precision(rows: Figures) -> str:

@@ -209,7 +209,8 @@ def test_image_contains_the_code_and_the_models_with_their_files(tmp_path: Path)
     excluded = {".env", ".git/config", "README.md", "tests/test_it.py", "bin/serve", "models/digits/three.png",
                 "models/train.py", "models/__pycache__/train.pyc", "deploy/serve.py", "deploy/serve_redis.py",
                 "deploy/remove.sh", "deploy/copy_code.py",
-                "deploy/systemd/a.service", "requirements/dev.txt", "compose.yaml", "Dockerfile"}  # fmt: skip
+                "deploy/systemd/a.service", "requirements/bench.txt", "requirements/dev.txt", "compose.yaml",
+                "Dockerfile"}  # fmt: skip
     context = tmp_path / "context"
     for name in included | excluded:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +250,10 @@ def test_compose_names_existing_targets_and_publishes_only_the_web() -> None:
         assert service["restart"] == "unless-stopped"
     gpu = yaml.safe_load((ROOT / "compose.gpu.yaml").read_text())["services"]
     assert gpu.keys() <= SERVICES.keys()
-    assert (ROOT / gpu["model"]["build"]["args"]["REQUIREMENTS"]).is_file()
+    requirements = (ROOT / gpu["model"]["build"]["args"]["REQUIREMENTS"]).read_text()
+    assert re.findall(r"^(\w+)\[", requirements, re.MULTILINE) == ["jax", "tensorflow"]
+    assert interpolated(gpu["model"]["environment"]["KERAS_BACKEND"], KERAS_BACKEND="jax") == "jax"
+    assert interpolated(gpu["model"]["environment"]["KERAS_BACKEND"]) == "tensorflow"
     assert {name for each in SERVICES.values() for name in each.get("volumes", []) if name[0].isalpha()} == {
         f"{name}:/var/cache/keras-rest-api" for name in COMPOSE["volumes"]
     }
