@@ -23,27 +23,27 @@ class EntryParser(BaseParser):
     def __init__(self, socket_read_size: int, longest: int) -> None:
         """Allocate the buffer. `socket_read_size`, which redis-py passes to every parser, is not used."""
         self._longest = longest
-        self._buffer = bytearray(LINE_READ + max(longest + 3, LONGEST_LINE))
+        self._buffer = bytearray(3 * LINE_READ + max(longest, LONGEST_LINE))
         self._view = memoryview(self._buffer)
         self._start = self._end = 0  # of the bytes in the buffer that were received but not yet returned
-        self._connection: Any = None
+        self._socket: Any = None
 
     def on_connect(self, connection: Any) -> None:
         """Start to read from `connection`."""
-        self._connection = connection
+        self._socket = connection._get_socket()
+        self._timeout = connection.socket_timeout
         self._start = self._end = 0
 
     def on_disconnect(self) -> None:
         """Stop reading."""
-        self._connection = None
+        self._socket = None
 
     def can_read(self, timeout: float = 0) -> bool:
         """Return whether a reply has arrived or the connection was closed, within `timeout` seconds."""
-        socket = self._socket()
-        if self._start < self._end or (isinstance(socket, ssl.SSLSocket) and socket.pending()):
+        if self._start < self._end or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
             return True
         poll = select.poll()
-        poll.register(socket, select.POLLIN)
+        poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(1000 * timeout))
 
     def read_response(self, disable_decoding: bool = False, timeout: Any = None) -> Any:
@@ -57,15 +57,14 @@ class EntryParser(BaseParser):
         self._start, self._end = 0, rest
         if timeout != 0:
             return self._read()
-        socket = self._socket()
-        socket.settimeout(0)
+        self._socket.settimeout(0)
         try:
             return self._read()
         except (BlockingIOError, ssl.SSLWantReadError):
             self._start = 0
             raise TimeoutError from None
         finally:
-            socket.settimeout(self._connection.socket_timeout)
+            self._socket.settimeout(self._timeout)
 
     def _read(self) -> Any:
         line = self._line()
@@ -100,27 +99,23 @@ class EntryParser(BaseParser):
         begin, kept = self._start, min(length, self._longest + 1)
         reply_end = begin + length + 2
         while (missing := min(reply_end, begin + kept + 2) - self._end) > 0:
-            self._receive(missing)
+            self._receive(missing + LINE_READ)  # the line of the next reply, too
         self._skip(reply_end - self._end)
         self._start = min(reply_end, self._end)
         return self._view[begin : begin + kept]
 
     def _receive(self, most: int) -> None:
         """Add up to `most` bytes to the buffer; wait for the first."""
-        self._end += self._received(self._socket().recv_into(self._view[self._end :], most))
+        self._end += _received(self._socket.recv_into(self._view[self._end :], most))
 
     def _skip(self, count: int) -> None:
         """Receive `count` bytes and throw them away."""
         rubbish = bytearray(min(max(count, 0), DISCARD))
         while count > 0:
-            count -= self._received(self._socket().recv_into(rubbish, min(count, DISCARD)))
+            count -= _received(self._socket.recv_into(rubbish, min(count, DISCARD)))
 
-    def _received(self, count: int) -> int:
-        if not count:
-            raise ConnectionError("Redis has closed the connection")
-        return count
 
-    def _socket(self) -> Any:
-        if not self._connection:
-            raise ConnectionError("there is no connection to Redis")
-        return self._connection._get_socket()
+def _received(count: int) -> int:
+    if not count:
+        raise ConnectionError("Redis has closed the connection")
+    return count

@@ -1,10 +1,11 @@
 """Moves jobs from the queue to the taken list of a model server."""
 
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError, ResponseError
 
 from image_queue.connection import QueuePool
 from image_queue.entry_parser import EntryParser
@@ -32,8 +33,7 @@ class Intake:
         Raises RedisError, but not if Redis rejects a command after it has moved an entry.
         """
         try:
-            if self._connection.is_connected and self._connection.can_read():
-                self._connection.disconnect()  # Redis has closed it
+            self._close_if_unusable()
             rejection = yield from self._entries(queue, taken, most, wait)
         except BaseException:
             self._connection.disconnect()  # the next command must not get the replies to these
@@ -66,6 +66,13 @@ class Intake:
                 left = 0
                 rejection = rejection or reply
         return None if moved else rejection
+
+    def _close_if_unusable(self) -> None:
+        """Close the connection if Redis has closed it while it was idle; then the next command connects again."""
+        with suppress(ConnectionError):
+            if not (self._connection.is_connected and self._connection.can_read()):
+                return
+        self._connection.disconnect()
 
     def _send(self, commands: list[tuple[Any, ...]]) -> int:
         """Send commands; return their number."""
