@@ -186,6 +186,7 @@ def test_images_in_flight_are_limited_by_the_connections_of_redis(
     redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     web._limit_connections(3)
+    server.take(1)  # connects
     before = redis.info("clients")["connected_clients"]
     with ThreadPoolExecutor(30) as pool:
         asked = [pool.submit(web.ask, IMAGE, time.time() + 20) for _ in range(30)]
