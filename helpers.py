@@ -42,6 +42,11 @@ def base64_decode_image(a: str, dtype: str, shape: tuple[int, ...]) -> Pixels:
         data = pybase64.b64decode(a, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(f"the image is not base64: {error}") from error
+    return as_pixels(data, dtype, shape)
+
+
+def as_pixels(data: bytes, dtype: str, shape: tuple[int, ...]) -> Pixels:
+    """Return `data` as an array of `dtype` and `shape`, read-only and not copied. Raises ValueError."""
     expected = math.prod(shape) * np.dtype(dtype).itemsize
     if len(data) != expected:
         raise ValueError(f"the image has {len(data)} bytes, but {shape} of {dtype} takes {expected}")

@@ -4,16 +4,18 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from redis.exceptions import OutOfMemoryError, RedisError
+import orjson
+from redis.exceptions import OutOfMemoryError
 
 from helpers import USUAL_SHAPE, StartupError, as_shape
 from image_queue.base import CountJobs, ImageQueue, server_of
 from image_queue.errors import HeartbeatExpired
+from image_queue.intake import Intake
 from image_queue.job import MALFORMED_PREFIX, Answer, Batch, Job, failed, max_job_bytes
 from image_queue.slots import claim_slot
 
@@ -49,6 +51,7 @@ class ServerQueue(ImageQueue):
         self._next_beat = 0.0
         self._shape = as_shape(about.get("shape"))
         self._max_job_bytes = max_job_bytes(self._shape or USUAL_SHAPE)
+        self._intake = Intake(self.pool, self._max_job_bytes)
 
     def join(self) -> None:
         """Requeue the jobs that earlier sessions of this slot took but did not answer, and begin a new session.
@@ -88,23 +91,33 @@ class ServerQueue(ImageQueue):
             if server != self.name and not self.redis.exists(self.server_key(server)):
                 self._reclaim_from(server)
 
-    def take(self, most: int, wait: float = 0, *, ahead: bool = False) -> Batch:
+    def take(
+        self, most: int, wait: float = 0, *, ahead: bool = False, place: Callable[[Job], int | None] = lambda job: None
+    ) -> Batch:
         """Move up to `most` jobs from the queue to the taken list and return them. Raises RedisError.
 
         Blocks up to `wait` seconds for the first job only. Drops expired and malformed jobs. A suspect is returned
         alone. `ahead` means that another batch is being computed; then a suspect stays in the queue, because it would
         be blamed if that batch killed the server.
+
+        `place` puts the pixels of a job into the array of the batch, and returns the row. It is called for each job as
+        soon as it arrives, which is faster than to collect the jobs first.
         """
-        entries = self._move(most, wait)
-        parsed = self._parse_all(entries)
+        parsed: list[Job | None] = []
+        rows: list[int | None] = []
+        for entry in self._move(most, wait):
+            job = self._parse(entry)
+            parsed.append(job)
+            rows.append(place(job) if job else None)
+        self._read_ttls([job for job in parsed if job])
         kept = self._length_of_batch(parsed, ahead=ahead)
-        if kept < len(entries):
-            self._requeue(len(entries) - kept)
-        jobs = [job for job in parsed[:kept] if job]
-        live = [job for job in jobs if not job.expired]
+        if kept < len(parsed):
+            self._requeue(len(parsed) - kept)
+        jobs = [(job, row) for job, row in zip(parsed[:kept], rows, strict=False) if job]
+        live = [(job, row) for job, row in jobs if not job.expired]
         self.count("taken", len(live))
         self.count("expired", len(jobs) - len(live))
-        return Batch(live, kept)
+        return Batch([job for job, _ in live], kept, [row for _, row in live])
 
     def answer(self, jobs: list[Job], answers: Iterable[Answer], entries: int) -> None:
         """Publish the answer to each of `jobs`, and remove the first `entries` of the taken list, atomically.
@@ -126,25 +139,14 @@ class ServerQueue(ImageQueue):
                     f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
                 )
 
-    def _move(self, most: int, wait: float) -> list[bytes]:
-        """Move up to `most` entries from the queue to the taken list and return them."""
-        with self.redis.pipeline(transaction=False) as pipeline:
-            if wait:
-                pipeline.blmove(self.key, self.taken, cast(int, wait), "LEFT", "RIGHT")
-            pipeline.llen(self.key)
-            *first, waiting = pipeline.execute(raise_on_error=False)
-            if isinstance(waiting, RedisError):
-                raise waiting
-            for _ in range(min(most - len(first), waiting)):
-                pipeline.lmove(self.key, self.taken, "LEFT", "RIGHT")
-            replies = first + pipeline.execute(raise_on_error=False)
-        moved = [reply for reply in replies if isinstance(reply, bytes)]
-        errors = [reply for reply in replies if isinstance(reply, RedisError)]
-        if moved or not errors:
-            return moved
-        if isinstance(errors[0], OutOfMemoryError):  # Redis rejects all plain writes then, but not this script
-            return list(self._scripts["take"]([self.key, self.taken], [most]))
-        raise errors[0]
+    def _move(self, most: int, wait: float) -> Iterator[memoryview]:
+        """Move up to `most` entries from the queue to the taken list; yield each, valid until the next one."""
+        try:
+            yield from self._intake.move(self.key, self.taken, most, wait)
+        except OutOfMemoryError:  # Redis rejects all plain writes then, but not this script
+            entries: list[bytes] = self._scripts["take"]([self.key, self.taken], [most])
+            for entry in entries:
+                yield memoryview(entry)
 
     def _length_of_batch(self, parsed: list[Job | None], *, ahead: bool) -> int:
         """Return how many of the first entries may be computed together: all before a suspect, or one suspect."""
@@ -159,8 +161,10 @@ class ServerQueue(ImageQueue):
     def _reclaim_from(self, dead: str) -> None:
         """Requeue the jobs of the server `dead`, but give up those that were in flight at MAX_CRASHES crashes."""
         taken = self.taken_key(dead)
-        entries = self.redis.lrange(taken, 0, -1)
-        jobs = [replace(job, crashes=job.crashes + 1) for job in self._parse_all(entries) if job and not job.expired]
+        entries = cast(list[bytes], self.redis.lrange(taken, 0, -1))
+        parsed = [job for job in map(self._parse, entries) if job]
+        self._read_ttls(parsed)
+        jobs = [replace(job, crashes=job.crashes + 1) for job in parsed if not job.expired]
         given_up = [job for job in jobs if job.crashes >= MAX_CRASHES]
         head = [job.dump() for job in jobs if job.crashes == 1]
         end = [job.dump() for job in jobs if 1 < job.crashes < MAX_CRASHES]
@@ -172,13 +176,13 @@ class ServerQueue(ImageQueue):
             self.count("given_up", len(given_up))
             log.warning("%s died: %d images were requeued, %d were given up", dead, requeued, len(given_up))
 
-    def _to_publish(self, jobs: list[Job], answers: Iterable[Answer]) -> tuple[list[str], list[str | int]]:
+    def _to_publish(self, jobs: list[Job], answers: Iterable[Answer]) -> tuple[list[str], list[bytes | int]]:
         """Return the KEYS and ARGV with which a script publishes the answers."""
         keys: list[str] = []
-        args: list[str | int] = []
+        args: list[bytes | int] = []
         for job, answer in zip(jobs, answers, strict=True):
             keys += [self.result_key(job.id), self.accepted_key(job.id)]
-            args += [json.dumps(answer, allow_nan=False), job.answer_ttl]
+            args += [orjson.dumps(answer), job.answer_ttl]
         return keys, args
 
     def _begin_session(self) -> None:
@@ -195,18 +199,15 @@ class ServerQueue(ImageQueue):
             raise HeartbeatExpired
         self._next_beat = time.monotonic() + self.ttl / 5
 
-    def _parse_all(self, entries: Sequence[bytes | str]) -> list[Job | None]:
-        """Return the job in each entry, with its `ttl`, or None if it is malformed. Raises RedisError."""
-        parsed = [self._parse(entry) for entry in entries]
-        jobs = [job for job in parsed if job]
+    def _read_ttls(self, jobs: list[Job]) -> None:
+        """Set the `ttl` of each of `jobs`. Raises RedisError."""
         ttls = self._scripts["ttls"]([self.accepted_key(job.id) for job in jobs]) if jobs else []
         for job, ttl in zip(jobs, ttls, strict=True):
             job.ttl = ttl + TTL_ROUNDING if ttl >= 0 else None
-        return parsed
 
-    def _parse(self, entry: bytes | str) -> Job | None:
+    def _parse(self, entry: bytes | memoryview) -> Job | None:
         try:
-            return Job.parse(entry if len(entry) <= self._max_job_bytes else entry[:MALFORMED_PREFIX])
+            return Job.parse(entry if len(entry) <= self._max_job_bytes else bytes(entry[:MALFORMED_PREFIX]))
         except ValueError as error:
             log.error("dropped %d bytes from the queue: %s", len(entry), error)
             self.count("dropped", 1)

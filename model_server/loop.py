@@ -4,27 +4,30 @@ import logging
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import FrameType
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
 from redis.exceptions import RedisError
 
 import settings
-from helpers import Pixels, Shape, base64_decode_image, pauses
+from helpers import pauses
 from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, failed
 from model_server import metrics
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier, Probabilities
+from model_server.tray import Tray
 
 log = logging.getLogger(__name__)
 
 UNREADABLE = failed("The image on the queue is invalid: IMAGE_* must be the same for the web and the model server.")
 BROKEN = failed("The model could not classify this image; try another.")
+
+# Seconds to wait for more jobs while another batch is in flight. A batch takes a millisecond of CPU to take, start and
+# answer, however few images it has, so a fast model would spend its time on batches of one.
+GATHER = 0.002
 
 
 class Computed(NamedTuple):
@@ -50,6 +53,8 @@ class ModelServer:
         self._answering = ThreadPoolExecutor(1, thread_name_prefix="answer")
         self._in_flight: deque[Future[None]] = deque()  # each done when its batch is answered; oldest first
         self._unsent: deque[Computed] = deque()  # the first is being sent, or waits because Redis failed
+        self._spare_trays: deque[Tray] = deque()
+        self._tray = self._another_tray()  # for the batch that is being taken
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """Signal handler: make run() finish the batches being computed, then leave."""
@@ -78,52 +83,66 @@ class ModelServer:
         self.queue.beat()
         notify_systemd("WATCHDOG=1")
         self.settle(BATCHES_AT_ONCE)
-        batch = self._take(self.classifier.batch_size, settings.SERVER_SLEEP)
+        batch = self._take(Batch(), settings.SERVER_SLEEP)
         if not batch.entries:
             self.settle()  # a waiting suspect is taken only when nothing else is in flight
             return
-        if len(self._in_flight) == BATCHES_AT_ONCE:
-            self.settle(BATCHES_AT_ONCE - 1)
-            batch += self._take(self.classifier.batch_size - len(batch.jobs))  # fill up with jobs that came meanwhile
-            self.queue.count("expired", batch.drop_expired())
+        self.settle(BATCHES_AT_ONCE)
+        if self._in_flight:
+            self._fill_up(batch)
         if self.stopping:
             return  # _leave() requeues what was taken
-        computing = self._computing.submit(self._classify, batch)
+        computing = self._computing.submit(self._classify, batch, self._tray)
+        self._tray = self._another_tray()
         self._in_flight.append(self._answering.submit(self._answer, batch, computing))
         if batch.suspect:
             self.settle()
+
+    def _fill_up(self, batch: Batch) -> None:
+        """Wait for a free thread, or GATHER, and add the jobs that have come meanwhile.
+
+        Call this only while another batch is in flight, so that an image that comes alone is computed at once.
+        """
+        if len(self._in_flight) == BATCHES_AT_ONCE:
+            self.settle(BATCHES_AT_ONCE - 1)
+        elif len(batch.jobs) < self.classifier.batch_size:
+            time.sleep(GATHER)
+        self._take(batch)
+        self.queue.count("expired", batch.drop_expired())
 
     def settle(self, most: int = 0) -> None:
         """Wait until at most `most` batches are in flight. Raises HeartbeatExpired and RedisError of their answers."""
         while self._in_flight and (len(self._in_flight) > most or self._in_flight[0].done()):
             self._in_flight.popleft().result()
 
-    def _take(self, most: int, wait: float = 0) -> Batch:
-        batch = self.queue.take(most, wait, ahead=bool(self._in_flight))
-        batch.images = [self._decode(job) for job in batch.jobs]
+    def _take(self, batch: Batch, wait: float = 0) -> Batch:
+        """Add jobs to `batch` until it is full or the queue empty; wait up to `wait` seconds for the first."""
+        most = self.classifier.batch_size - len(batch.jobs)
+        ahead = bool(self._in_flight or batch.jobs)
+        batch += self.queue.take(most, wait, ahead=ahead, place=self._tray.placer(batch.rows))
         return batch
 
-    def _decode(self, job: Job) -> Pixels | None:
-        try:
-            pixels = base64_decode_image(job.image, settings.IMAGE_DTYPE, job.shape or self.classifier.shape)
-        except ValueError as error:
-            log.error("The image of request %s can't be decoded: %s", job.request or job.id, error)
-            return None
-        return resized(pixels, self.classifier.shape)
+    def _another_tray(self) -> Tray:
+        """Return one that is not in use. There are at most BATCHES_AT_ONCE + 1."""
+        if self._spare_trays:
+            return self._spare_trays.popleft()
+        return Tray(self.classifier.batch_size, self.classifier.shape)
 
-    def _classify(self, batch: Batch) -> Computed:
-        images = [image for image in batch.images if image is not None]
-        if not images:
-            return Computed(batch, [], 0.0)
-        stacked = np.stack(images)
-        names = [job.request for job in batch.jobs]
-        log.info("* Batch size: %s of requests %s", stacked.shape, " ".join(names), extra={"requests": names})
-        metrics.BATCHES.observe(len(stacked))
-        begun = time.monotonic()
-        results = self.classifier.classify(stacked)
-        seconds = time.monotonic() - begun
-        metrics.COMPUTE.observe(seconds)
-        return Computed(batch, results, seconds)
+    def _classify(self, batch: Batch, tray: Tray) -> Computed:
+        try:
+            images = tray.images(batch.rows)
+            if not len(images):
+                return Computed(batch, [], 0.0)
+            names = [job.request for job in batch.jobs]
+            log.info("* Batch size: %s of requests %s", images.shape, " ".join(names), extra={"requests": names})
+            metrics.BATCHES.observe(len(images))
+            begun = time.monotonic()
+            results = self.classifier.classify(images)
+            seconds = time.monotonic() - begun
+            metrics.COMPUTE.observe(seconds)
+            return Computed(batch, results, seconds)
+        finally:
+            self._spare_trays.append(tray)
 
     def _answer(self, batch: Batch, computing: Future[Computed]) -> None:
         self._unsent.append(computing.result())
@@ -134,9 +153,9 @@ class ModelServer:
         """Send the answers to the oldest unsent batch, and remove that many `entries` from the taken list."""
         batch, results, seconds = self._unsent[0]
         each = iter(results)
-        pairs = zip(batch.jobs, batch.images, strict=True)
+        pairs = zip(batch.jobs, batch.rows, strict=True)
         timing = {"compute_s": seconds, "batch": len(results)}
-        answers = [UNREADABLE if image is None else self._answer_to(job, next(each), timing) for job, image in pairs]
+        answers = [UNREADABLE if row is None else self._answer_to(job, next(each), timing) for job, row in pairs]
         try:
             self.queue.answer(batch.jobs, answers, entries)
         except HeartbeatExpired:  # the answers were sent anyway
@@ -146,9 +165,8 @@ class ModelServer:
 
     def _sent(self, answers: list[Answer]) -> None:
         self._unsent.popleft()
-        for answer in answers:
-            outcome = "unreadable" if answer is UNREADABLE else "model_failed" if answer is BROKEN else "classified"
-            metrics.OUTCOMES.labels(outcome).inc()
+        for outcome, times in Counter(map(outcome_of, answers)).items():
+            metrics.OUTCOMES.labels(outcome).inc(times)
 
     def _answer_to(self, job: Job, result: Probabilities | Exception, timing: Answer) -> Answer:
         if isinstance(result, Exception):
@@ -199,19 +217,9 @@ class ModelServer:
             self.queue.log_redis_error(error, 0, "the taken jobs are requeued when the heartbeat expires")
 
 
-def resized(pixels: Pixels, shape: Shape) -> Pixels:
-    """Return `pixels`, 0..255 in any shape, in this `shape`.
-
-    The shapes differ if the job was queued for another model, or before the web knew the shape of this one.
-    """
-    if pixels.shape == shape:
-        return pixels
-    height, width, channels = shape
-    levels = np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0])
-    image = image.convert("RGB" if channels == 3 else "L")
-    small = image.resize((width, height), Image.Resampling[settings.IMAGE_RESAMPLE.upper()])
-    return np.asarray(small, dtype=settings.IMAGE_DTYPE).reshape(shape)
+def outcome_of(answer: Answer) -> str:
+    """Return the label that the metrics give an answer."""
+    return "unreadable" if answer is UNREADABLE else "model_failed" if answer is BROKEN else "classified"
 
 
 def notify_systemd(state: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -48,6 +49,11 @@ def push(redis: Redis, *ids: str, **fields: Any) -> None:
 
 def ids(batch: Batch) -> list[str]:
     return [job.id for job in batch.jobs]
+
+
+def images(batch: Batch) -> list[str]:
+    """Return the images of the jobs as base64, whether they were decoded or not."""
+    return [b64encode(job.image).decode() if isinstance(job.image, bytes) else job.image for job in batch.jobs]
 
 
 def waiting_ids(redis: Redis) -> list[str]:

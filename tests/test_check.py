@@ -19,7 +19,7 @@ import run_model_server
 import settings
 from model_server import check as check_module
 from model_server import classifier
-from model_server.loop import resized
+from model_server.tray import resized
 
 SEVEN = Image.open(ROOT / "models/digits/seven.jpg").convert("L").resize((300, 400))
 WHITE_ON_BLACK = Image.eval(SEVEN, lambda level: 255 - level)

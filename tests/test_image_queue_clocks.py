@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from harness import wait_until
-from queue_fixtures import ANSWER, IMAGE, answer, ask_in_background, die, ids, push, result_of
+from queue_fixtures import ANSWER, IMAGE, answer, ask_in_background, die, ids, images, push, result_of
 from redis import Redis
 
 import settings
@@ -30,7 +30,7 @@ def test_a_model_server_with_a_wrong_clock_answers(
     shift_clock(monkeypatch, shift)
 
     batch = server.take(32)
-    assert [job.image for job in batch.jobs] == [IMAGE]
+    assert images(batch) == [IMAGE]
     answer(server, batch)
 
     assert asked.result(10) == ANSWER
@@ -108,7 +108,6 @@ def test_job_in_a_batch_expires_with_its_marker(
         job.until = time.monotonic() + seconds
         web._push(job, accepted=False)
     batch = server.take(2)
-    batch.images = [None, None]
     taken = ids(batch)
     monotonic = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 5)

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import pytest
 from harness import free_port, own_keys, run_redis, wait_until
-from queue_fixtures import ABOUT, ANSWER, IMAGE, answer, ask_in_background, ids, push, result_of
+from queue_fixtures import ABOUT, ANSWER, IMAGE, answer, ask_in_background, ids, images, push, result_of
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -60,7 +60,7 @@ def test_redis_restart_without_its_data_loses_no_request(
         answer(server, batch)
 
         assert asked.result(10) == ANSWER
-        assert [job.image for job in batch.jobs] == [IMAGE]
+        assert images(batch) == [IMAGE]
 
 
 def test_job_is_pushed_again_when_redis_is_replaced_between_polls(
@@ -130,7 +130,7 @@ def test_full_disk_loses_no_image(
     answer(server, batch)
 
     assert asked.result(10) == ANSWER
-    assert [job.image for job in batch.jobs] == [IMAGE]
+    assert images(batch) == [IMAGE]
 
 
 def test_each_outage_of_redis_begins_with_a_short_pause(monkeypatch: pytest.MonkeyPatch, web: WebQueue) -> None:

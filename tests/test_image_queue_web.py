@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from harness import own_keys, wait_until
-from queue_fixtures import ANSWER, IMAGE, answer, ask_in_background, die, push, result_of, waiting_ids
+from queue_fixtures import ANSWER, IMAGE, answer, ask_in_background, die, images, push, result_of, waiting_ids
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -26,7 +26,7 @@ def test_an_image_gets_its_answer(web: WebQueue, server: ServerQueue) -> None:
     batch = server.take(32, wait=10)
     answer(server, batch)
 
-    assert batch.jobs[0].image == IMAGE
+    assert images(batch) == [IMAGE]
     assert asked.result(10) == ANSWER
 
 
@@ -186,6 +186,7 @@ def test_images_in_flight_are_limited_by_the_connections_of_redis(
     redis: Redis, web: WebQueue, server: ServerQueue
 ) -> None:
     web._limit_connections(3)
+    server.take(1)  # connects
     before = redis.info("clients")["connected_clients"]
     with ThreadPoolExecutor(30) as pool:
         asked = [pool.submit(web.ask, IMAGE, time.time() + 20) for _ in range(30)]

@@ -16,7 +16,8 @@ import image_queue
 import settings
 from helpers import Shape, base64_encode_image
 from image_queue import Job
-from model_server.loop import ModelServer, resized
+from model_server.loop import ModelServer
+from model_server.tray import resized
 
 
 class Shaped:

@@ -31,7 +31,7 @@ from stand_in_model import MEAN, POISON, MeanClassifier, push, stepped_server
 import run_model_server
 import settings
 from helpers import StartupError, base64_encode_image
-from image_queue import ServerQueue, WebQueue
+from image_queue import Batch, ServerQueue, WebQueue
 from model_server import startup
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier
@@ -126,6 +126,49 @@ def test_a_waiting_batch_is_filled_up_with_new_jobs(
     assert classifier.sizes == [32, 32, 32, 16]
     levels = [*range(20, 92), *range(100, 140)]
     assert [label(redis, level) for level in levels] == [str(level) for level in levels]
+
+
+def test_jobs_that_come_while_another_is_computed_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    monkeypatch.setattr("model_server.loop.GATHER", 2)
+    push(redis, 20)
+
+    with held_up(server, 1):
+        push(redis, 21)
+        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "it is taken")
+        push(redis, 22, 23)
+        wait_until(lambda: len(classifier.sizes) == 2, "a second batch is computed")
+
+    assert classifier.sizes == [1, 3]
+    assert [label(redis, level) for level in range(20, 24)] == ["20", "21", "22", "23"]
+
+
+def test_a_job_that_comes_alone_is_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer
+) -> None:
+    monkeypatch.setattr("model_server.loop.GATHER", 1000)
+    for level in range(20, 23):
+        push(redis, level)
+        server.step()
+        assert label(redis, level) == str(level)
+        wait_until(lambda: all(each.done() for each in server._in_flight), "the server has sent the answer")
+
+
+def test_a_suspect_is_not_added_to_a_batch_that_waits(
+    redis: Redis, server: ModelServer, classifier: MeanClassifier
+) -> None:
+    """The batches before it may be answered while it waits, but it is not empty."""
+    push(redis, 1)
+    batch = server._take(Batch())
+    push(redis, 2)
+    suspect = json.loads(cast(bytes, redis.rpop(settings.IMAGE_QUEUE)))
+    redis.rpush(settings.IMAGE_QUEUE, json.dumps(suspect | {"crashes": 1}))
+
+    server._fill_up(batch)
+
+    assert [job.id for job in batch.jobs] == ["job1"]
+    assert redis.llen(settings.IMAGE_QUEUE) == 1
 
 
 def test_answers_go_out_in_the_order_of_the_taken_list(
