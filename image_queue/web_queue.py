@@ -101,7 +101,7 @@ class WebQueue(ImageQueue):
         """Wait up to REDIS_TIMEOUT until `job` may use a connection. Raises QueueFull."""
         with self._finished:
             if self._in_flight >= self._max_in_flight:
-                job.move_to_disk()
+                job.prepare_to_wait()
             patience = min(job.remaining, settings.REDIS_TIMEOUT)
             if not self._finished.wait_for(lambda: self._in_flight < self._max_in_flight, patience):
                 raise QueueFull("Redis has no free connection for another image, so try again in a few seconds.")
@@ -133,7 +133,7 @@ class WebQueue(ImageQueue):
                     self._push(job, accepted=accepted)
                     self.count("retried" if again else "queued", 1)
                 accepted = True
-                job.move_to_disk()
+                job.prepare_to_wait()
                 answer = self._poll(job)
                 if answer is not None:
                     return answer
