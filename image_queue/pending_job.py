@@ -32,7 +32,7 @@ class PendingJob:
         return max(0.0, self.until - time.monotonic())
 
     def prepare_to_wait(self) -> None:
-        """Reserve memory for the JSON, or move it to an unnamed temporary file. If the disk is full, it stays in memory."""
+        """Reserve memory for the JSON, or move it to an unnamed temporary file. If the disk is full, keep it anyway."""
         if self._file or self._reservation:
             return
         self._reservation = reserve(len(self._content))

@@ -1,7 +1,7 @@
 """Read the images from a form (multipart/form-data): each is a file in the field `image`.
 
-A form with one file and nothing else, as most clients send, is split by its boundary. Werkzeug's parser, which takes ten
-times as long, reads any other form and finds out what is wrong with it.
+A form with one file and nothing else, as most clients send, is split at its boundary. Any other form is read by
+Werkzeug's parser, which takes ten times as long.
 """
 
 import re

@@ -52,7 +52,7 @@ def uploads(request: flask.Request) -> list[IO[bytes]]:
     try:
         body = decompressed_body(request)
         size = size_if_known(request)
-        reservation = reserve(size) if SMALL < size <= LARGEST_IN_MEMORY else None
+        reservation = reserve(int(size)) if SMALL < size <= LARGEST_IN_MEMORY else None
         if size <= SMALL or reservation:
             return images_in_memory(request, read(request, int(size)), reservation)
         with storage_errors():  # only the disk can raise OSError here: Werkzeug turns a lost client into another error
