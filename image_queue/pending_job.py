@@ -6,20 +6,23 @@ from tempfile import TemporaryFile
 from typing import IO
 
 from image_queue.job import Job
+from image_queue.memory import Reservation, reserve
 
 
 class PendingJob:
-    """The JSON of a job, kept until its answer arrives. Hundreds wait at once, so it can be moved to disk."""
+    """The JSON of a job, kept until its answer arrives: in memory, or on disk if too many others wait in memory."""
 
     def __init__(self, job: Job) -> None:
         """Serialize `job`; the web gives it up at its deadline."""
         self.id = job.id
         self.until = time.monotonic() + job.deadline - time.time()  # not affected by later changes of the clock
         self._content = job.dump()
+        self._reservation: Reservation | None = None
         self._file: IO[bytes] | None = None
 
     def close(self) -> None:
-        """Delete the file, if there is one."""
+        """Free the memory, or delete the file."""
+        self._content, self._reservation = b"", None
         if self._file:
             self._file.close()
 
@@ -28,9 +31,12 @@ class PendingJob:
         """Seconds until the web gives up; 0 afterwards."""
         return max(0.0, self.until - time.monotonic())
 
-    def move_to_disk(self) -> None:
-        """Move the JSON from memory to an unnamed temporary file. If the disk is full, it stays in memory."""
-        if self._file:
+    def prepare_to_wait(self) -> None:
+        """Reserve memory for the JSON, or move it to an unnamed temporary file. If the disk is full, keep it anyway."""
+        if self._file or self._reservation:
+            return
+        self._reservation = reserve(len(self._content))
+        if self._reservation:
             return
         with suppress(OSError):
             file = TemporaryFile(buffering=0)  # noqa: SIM115 - close() does

@@ -18,6 +18,7 @@ from image_queue.connection import MAX_CONNECTIONS
 from image_queue.errors import NoModelServer, QueueFull, RedisDown, ResultTimeout, UnusableRedis
 from image_queue.job import Answer, Job
 from image_queue.pending_job import PendingJob
+from image_queue.transaction import transaction
 
 NONE_ALIVE = "no model server is alive; try again when one is started"
 SHAPE_REFRESH = 1.0  # seconds after which a web process asks Redis for the model's shape again
@@ -101,7 +102,7 @@ class WebQueue(ImageQueue):
         """Wait up to REDIS_TIMEOUT until `job` may use a connection. Raises QueueFull."""
         with self._finished:
             if self._in_flight >= self._max_in_flight:
-                job.move_to_disk()
+                job.prepare_to_wait()
             patience = min(job.remaining, settings.REDIS_TIMEOUT)
             if not self._finished.wait_for(lambda: self._in_flight < self._max_in_flight, patience):
                 raise QueueFull("Redis has no free connection for another image, so try again in a few seconds.")
@@ -133,7 +134,7 @@ class WebQueue(ImageQueue):
                     self._push(job, accepted=accepted)
                     self.count("retried" if again else "queued", 1)
                 accepted = True
-                job.move_to_disk()
+                job.prepare_to_wait()
                 answer = self._poll(job)
                 if answer is not None:
                     return answer
@@ -176,10 +177,10 @@ class WebQueue(ImageQueue):
 
         Return whether the job stays.
         """
-        with self.redis.pipeline(transaction=True) as transaction:
-            transaction.rpush(self.key, job.read())
-            transaction.set(self.accepted_key(job.id), "", px=max(1, math.ceil(1000 * job.remaining)))
-            length, _ = transaction.execute()
+        lifetime = b"%d" % max(1, math.ceil(1000 * job.remaining))
+        marker = self.accepted_key(job.id).encode()
+        push = (b"RPUSH", self.key.encode(), job.read())
+        length, _ = transaction(self.pool, push, (b"SET", marker, b"", b"PX", lifetime))
         self._full = length > limit
         return not (self._full and self._remove(job, from_end=True))
 

@@ -14,21 +14,24 @@ from hostile.png import header, make_png
 
 import settings
 from helpers import cgroup_quota
-from web.turns import MemoryTimeout, Turns
+from web.turns import NoTurn, Turns
 
-# A process that runs jobs of 20 ms and prints when each began and ended.
+# A process whose threads hold a turn for 20 ms each, and that prints when each began and ended.
 WORKER = """if True:
     import sys, time
+    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
     from web.turns import Turns
-    turns = Turns(lambda: Path(sys.argv[1]), 2)
-    def job():
-        begun = time.monotonic()
-        time.sleep(0.02)
-        return begun, time.monotonic()
+    turns, jobs = Turns(lambda: Path(sys.argv[1]), 2), int(sys.argv[2])
+    def job(number):
+        with turns.turn(60):
+            begun = time.monotonic()
+            time.sleep(0.02)
+            return begun, time.monotonic()
     sys.stdin.readline()
-    for future in [turns.submit(job) for _ in range(int(sys.argv[2]))]:
-        print(*future.result(60), flush=True)
+    with ThreadPoolExecutor(60) as threads:
+        for span in threads.map(job, range(jobs)):
+            print(*span, flush=True)
 """
 
 
@@ -71,35 +74,62 @@ def test_killed_process_releases_its_turns(tmp_path: Path) -> None:
     worker.kill()
     worker.communicate(timeout=10)
 
-    assert Turns(lambda: tmp_path, 2).submit(lambda: "mine").result(5) == "mine"
+    with Turns(lambda: tmp_path, 1).turn(5):
+        pass
 
 
-def test_jobs_run_in_order_and_can_be_canceled_before(tmp_path: Path) -> None:
-    turns, held, order = Turns(lambda: tmp_path, 1), threading.Event(), list[int]()
-    first = turns.submit(lambda: held.wait(30))
-    others = [turns.submit(lambda number=number: order.append(number)) for number in range(5)]  # type: ignore[misc]
+def start_waiting(turns: Turns, order: list[int], number: int, seconds: float) -> threading.Thread:
+    """Start a thread that waits for a turn and then appends `number` to `order`; return once it waits."""
 
-    assert others[2].cancel()
-    held.set()
+    def wait() -> None:
+        try:
+            with turns.turn(seconds):
+                order.append(number)
+        except NoTurn:
+            order.append(-number)
 
-    assert first.result(10)
-    others[4].result(10)
-    assert order == [0, 1, 3, 4]
+    thread, before = threading.Thread(target=wait), len(turns.waiting)
+    thread.start()
+    wait_until(lambda: len(turns.waiting) > before, "the thread waits")
+    return thread
 
 
-def test_error_of_a_job_affects_no_other(tmp_path: Path) -> None:
+def test_turns_come_in_order_of_arrival_except_for_those_that_gave_up(tmp_path: Path) -> None:
+    turns, order = Turns(lambda: tmp_path, 1), list[int]()
+    with turns.turn(0):
+        threads = [start_waiting(turns, order, number, 0.2 if number == 3 else 30) for number in range(1, 6)]
+        threads[2].join(10)
+
+    for thread in threads:
+        thread.join(10)
+    assert order == [-3, 1, 2, 4, 5]
+
+
+def test_waiting_thread_gets_the_first_turn_that_another_process_releases(tmp_path: Path) -> None:
+    """The threads of two Turns lock different open files, as those of two processes do."""
+    mine, theirs, order = Turns(lambda: tmp_path, 2), Turns(lambda: tmp_path, 2), list[int]()
+    with theirs.turn(0):
+        with theirs.turn(0):
+            thread = start_waiting(mine, order, 1, 30)
+        thread.join(10)  # the other turn is still held
+        assert order == [1]
+
+
+def test_error_in_a_turn_affects_no_other(tmp_path: Path) -> None:
     turns = Turns(lambda: tmp_path, 1)
 
-    with pytest.raises(ZeroDivisionError):
-        turns.submit(lambda: 1 // 0).result(10)
-    assert turns.submit(lambda: "next").result(10) == "next"
+    with pytest.raises(ZeroDivisionError), turns.turn(0):
+        1 // 0  # noqa: B018
+    with turns.turn(0):
+        pass
 
 
 def test_without_a_folder_each_process_has_its_own_turns(caplog: pytest.LogCaptureFixture) -> None:
     turns = Turns(lambda: Path("/proc/nothing"), 1)
 
     for _ in range(3):
-        assert turns.submit(lambda: 5).result(10) == 5
+        with turns.turn(0), pytest.raises(NoTurn), turns.turn(0.05):
+            pass
     with turns.memory(settings.MAX_DECODE_BYTES, 1):
         pass
 
@@ -117,7 +147,7 @@ def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
     with turns.memory(half, 1), turns.memory(half, 1):
         with turns.memory(1_000_000, 0):
             pass  # small images need no share
-        with pytest.raises(MemoryTimeout), turns.memory(half, 0.05):
+        with pytest.raises(NoTurn), turns.memory(half, 0.05):
             pass
         waiting.start()
         assert not got.wait(0.1)

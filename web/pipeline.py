@@ -1,6 +1,5 @@
 """From an upload to its predictions: wait for a turn, prepare the image, queue it, wait for the answer."""
 
-import concurrent.futures
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from web.errors import OUR_FAULT, ModelFailed
 from web.image_preparation import BadImage, bytes_to_decode, open_image, prepare_image, reason
 from web.metrics import Metrics
 from web.process import shared_folder
-from web.turns import MemoryTimeout, Turns
+from web.turns import NoTurn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Pipeline:
     def _prepare_and_ask(self, upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
         begun = time.monotonic()
         shape = self.queue.shape()
-        image = [self._prepare_in_turn(upload, deadline, shape)]
+        image = [self._prepare(upload, deadline, shape)]
         prepared = time.monotonic()
         # pop() leaves no reference here, so that the queue can free the image while it waits.
         answer = self.queue.ask(image.pop(), deadline, request_id, top, shape)
@@ -89,33 +88,21 @@ class Pipeline:
         seconds = (prepared - begun, waited, answer.get("compute_s", 0.0))
         return Classified(answer["predictions"], answer.get("batch", 0), dict(zip(STAGES, seconds, strict=True)))
 
-    def _prepare_in_turn(self, upload: IO[bytes], deadline: float, shape: Shape) -> str:
-        """Wait for a turn, then return the result of _prepare() or raise its error.
+    def _prepare(self, upload: IO[bytes], deadline: float, shape: Shape) -> str:
+        """Wait for a turn, then return the image in `upload` as base64 text of pixels of `shape`.
 
-        Raises QueueFull if half of the time until `deadline` (unix seconds) passes without a turn.
+        `shape` is (height, width, channels). Closes the upload. Raises MissingImage, BadImage, TooLarge, and QueueFull
+        if half of the time until `deadline` (unix seconds) passes without a turn or without memory for the image.
         """
-        limit = time.monotonic() + max(0.0, deadline - time.time()) / 2
-        prepared = self.turns.submit(partial(self._prepare, upload, shape, limit))
+        seconds = max(0.0, deadline - time.time()) / 2
+        limit = time.monotonic() + seconds
         try:
-            concurrent.futures.wait([prepared], max(0.0, limit - time.monotonic()))
-            if not prepared.done() and prepared.cancel():  # it had not begun
-                upload.close()
-                raise too_many_images()
-            return prepared.result()
-        finally:
-            del prepared  # breaks a reference cycle between the future, its error and this frame
-
-    def _prepare(self, upload: IO[bytes], shape: Shape, limit: float) -> str:
-        """Return the image in `upload` as base64 text of pixels of `shape` (height, width, channels).
-
-        Raises MissingImage, BadImage, TooLarge, and QueueFull if there is no memory for it by `limit` (monotonic).
-        """
-        try:
-            with upload:  # closed here, so that hundreds of waiting requests do not keep theirs open
+            with upload, self.turns.turn(seconds):
                 opened = [open_image(upload)]
-            return self._encode(opened.pop(), shape, limit)
-        except MemoryTimeout:
-            raise too_many_images() from None
+                upload.close()
+                return self._encode(opened.pop(), shape, limit)
+        except NoTurn:
+            raise QueueFull("Too many images are being prepared, so try again in a few seconds.") from None
         except ServiceError as error:
             drop_tracebacks(error)
             raise
@@ -123,7 +110,7 @@ class Pipeline:
     def _encode(self, image: Image.Image, shape: Shape, limit: float) -> str:
         """Reserve the memory to decode `image`, prepare it, and return it as base64 text.
 
-        Raises BadImage, TooLarge, and MemoryTimeout if the memory is not free by `limit` (monotonic).
+        Raises BadImage, TooLarge, and NoTurn if the memory is not free by `limit` (monotonic).
         """
         height, width, channels = shape
         with self.turns.memory(bytes_to_decode(image, (width, height)), limit - time.monotonic()):
@@ -138,8 +125,3 @@ def drop_tracebacks(error: BaseException | None) -> None:
     while error:
         error.with_traceback(None)
         error = error.__cause__ or error.__context__
-
-
-def too_many_images() -> QueueFull:
-    """Return the error for an image that got no turn or no memory in time."""
-    return QueueFull("Too many images are being prepared, so try again in a few seconds.")

@@ -12,10 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import settings
 from helpers import available_cores
@@ -23,124 +22,194 @@ from helpers import available_cores
 log = logging.getLogger(__name__)
 
 SHARES = 32  # lock files for the memory, each for an equal share; an image locks as many as it needs
-T = TypeVar("T")
 POLL_EVERY = 0.01  # seconds between two tries of an image that waits for memory
+# Seconds for which a process passes a turn on among its own images, before another process may have it. To pass it to
+# another process takes longer.
+KEEP = 0.05
+
+Release = Callable[[], object]
 
 
-class MemoryTimeout(Exception):
-    """The memory for an image was not free in time."""
+class NoTurn(Exception):
+    """There was no turn for an image in time, or no memory."""
+
+
+class Turn:
+    """A turn that this process holds: how to release it, and until when to keep it."""
+
+    def __init__(self, release: Release) -> None:
+        self.release = release
+        self.keep_until = time.monotonic() + KEEP
+
+
+class Waiter:
+    """A thread that waits for a turn."""
+
+    def __init__(self) -> None:
+        self.turn: Turn | None = None
+        self.called = threading.Lock()  # released when it has a turn
+        self.called.acquire()
 
 
 class Turns:
-    """Runs one job at a time for each turn. All web processes of a service share the turns, one per core.
+    """Limits the threads of all web processes of a service that decode at once. They share the turns, one per core.
 
-    Each process has one thread per turn. Thread n waits for the lock of turn n and only then takes the oldest job, so
-    no job waits for one turn while another is free.
+    A thread locks a free turn by itself. If there is none, it waits, and one thread per turn waits for the turn's lock,
+    to hand the turn to the thread that has waited longest. So nobody waits for one turn while another is free.
     """
 
     def __init__(self, folder: Callable[[], Path], cores: int | None = None) -> None:
-        """Share `cores` turns (default: the available cores) by locks in `folder`. Threads start with the first job."""
+        """Share `cores` turns (default: the available cores) by locks in `folder`."""
         self.folder = folder
         self.cores = cores or available_cores()
-        self.jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self.arrived = threading.Condition()
+        self.waiting: deque[Waiter] = deque()
+        self.changed = threading.Condition(threading.Lock())
         self.threads: list[threading.Thread] = []
+        self.own_locks: dict[str, threading.Lock] = {}  # used if the folder can't be
         self.warned = False
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Return a future for the result of `work`, which can be canceled until its turn comes."""
-        future: Future[T] = Future()
-        with self.arrived:
-            self.jobs.append((future, work))
-            if not self.threads:
-                self.start_threads()
-            self.arrived.notify_all()
-        return future
+    @contextmanager
+    def turn(self, seconds: float) -> Iterator[None]:
+        """Hold a turn, in order of arrival. Raises NoTurn if there is none within `seconds`."""
+        turn = self.take(seconds)
+        try:
+            yield
+        finally:
+            self.give_back(turn)
+
+    def take(self, seconds: float) -> Turn:
+        """Return a turn. Raises NoTurn."""
+        with self.changed:
+            turn = None if self.waiting else self.free_turn()
+            if turn:
+                return turn
+            waiter = Waiter()
+            self.waiting.append(waiter)
+            self.start_threads()
+            self.changed.notify_all()
+        if not waiter.called.acquire(timeout=max(0.0, seconds)):
+            with self.changed:
+                if not waiter.turn:
+                    self.waiting.remove(waiter)
+                    raise NoTurn
+        assert waiter.turn
+        return waiter.turn
+
+    def give_back(self, turn: Turn) -> None:
+        """Hand `turn` to the thread that has waited longest, or release it."""
+        with self.changed:
+            if self.waiting and time.monotonic() < turn.keep_until:
+                self.hand_over(turn)
+                return
+        turn.release()
+        os.sched_yield()  # to another process that waits for the lock
+
+    def hand_over(self, turn: Turn) -> None:
+        """Give `turn` to the thread that has waited longest."""
+        waiter = self.waiting.popleft()
+        waiter.turn = turn
+        waiter.called.release()
+
+    def free_turn(self) -> Turn | None:
+        """Return a turn that nobody holds, or None."""
+        for number in range(self.cores):
+            release = self.lock(f"turn-{number}", fcntl.LOCK_NB)
+            if release:
+                return Turn(release)
+        return None
 
     def start_threads(self) -> None:
-        """Start one thread per turn."""
-        for turn in range(self.cores):
-            thread = threading.Thread(target=self.take_turns, args=[turn], name=f"prepare-{turn}", daemon=True)
+        """Start one thread per turn, unless they run already."""
+        for number in range(len(self.threads), self.cores):
+            thread = threading.Thread(target=self.wait_for_turn, args=[number], name=f"turn-{number}", daemon=True)
             self.threads.append(thread)
             thread.start()
 
-    def take_turns(self, turn: int) -> None:
-        """Run jobs one after another, holding the lock of `turn` during each."""
+    def wait_for_turn(self, number: int) -> None:
+        """As long as threads wait, hand turn `number` to them whenever it is free."""
         while True:
-            with self.arrived:
-                self.arrived.wait_for(lambda: self.jobs)
-            with ExitStack() as held:
-                self.lock(f"turn-{turn}", held)
-                self.run_next()
-            os.sched_yield()  # to another process that waits for the lock
-
-    def run_next(self) -> None:
-        """Run the oldest job, if other threads have left one."""
-        with self.arrived:
-            if not self.jobs:
-                return
-            future, work = self.jobs.popleft()
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(work())
-        except BaseException as error:  # result() raises it
-            future.set_exception(error)
-        finally:
-            del future, work  # the error's traceback keeps this frame alive
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+            release = self.lock(f"turn-{number}")
+            assert release
+            with self.changed:
+                if self.waiting:
+                    self.hand_over(Turn(release))
+                    continue
+            release()
 
     @contextmanager
     def memory(self, size: int, seconds: float) -> Iterator[None]:
-        """Reserve `size` bytes of MAX_DECODE_BYTES. Raises MemoryTimeout if they are not free within `seconds`.
+        """Reserve `size` bytes of MAX_DECODE_BYTES. Raises NoTurn if they are not free within `seconds`.
 
         An image of less than half a share reserves none; there is at most one of those per core.
         """
         wanted = min(SHARES, math.ceil(size * SHARES / settings.MAX_DECODE_BYTES - 0.5))
-        limit = time.monotonic() + seconds
         with ExitStack() as held:
-            with ExitStack() as collecting:  # one image at a time: two, each with half of its shares, could deadlock
-                if wanted > 0:
-                    wait_until(limit, lambda: self.lock("memory", collecting, fcntl.LOCK_NB))
-                    shares = {f"share-{number}" for number in range(SHARES)}
-                    wait_until(limit, lambda: self.lock_shares(shares, wanted, held))
+            if wanted > 0:
+                self.collect(wanted, time.monotonic() + seconds, held)
             yield
+
+    def collect(self, wanted: int, limit: float, held: ExitStack) -> None:
+        """Lock `wanted` shares until `held` ends. Raises NoTurn at the monotonic time `limit`."""
+        with ExitStack() as alone:  # one image at a time: two, each with half of its shares, could deadlock
+            wait_until(limit, lambda: self.lock_until("memory", alone))
+            shares = {f"share-{number}" for number in range(SHARES)}
+            wait_until(limit, lambda: self.lock_shares(shares, wanted, held))
 
     def lock_shares(self, shares: set[str], wanted: int, held: ExitStack) -> bool:
         """Lock those of `shares` that are free and remove them from the set; return whether `wanted` are locked."""
         for share in list(shares):
             if SHARES - len(shares) == wanted:
                 break
-            if self.lock(share, held, fcntl.LOCK_NB):
+            if self.lock_until(share, held):
                 shares.remove(share)
         return SHARES - len(shares) == wanted
 
-    def lock(self, name: str, held: ExitStack, how: int = 0) -> bool:
-        """Lock the file `name` until `held` ends. With LOCK_NB in `how`, return False if it is locked already.
+    def lock_until(self, name: str, held: ExitStack) -> bool:
+        """Lock the file `name` until `held` ends. Return False if it is locked already."""
+        release = self.lock(name, fcntl.LOCK_NB)
+        if release:
+            held.callback(release)
+        return bool(release)
 
-        Opens the file each time, since the lock belongs to the open file. If that fails, nothing is locked, and the
-        limits hold for each process alone.
+    def lock(self, name: str, how: int = 0) -> Release | None:
+        """Lock the file `name` and return what unlocks it. With LOCK_NB in `how`, return None if it is locked already.
+
+        Opens the file each time, since the lock belongs to the open file. If that fails, the limits hold for each
+        process alone.
         """
         try:
-            folder = self.folder() / "turns"
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            file = self.open(name)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | how)
+            except OSError:
+                os.close(file)
+                raise
+        except BlockingIOError:
+            return None
         except OSError as error:
             if not self.warned:
                 log.warning("Each web process limits decoding by itself, since locks can't be shared (%s)", error)
             self.warned = True
-            return True
+            own = self.own_locks.setdefault(name, threading.Lock())
+            return own.release if own.acquire(blocking=not how) else None
+        return partial(os.close, file)
+
+    def open(self, name: str) -> int:
+        """Open a lock file. Raises OSError."""
+        folder = self.folder() / "turns"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | how)
-        except BlockingIOError:
-            os.close(file)
-            return False
-        held.callback(os.close, file)
-        return True
+            return os.open(f"{folder}/{name}", flags, 0o600)
+        except FileNotFoundError:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(f"{folder}/{name}", flags, 0o600)
 
 
 def wait_until(limit: float, condition: Callable[[], bool]) -> None:
-    """Poll until `condition` is true. Raises MemoryTimeout at the monotonic time `limit`."""
+    """Poll until `condition` is true. Raises NoTurn at the monotonic time `limit`."""
     while not condition():
         if time.monotonic() > limit:
-            raise MemoryTimeout
+            raise NoTurn
         time.sleep(POLL_EVERY)
