@@ -14,7 +14,7 @@ from PIL import Image
 
 import settings
 from helpers import Pixels
-from web.image_resizing import can_shrink, shrink
+from web.image_resizing import shrinker
 
 WHITE = (255, 255, 255)
 STRIP_PIXELS = 2**20
@@ -43,8 +43,8 @@ def resize(image: Image.Image | Pixels, size: tuple[int, int], mode: str, render
     if isinstance(image, np.ndarray) and image.shape[2] not in (1, channels):
         image = Image.fromarray(image)
     source = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
-    if can_shrink(source, size, settings.IMAGE_RESAMPLE):
-        small = shrink(rows_of(image, mode, rendering), source, size, settings.IMAGE_RESAMPLE)
+    if shrink := shrinker(source, size, settings.IMAGE_RESAMPLE):
+        small = shrink(rows_of(image, mode, rendering), source, size)
         return small if small.shape[2] == channels else np.repeat(small, channels, axis=2)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])

@@ -150,7 +150,7 @@ def open_jpeg(data: bytes) -> Image.Image:
     file = LimitedReads(jpeg.data)
     image = JpegImageFile(file)
     file.reads_left = math.inf
-    image.info |= {BYTES_AT_ANY_SCALE: jpeg.bytes_at_any_scale, LACKS_END: jpeg.is_complete and not jpeg.has_end}
+    image.info |= {BYTES_AT_ANY_SCALE: jpeg.bytes_at_any_scale, LACKS_END: jpeg.lacks_end}
     return image
 
 
