@@ -63,9 +63,7 @@ def rows_of(image: Image.Image | Pixels, mode: str, rendering: Rendering) -> Cal
     return rows
 
 
-def resize_with_pillow(
-    image: Image.Image, size: tuple[int, int], mode: str, rendering: Rendering
-) -> Image.Image:
+def resize_with_pillow(image: Image.Image, size: tuple[int, int], mode: str, rendering: Rendering) -> Image.Image:
     """Return `image` in `size` (width, height) and `mode` (RGB or L).
 
     Pillow resizes the rows first and then the columns, so strips of rows give the same result.

@@ -33,7 +33,7 @@ BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 6, "GIF": 5, "BMP": 4, "TIFF": 8, "WEBP": 1
 # 2, a JPEG of 800x600 could not be decoded at half its size, and would take three times as long.
 SHRINK_TO = 1.3
 TURNS: dict[int, Callable[[Pixels], Pixels]] = {
-    2: np.fliplr, 3: partial(np.rot90, k=2), 4: np.flipud, 5: lambda pixels: pixels.swapaxes(0, 1),
+    1: np.asarray, 2: np.fliplr, 3: partial(np.rot90, k=2), 4: np.flipud, 5: lambda pixels: pixels.swapaxes(0, 1),
     6: partial(np.rot90, k=-1), 7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90,
 }  # fmt: skip
 SIDEWAYS = (5, 6, 7, 8)
@@ -116,15 +116,16 @@ def prepare_image(image: Image.Image, target: tuple[int, int], channels: int = 3
         decoded = decode_png(image)
         if decoded is None:
             image.load()
-            decoded = image
         orientation = orientation_of(image)
         size = target[::-1] if orientation in SIDEWAYS else target
-        pixels = resize(decoded, size, "RGB" if channels == 3 else "L", rendering_of(image))
+        pixels = resize(
+            image if decoded is None else decoded, size, "RGB" if channels == 3 else "L", rendering_of(image)
+        )
     except Image.DecompressionBombError as error:
         raise too_many_pixels("") from error
     except Exception as error:  # hostile pixels can raise anything
         raise damaged() from error
-    return TURNS.get(orientation, np.asarray)(pixels).astype(settings.IMAGE_DTYPE, order="C", copy=False)
+    return TURNS[orientation](pixels).astype(settings.IMAGE_DTYPE, order="C", copy=False)
 
 
 def append_end(image: Image.Image) -> None:
