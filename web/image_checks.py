@@ -56,20 +56,25 @@ def edit(data: bytes, cuts: list[tuple[int, int]], patches: dict[int, bytes] | N
     return b"".join([*pieces, view[kept:]])
 
 
-def strip_png(data: bytes) -> bytes:
-    """Return the PNG with only its pixels and its EXIF, if that is small. Raises Bomb if it has too many chunks."""
-    at, cuts, seen = 8, list[tuple[int, int]](), set[bytes]()
+def strip_png(data: bytes) -> tuple[bytes, list[bytes]]:
+    """Return the PNG with only its pixels and its EXIF, if that is small, and its kinds of chunks in their order.
+
+    Raises Bomb if it has too many chunks.
+    """
+    at, cuts, seen, kinds = 8, list[tuple[int, int]](), set[bytes](), [b""]
     for _ in range(MAX_CHUNKS):
         if at + 8 > len(data):
-            return edit(data, cuts)
+            return edit(data, cuts), kinds[1:]
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         if kind == b"IEND":
-            return edit(data, [*cuts, (min(end, len(data)), len(data))])
+            return edit(data, [*cuts, (min(end, len(data)), len(data))]), [*kinds[1:], kind]
         wanted = kind in PNG_ONCE and kind not in seen and length <= MAX_EXIF_BYTES and has_valid_crc(data, at, end)
         is_optional = kind[0] & 0x20 and kind.isalpha()
         if is_optional and not wanted and kind != b"tRNS":
             cuts.append((at, min(end, len(data))))
+        elif kind != kinds[-1]:
+            kinds.append(kind)
         seen |= PNG_ANIMATION if kind == b"IDAT" else {kind}
         at = end
     raise Bomb("too many PNG chunks")

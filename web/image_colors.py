@@ -5,7 +5,7 @@ strip of rows is converted and resized to its final width before the next.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 
 import settings
 from helpers import Pixels
+from web.image_resizing import shrinker
 
 WHITE = (255, 255, 255)
 STRIP_PIXELS = 2**20
@@ -33,7 +34,36 @@ class Rendering(NamedTuple):
     opaque: bool = False  # whether to ignore the alpha
 
 
-def resize(image: Image.Image, size: tuple[int, int], mode: str, rendering: Rendering) -> Image.Image:
+def resize(image: Image.Image | Pixels, size: tuple[int, int], mode: str, rendering: Rendering) -> Pixels:
+    """Return `image`, or its pixels (height, width, channels), as pixels in `size` (width, height).
+
+    They have one channel if `mode` is L, and three if it is RGB.
+    """
+    channels = 3 if mode == "RGB" else 1
+    if isinstance(image, np.ndarray) and image.shape[2] not in (1, channels):
+        image = Image.fromarray(image)
+    source = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+    if shrink := shrinker(source, size, settings.IMAGE_RESAMPLE):
+        small = shrink(rows_of(image, mode, rendering), source, size)
+        return small if small.shape[2] == channels else np.repeat(small, channels, axis=2)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
+    return np.asarray(resize_with_pillow(image, size, mode, rendering)).reshape(size[1], size[0], channels)
+
+
+def rows_of(image: Image.Image | Pixels, mode: str, rendering: Rendering) -> Callable[[int, int], bytes]:
+    """Return a function that returns the rows from one number up to another, gray or in `mode`, as bytes."""
+    if isinstance(image, np.ndarray):
+        return lambda top, bottom: image[top:bottom].tobytes()
+
+    def rows(top: int, bottom: int) -> bytes:
+        strip = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        return convert(strip, mode, rendering).tobytes()
+
+    return rows
+
+
+def resize_with_pillow(image: Image.Image, size: tuple[int, int], mode: str, rendering: Rendering) -> Image.Image:
     """Return `image` in `size` (width, height) and `mode` (RGB or L).
 
     Pillow resizes the rows first and then the columns, so strips of rows give the same result.
@@ -41,7 +71,7 @@ def resize(image: Image.Image, size: tuple[int, int], mode: str, rendering: Rend
     width, height = size
     if width > image.width and height < image.height and width * image.height > STRIP_PIXELS:
         # A tall narrow image would be widened before it is shortened: 500,000 rows would take half a gigabyte.
-        turned = resize(image.transpose(Image.Transpose.TRANSPOSE), (height, width), mode, rendering)
+        turned = resize_with_pillow(image.transpose(Image.Transpose.TRANSPOSE), (height, width), mode, rendering)
         return turned.transpose(Image.Transpose.TRANSPOSE)
     resample = Image.Resampling[settings.IMAGE_RESAMPLE.upper()]
     if image.width * image.height <= STRIP_PIXELS or image.mode == mode:

@@ -14,6 +14,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from web.heif_checks import strip_heif
 from web.image_checks import Bomb, strip_gif, strip_png, strip_tiff, strip_webp
 from web.jpeg_checks import strip_jpeg
+from web.png_pixels import IS_PLAIN, is_plain
 
 MAX_READS = 50_000  # calls of read() for a header; Pillow parses it in Python, a microsecond for each
 MAX_RLE_PIXELS = 2**21  # of a run-length encoded BMP, which Pillow decodes in Python: full HD
@@ -114,6 +115,14 @@ def open_with_pillow(data: bytes, form: str) -> Image.Image:
     return image
 
 
+def open_png(data: bytes) -> Image.Image:
+    """Return the PNG in `data`, with IS_PLAIN in its info."""
+    data, kinds = strip_png(data)
+    image = open_with_pillow(data, "PNG")
+    image.info[IS_PLAIN] = is_plain(data, kinds)
+    return image
+
+
 def open_bmp(data: bytes) -> Image.Image:
     """Return the BMP in `data`. Raises Bomb if it is large and run-length encoded."""
     image = open_with_pillow(data, "BMP")
@@ -141,7 +150,7 @@ def open_jpeg(data: bytes) -> Image.Image:
     file = LimitedReads(jpeg.data)
     image = JpegImageFile(file)
     file.reads_left = math.inf
-    image.info |= {BYTES_AT_ANY_SCALE: jpeg.bytes_at_any_scale, LACKS_END: jpeg.is_complete and not jpeg.has_end}
+    image.info |= {BYTES_AT_ANY_SCALE: jpeg.bytes_at_any_scale, LACKS_END: jpeg.lacks_end}
     return image
 
 
@@ -164,8 +173,7 @@ def open_heic(data: bytes) -> Image.Image:
 
 
 OPENERS: dict[str, Callable[[bytes], Image.Image]] = {
-    "JPEG": open_jpeg, "BMP": open_bmp, "TIFF": open_tiff, "HEIC": open_heic,
-    "PNG": lambda data: open_with_pillow(strip_png(data), "PNG"),
+    "JPEG": open_jpeg, "PNG": open_png, "BMP": open_bmp, "TIFF": open_tiff, "HEIC": open_heic,
     "GIF": lambda data: open_with_pillow(strip_gif(data), "GIF"),
     "WEBP": lambda data: FirstFrame(io.BytesIO(strip_webp(data))),
     "AVIF": lambda data: AvifImagePlugin.AvifImageFile(io.BytesIO(data)),

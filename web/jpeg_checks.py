@@ -25,8 +25,7 @@ class Jpeg(NamedTuple):
 
     data: bytes
     bytes_at_any_scale: float  # that libjpeg keeps per pixel of the full size, even if it decodes at a smaller one
-    is_complete: bool  # whether the scans have every coefficient of every component
-    has_end: bool
+    lacks_end: bool  # whether only the end marker is missing: the scans have every coefficient of every component
 
 
 def strip_jpeg(data: bytes) -> Jpeg:
@@ -49,7 +48,7 @@ def strip_jpeg(data: bytes) -> Jpeg:
             scans += [data[body:end]] if marker == SOS else []
         if len(scans) > MAX_SCANS or len(tables) > MAX_TABLES or sum(tables) > MAX_TABLE_BYTES:
             raise Bomb("too many JPEG segments")
-    return Jpeg(edit(data, cuts), bytes_at_any_scale(frame, scans), is_complete(frame, scans), has_end)
+    return Jpeg(edit(data, cuts), bytes_at_any_scale(frame, scans), not has_end and is_complete(frame, scans))
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
