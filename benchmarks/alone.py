@@ -3,7 +3,7 @@
     alone.py model SIZE WAY    images/s of ResNet50 in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice (two batches at once, as in the model server)
     alone.py prepare IMAGE SECONDS
-                               images/s of decoding on all cores; ms of one image; ms of CPU of plain Pillow at full size
+                               images/s of decoding on all cores; ms of one image; CPU ms of plain Pillow at full size
     alone.py decode IMAGE SECONDS
                                ms of CPU to decode and resize an image: the service's code and plain Pillow, by turns
     alone.py answer IMAGE      ms of decoding, resizing and classifying, one image at a time
