@@ -178,22 +178,20 @@ def _whole_life(bench: Bench, queue: Cell) -> Figures:
 def scaling(bench: Bench) -> None:
     """Measure 1, 2 and 4 model servers on one queue, with and without a limit of their own, and two cells."""
     rows: Figures = {}
+    places = {"1 on one queue": [1], "2 on one queue": [2], "4 on one queue": [4], "2 cells of one": [1, 1]}
     for _ in range(2):  # by turns; the better one counts, since other programs only ever slow a server down
-        for count in (1, 2, 4):
-            _measure_servers(
-                bench, rows, f"{count} on one queue, 2 ms an image", SCALING_JOBS * count, [count], SCALING
-            )
-        _measure_servers(bench, rows, "2 cells of one, 2 ms an image", SCALING_JOBS, [1, 1], SCALING)
+        for where, counts in places.items():
+            bench.show(f"model servers, {where}")
+            name = f"{where}, 2 ms an image"
+            figures = _drain_new(counts, SCALING_JOBS * counts[0], SCALING)
+            rows[name] = max(rows.get(name, figures), figures, key=lambda row: row["per_s"])
     for count in (1, 2, 4):
-        _measure_servers(bench, rows, f"{count} on one queue, as fast as they can", FAST_JOBS, [count], FAST)
+        bench.show(f"{count} model servers as fast as they can")
+        rows[f"{count} on one queue, as fast as they can"] = _drain_new([count], FAST_JOBS, FAST)
     bench.figures["scaling"] = rows
 
 
-def _measure_servers(
-    bench: Bench, rows: Figures, name: str, jobs: int, counts: list[int], model: dict[str, str]
-) -> None:
-    """Drain cells with these numbers of servers, and write the better figures of `name` to `rows`."""
-    bench.show(f"model servers: {name}")
+def _drain_new(counts: list[int], jobs: int, model: dict[str, str]) -> Figures:
+    """Return the figures of new cells with these numbers of servers that each answer `jobs`."""
     with ExitStack() as stack:
-        figures = drain(jobs, *[stack.enter_context(cell(count, **model)) for count in counts])
-    rows[name] = max(rows.get(name, figures), figures, key=lambda row: row["per_s"])
+        return drain(jobs, *[stack.enter_context(cell(count, **model)) for count in counts])
