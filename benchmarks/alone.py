@@ -3,7 +3,7 @@
     alone.py model SIZE WAY    images/s of ResNet50 in batches of SIZE; WAY is plain, xla, predict, frozen or
                                frozen-twice (two batches at once, as in the model server)
     alone.py prepare IMAGE SECONDS
-                               images/s of decoding on all cores; ms of one image, and by plain Pillow at full size
+                               images/s of decoding on all cores; ms of one image; CPU ms of plain Pillow at full size
     alone.py decode IMAGE SECONDS
                                ms of CPU to decode and resize an image: the service's code and plain Pillow, by turns
     alone.py answer IMAGE      ms of decoding, resizing and classifying, one image at a time
@@ -34,16 +34,18 @@ from web.process import limit_malloc
 SECONDS = 8.0  # of each measurement
 
 
-def median_seconds(call: Callable[[], object], seconds: float = SECONDS) -> float:
-    """Return the median seconds of a call, after two warm-up calls."""
+def median_seconds(
+    call: Callable[[], object], seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the median seconds of a call by `clock`, after two warm-up calls."""
     call()
     call()
     times: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 5:
-        started = time.perf_counter()
+        started = clock()
         call()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return median(times)
 
 
@@ -82,25 +84,25 @@ def calls_per_second(call: Callable[[], object], threads: int) -> float:
     return sum(counts) / (time.perf_counter() - begun)
 
 
-def count_decodes(data: bytes, start: float, seconds: float) -> int:
-    """Return the number of decodes within `seconds` from `start` (time.time()) on."""
+def decodes_per_second(data: bytes, start: float, seconds: float) -> float:
+    """Return the decodes a second of one process, which begins at `start` (time.time()) and takes `seconds`."""
     time.sleep(max(0.0, start - time.time()))
-    done = 0
-    while time.time() < start + seconds:
+    done, begun = 0, time.time()  # on a busy machine, the process itself may start late
+    while time.time() < begun + seconds:
         decoding.service(data)
         done += 1
-    return done
+    return done / (time.time() - begun)
 
 
 def prepare(path: str, seconds: float) -> dict[str, float]:
-    """Return images/s on all cores at once, ms of a single image, and ms of plain Pillow without JPEG draft mode."""
+    """Return images/s on all cores at once, ms of one image, and ms of CPU of plain Pillow without JPEG draft mode."""
     data = Path(path).read_bytes()
     cores = os.cpu_count() or 1
     one = median_seconds(lambda: decoding.service(data), seconds / 4)
-    full = median_seconds(lambda: decoding.plain(data, draft=False), seconds / 4)
+    full = median_seconds(lambda: decoding.plain(data, draft=False), seconds / 4, time.process_time)
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        done = pool.starmap(count_decodes, [(data, time.time() + 2, seconds)] * cores)
-    return {"per_s": sum(done) / seconds, "one_ms": 1000 * one, "full_ms": 1000 * full}
+        rates = pool.starmap(decodes_per_second, [(data, time.time() + 2, seconds)] * cores)
+    return {"per_s": sum(rates), "one_ms": 1000 * one, "full_ms": 1000 * full}
 
 
 def decode(path: str, seconds: float) -> dict[str, float]:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from measure import Bench, Figures, batch_sizes, middle
 from redis import Redis
@@ -56,11 +56,9 @@ class Cell:
     where: dict[str, str]  # settings with the address of Redis
     servers: list[Process]
     number: int = 0  # of jobs so far
-    done: int = field(default=0, init=False)  # number of keys once all jobs are answered
 
     def fill(self, jobs: int) -> None:
         """Write jobs to a list beside the queue, with accepted markers, as the web does."""
-        self.done = self.redis.dbsize() + jobs
         for first in range(0, jobs, CHUNK):
             with self.redis.pipeline(transaction=True) as together:
                 for _ in range(min(CHUNK, jobs - first)):
@@ -76,9 +74,9 @@ class Cell:
 
     @property
     def answered(self) -> bool:
-        """Whether all jobs are answered: their markers became answers, and the lists of jobs are gone."""
-        # First compare DBSIZE: counting the answers takes Redis' time.
-        return self.redis.dbsize() == self.done and self._answers() == self.number
+        """Whether all jobs are answered."""
+        # Counting the answers takes Redis' time, so look at the queue first.
+        return not self.redis.exists(QUEUE) and self._answers() == self.number
 
     def _answers(self) -> int:
         return sum(1 for _ in self.redis.scan_iter(f"{QUEUE}:result:*", count=10_000))
@@ -179,15 +177,21 @@ def _whole_life(bench: Bench, queue: Cell) -> Figures:
 
 def scaling(bench: Bench) -> None:
     """Measure 1, 2 and 4 model servers on one queue, with and without a limit of their own, and two cells."""
-    rows = {}
-    for model, kind in ((SCALING, "2 ms an image"), (FAST, "as fast as they can")):
-        for count in (1, 2, 4):
-            bench.show(f"{count} model servers, {kind}")
-            with cell(count, **model) as queue:
-                rows[f"{count} on one queue, {kind}"] = drain(
-                    SCALING_JOBS * count if model is SCALING else FAST_JOBS, queue
-                )
-    bench.show("two cells")
-    with cell(1, **SCALING) as one, cell(1, **SCALING) as two:
-        rows["2 cells of one, 2 ms an image"] = drain(SCALING_JOBS, one, two)
+    rows: Figures = {}
+    places = {"1 on one queue": [1], "2 on one queue": [2], "4 on one queue": [4], "2 cells of one": [1, 1]}
+    for _ in range(2):  # by turns; the better one counts, since other programs only ever slow a server down
+        for where, counts in places.items():
+            bench.show(f"model servers, {where}")
+            name = f"{where}, 2 ms an image"
+            figures = _drain_new(counts, SCALING_JOBS * counts[0], SCALING)
+            rows[name] = max(rows.get(name, figures), figures, key=lambda row: row["per_s"])
+    for count in (1, 2, 4):
+        bench.show(f"{count} model servers as fast as they can")
+        rows[f"{count} on one queue, as fast as they can"] = _drain_new([count], FAST_JOBS, FAST)
     bench.figures["scaling"] = rows
+
+
+def _drain_new(counts: list[int], jobs: int, model: dict[str, str]) -> Figures:
+    """Return the figures of new cells with these numbers of servers that each answer `jobs`."""
+    with ExitStack() as stack:
+        return drain(jobs, *[stack.enter_context(cell(count, **model)) for count in counts])

@@ -62,7 +62,7 @@ def targets(figures: Figures) -> list[Target]:
 def _value(measure: Callable[[Figures], float], figures: Figures) -> float:
     try:
         return float(measure(figures))
-    except KeyError:
+    except (KeyError, ZeroDivisionError):  # not measured, or so slow that nothing was answered
         return math.nan
 
 
