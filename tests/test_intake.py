@@ -140,8 +140,8 @@ def test_a_job_is_the_same_whichever_way_it_is_parsed(
 
 @pytest.mark.parametrize(
     "raw",
-    [
-     b'{"id":"a","deadline":1,"image":"}', b'{"id":"a","deadline":1,"image":""}', b'{"id":"a","deadline":1,"image":"A"}',
+    [b'{"id":"a","deadline":1,"image":"}', b'{"id":"a","deadline":1,"image":""}',
+     b'{"id":"a","deadline":1,"image":"A"}',
      b'{"deadline":1,"id":"a","image":"AAAA","request":"r"}', b'{"id":"a","image":"AAAA","image":"BBBB","deadline":1}',
      b'{"id":"a","image":"AAAA","deadline":1,"image":"BBBB"}', b'{"id":"a","deadline":1,"image":"AAAA"} ',
      b'{"id":"a","deadline":1,"more":{"x":1,"image":"AAAA"}}', b'{"id":"a","deadline":1,"more":{"x":1,"image":"AAAA"}',
