@@ -103,13 +103,12 @@ def _split(raw: memoryview) -> dict[str, Any] | None:
     """
     head = bytes(raw[:MAX_ENVELOPE])
     end = head.find(IMAGE_LAST)
-    begin = end + len(IMAGE_LAST)
-    if end < 0 or begin > len(raw) - 2 or raw[-2:].tobytes() != b'"}':
+    if end < 0 or raw[-2:].tobytes() != b'"}':
         return None
     try:
         fields: dict[str, Any] = orjson.loads(head[:end] + b"}")
         # Base64 contains neither quotes nor backslashes, so if this succeeds, the image is the whole rest of the job.
-        fields["image"] = pybase64.b64decode(raw[begin:-2], validate=True)
+        fields["image"] = pybase64.b64decode(raw[end + len(IMAGE_LAST) : -2], validate=True)
     except ValueError:
         return None
     return fields

@@ -4,7 +4,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -105,10 +106,11 @@ class ServerQueue(ImageQueue):
         """
         parsed: list[Job | None] = []
         rows: list[int | None] = []
-        for entry in self._move(most, wait):
-            job = self._parse(entry)
-            parsed.append(job)
-            rows.append(place(job) if job else None)
+        with closing(self._move(most, wait)) as entries:
+            for entry in entries:
+                job = self._parse(entry)
+                parsed.append(job)
+                rows.append(place(job) if job else None)
         self._read_ttls([job for job in parsed if job])
         kept = self._length_of_batch(parsed, ahead=ahead)
         if kept < len(parsed):
@@ -139,7 +141,7 @@ class ServerQueue(ImageQueue):
                     f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
                 )
 
-    def _move(self, most: int, wait: float) -> Iterator[memoryview]:
+    def _move(self, most: int, wait: float) -> Generator[memoryview]:
         """Move up to `most` entries from the queue to the taken list; yield each, valid until the next one."""
         try:
             yield from self._intake.move(self.key, self.taken, most, wait)

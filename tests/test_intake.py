@@ -138,6 +138,20 @@ def test_a_job_is_the_same_whichever_way_it_is_parsed(
     assert parsed(memoryview(raw)) == parsed(raw)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [b'{"id":"a","deadline":1,"image":"}', b'{"id":"a","deadline":1,"image":""}',
+     b'{"id":"a","deadline":1,"image":"A"}',
+     b'{"deadline":1,"id":"a","image":"AAAA","request":"r"}', b'{"id":"a","image":"AAAA","image":"BBBB","deadline":1}',
+     b'{"id":"a","image":"AAAA","deadline":1,"image":"BBBB"}', b'{"id":"a","deadline":1,"image":"AAAA"} ',
+     b'{"id":"a","deadline":1,"more":{"x":1,"image":"AAAA"}}', b'{"id":"a","deadline":1,"more":{"x":1,"image":"AAAA"}',
+     b'{"id":"a","deadline":1,,"image":"AAAA"}', b'{"id":"a","deadline":1,"image":"AA\\u0041A"}',
+     b'{"id":"a","deadline":1,"image":"AA\nAA"}', b'{"id":"a","deadline":1,"image":"AA AA"}', b',"image":"AAAA"}'],
+)  # fmt: skip
+def test_a_job_that_resembles_one_of_the_web_is_parsed_as_json(raw: bytes) -> None:
+    assert parsed(memoryview(raw)) == parsed(raw)
+
+
 def parsed(raw: bytes | memoryview) -> Any:
     """Return the fields of the job, with the image as bytes if it is valid."""
     try:

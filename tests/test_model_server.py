@@ -35,7 +35,7 @@ from image_queue import Batch, ServerQueue, WebQueue
 from model_server import startup
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier
-from model_server.loop import ModelServer
+from model_server.loop import GATHER, ModelServer
 
 
 @pytest.fixture
@@ -131,13 +131,18 @@ def test_a_waiting_batch_is_filled_up_with_new_jobs(
 def test_jobs_that_come_while_another_is_computed_are_computed_together(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer, classifier: MeanClassifier
 ) -> None:
-    monkeypatch.setattr("model_server.loop.GATHER", 2)
+    sleep = time.sleep
+
+    def sleep_or_push(seconds: float) -> None:
+        if seconds == GATHER:
+            push(redis, 22, 23)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep_or_push)
     push(redis, 20)
 
     with held_up(server, 1):
         push(redis, 21)
-        wait_until(lambda: redis.llen(settings.IMAGE_QUEUE) == 0, "it is taken")
-        push(redis, 22, 23)
         wait_until(lambda: len(classifier.sizes) == 2, "a second batch is computed")
 
     assert classifier.sizes == [1, 3]
@@ -147,7 +152,7 @@ def test_jobs_that_come_while_another_is_computed_are_computed_together(
 def test_a_job_that_comes_alone_is_computed_at_once(
     monkeypatch: pytest.MonkeyPatch, redis: Redis, server: ModelServer
 ) -> None:
-    monkeypatch.setattr("model_server.loop.GATHER", 1000)
+    monkeypatch.setattr("model_server.loop.GATHER", "to wait is an error")
     for level in range(20, 23):
         push(redis, level)
         server.step()
