@@ -6,7 +6,7 @@ Hundreds may wait at once. What finds no room here waits in temporary files.
 from collections import deque
 from threading import Lock
 
-MOST = 2**24  # bytes in use at once
+MOST = 2**23  # bytes in use at once
 
 _lock = Lock()
 _free = MOST

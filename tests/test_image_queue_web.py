@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 import settings
 from helpers import ServiceError
-from image_queue import Job, NoModelServer, QueueFull, ResultTimeout, ServerQueue, WebQueue
+from image_queue import Job, NoModelServer, QueueFull, ResultTimeout, ServerQueue, WebQueue, memory
 from image_queue.pending_job import PendingJob
 
 pytest_plugins = ["queue_fixtures"]
@@ -220,3 +220,21 @@ def test_address_never_contains_the_password(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(settings, "REDIS_URL", "redis://user:secret@127.0.0.1:7/0")
 
     assert WebQueue().address == "127.0.0.1:7"
+
+
+def test_jobs_wait_in_memory_and_beyond_its_limit_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job("same", "A" * 1000, time.time() + 10)
+    monkeypatch.setattr(memory, "_free", 2 * len(job.dump()))
+    jobs = [PendingJob(job) for _ in range(3)]
+    for each in jobs:
+        each.prepare_to_wait()
+
+    assert [each._file is not None for each in jobs] == [False, False, True]
+    assert {each.read() for each in jobs} == {job.dump()}
+
+    jobs[0].close()  # leaves room for another one
+    jobs.append(PendingJob(job))
+    jobs[3].prepare_to_wait()
+    assert jobs[3]._file is None
+    for each in jobs:
+        each.close()

@@ -319,7 +319,7 @@ FAULTS = [(fill, empty), (make_read_only, make_writable), (remove, make_again)]
 
 
 def test_uploads_are_503_while_the_disk_is_full(service: Service, small_disk: Path, tmp_path: Path) -> None:
-    log, large = tmp_path / "log", SEVEN + bytes(500_000)
+    log, large = tmp_path / "log", SEVEN + bytes(1_500_000)
     with run_apache(IMAGE_QUEUE=service.queue, TMPDIR=str(small_disk), log=log) as url:
         web = Service(url)
         wait_until(lambda: all_serving(url), "web processes that serve")  # each chooses its temporary folder at start
@@ -335,7 +335,8 @@ def test_uploads_are_503_while_the_disk_is_full(service: Service, small_disk: Pa
             unready = requests.get(f"{url}/readyz", timeout=10)
             assert unready.json()["ready"] is False
             assert_error(unready, 503, "storage_full")
-            assert label(post(web, SEVEN, "image/jpeg")) == "7"  # small ones stay in memory
+            for in_memory in (SEVEN, SEVEN + bytes(500_000)):
+                assert label(post(web, in_memory, "image/jpeg")) == label(web.post(in_memory)) == "7"
             assert requests.get(f"{url}/livez", timeout=10).ok
 
             end(small_disk)
