@@ -133,6 +133,7 @@ class Classifier:
         return np.concatenate([1 - values, values], axis=1) if self.binary else values
 
 
+@sparing_memory()
 def load() -> Classifier:
     """Return the classifier that the settings ask for, not yet warmed up. Raises StartupError."""
     model_checks.check()

@@ -1,4 +1,4 @@
-"""Keeps the peak of a start low: TensorFlow copies the weights of a model several times when it compiles."""
+"""Keeps the peak of a start low: Keras and TensorFlow copy the weights of a model several times."""
 
 import ctypes
 import gc
