@@ -16,6 +16,7 @@ from model_server import model_checks, output_checks
 from model_server.backends import Network
 from model_server.batching import BatchSizes
 from model_server.keras_import import import_keras
+from model_server.memory import sparing_memory
 from model_server.model_errors import blame_model, out_of_memory
 from model_server.model_file import Facts
 
@@ -72,10 +73,11 @@ class Classifier:
 
         Raises StartupError when the model can't be computed, or does not give one probability for each label.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (settings.BATCH_SIZE, *self.shape))
+        noise = np.random.default_rng(0).integers(0, 256, (settings.BATCH_SIZE, *self.shape), np.uint8)
         images = noise.astype(settings.IMAGE_DTYPE)
         with blame_model(f"can't be computed with images of {_size(self.shape)}"):
-            output = self._compute(images[:1])
+            with sparing_memory():
+                output = self._compute(images[:1])
             self.binary = output_checks.is_binary(output.shape, self.facts)
             one_value = output.shape[1] == 1
             output_checks.check_probabilities(self._compute, images[:1], self.facts, one_value=one_value)
@@ -131,6 +133,7 @@ class Classifier:
         return np.concatenate([1 - values, values], axis=1) if self.binary else values
 
 
+@sparing_memory()
 def load() -> Classifier:
     """Return the classifier that the settings ask for, not yet warmed up. Raises StartupError."""
     model_checks.check()

@@ -71,7 +71,13 @@ class Torch:
             return np.asarray(function(self._on_device(images)).float().cpu())
 
     def _on_device(self, images: Pixels) -> Any:
-        return self._torch.tensor(images, device=self._device)
+        torch = self._torch
+        if self._device.type != "cuda":
+            return torch.tensor(images, device=self._device)
+        # A GPU copies pinned memory by itself. PyTorch keeps this memory until then, and reuses it.
+        pinned = torch.empty(images.shape, dtype=getattr(torch, settings.IMAGE_DTYPE), pin_memory=True)
+        pinned.numpy()[:] = images
+        return pinned.to(self._device, non_blocking=True)
 
     def _compile(self, images: Pixels) -> Function:
         """Return a function that gives correct answers for batches of this shape.
