@@ -48,7 +48,7 @@ def test_the_result_is_within_a_level_or_two_of_pillows(
 
         difference = np.abs(small.astype(int) - by_pillow(PICTURES[name], size, "RGB", resample))
         assert difference.max() <= 2
-        assert difference.mean() < 0.05
+        assert difference.mean() < 0.2
 
 
 def test_pixels_and_images_give_the_same_result() -> None:

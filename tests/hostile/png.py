@@ -110,6 +110,7 @@ BOMBS: dict[str, Maker] = {
 }
 BROKEN_TEXT = chunk(b"zTXt", b"x\0\0" + zeros(2**20)[:-1] + b"x")  # costs no memory, only time
 HARMLESS_BOMBS: dict[str, Maker] = {
+    "rows of 1 GB after the last": lambda: make_png(header(4, 4), chunk(b"IDAT", zeros(2**30))),
     "animation of 10,000 frames": lambda: animated(10_000),
     "profile of 1 GB": lambda: png_with(chunk(b"iCCP", b"x\0\0" + zeros(2**30))),
     "300 profiles of 1 MB": lambda: png_with(chunk(b"iCCP", b"x\0\0" + zeros(2**20)) * 300),
