@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 2**21  # bytes
-MOST_FREE = 2**23  # bytes
+MOST_FREE = 2**22  # bytes
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable of prometheus_client
 
 
