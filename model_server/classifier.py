@@ -138,6 +138,11 @@ def load() -> Classifier:
     """Return the classifier that the settings ask for, not yet warmed up. Raises StartupError."""
     model_checks.check()
     import_keras()
+    return _load()
+
+
+def _load() -> Classifier:
+    # Not part of load(): the frame of import_keras()' caller may stay in memory, and would keep Keras' model there.
     from model_server import applications, model_loading, pipeline  # noqa: PLC0415 - these import Keras
 
     with blame_model("can't be loaded"):
