@@ -132,6 +132,21 @@ def several_may_be_true() -> Model:
 
 
 @maker()
+def normalization_by_a_dataset() -> Model:
+    """Has tensors that are not weights, as EfficientNetB0 has: a Normalization layer with the dataset's mean."""
+    normal = layers.Normalization()
+    normal.adapt(np.random.default_rng(0).uniform(0, 255, (8, *SHAPE)))
+    return keras.Sequential([image(), normal, layers.GlobalAveragePooling2D(), dense(activation="softmax")])
+
+
+@maker()
+def random_changes_in_training() -> Model:
+    """Has layers with random numbers, which change nothing outside of training."""
+    changes = [layers.RandomFlip(), layers.RandomRotation(0.2), layers.GaussianNoise(0.9), layers.Dropout(0.5)]
+    return keras.Sequential([image(), *changes, layers.GlobalAveragePooling2D(), dense(activation="softmax")])
+
+
+@maker()
 def float16() -> Model:
     return ending_in(dense(activation="softmax", dtype="float16"), dtype="float16")
 

@@ -105,7 +105,8 @@ def test_a_model_that_is_no_image_classifier_ends_with_code_2(
     ["plain", "output_in_a_list", "output_in_a_dict", "input_in_a_dict", "built_by_its_first_image",
      "softmax_as_a_layer", "softmax_as_an_activation_layer", "softmax_as_an_operation",
      "softmax_after_a_model_of_logits", "mean_of_two_softmaxes", "softmax_summed_up_by_groups", "several_may_be_true",
-     "float16", "bfloat16", "nan_for_a_flat_image", "one_sigmoid_for_one_label"],
+     "normalization_by_a_dataset", "random_changes_in_training", "float16", "bfloat16", "nan_for_a_flat_image",
+     "one_sigmoid_for_one_label"],
 )  # fmt: skip
 def test_probabilities_are_served_however_a_model_makes_them(
     monkeypatch: pytest.MonkeyPatch, folder: Path, name: str
