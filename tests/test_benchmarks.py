@@ -42,6 +42,7 @@ def closed(url: str, image: Path, clients: int) -> dict[str, float]:
     return system.child("closed_loop.py", url, str(image), str(clients), "2")
 
 
+@pytest.mark.slow("loads a service for seconds")
 def test_clients_in_a_closed_loop_are_counted(service: Service) -> None:
     figures = closed(service.url, ROOT / "models/digits/three.png", 8)
 
@@ -50,6 +51,7 @@ def test_clients_in_a_closed_loop_are_counted(service: Service) -> None:
     assert 0 < figures["p50"] <= figures["p95"] <= figures["p99"]
 
 
+@pytest.mark.slow("loads a service for seconds")
 def test_response_without_a_prediction_counts_as_failed(service: Service) -> None:
     figures = closed(service.url, ROOT / "README.md", 2)
 
@@ -166,6 +168,7 @@ def test_images_have_the_sizes_in_their_names() -> None:
     assert len(images.IMAGES["jpeg-90kB"]()) == pytest.approx(90_000, rel=0.1)
 
 
+@pytest.mark.slow("runs model servers of its own")
 def test_full_queue_is_drained_and_clients_of_the_queue_are_answered() -> None:
     with queue_parts.cell(2, MODEL_MS="5", BATCH_SIZE="8") as cell:
         drained = queue_parts.drain(100, cell)
@@ -177,6 +180,7 @@ def test_full_queue_is_drained_and_clients_of_the_queue_are_answered() -> None:
     assert waited["images"] > 4
 
 
+@pytest.mark.slow("decodes for seconds")
 def test_decoding_is_timed_in_two_ways() -> None:
     figures = system.child("alone.py", "decode", str(ROOT / "images/cat.jpg"), "0.5")
 

@@ -145,6 +145,7 @@ def has_wrong_stream(data: bytes) -> bool:
     return not inflating.eof
 
 
+@pytest.mark.slow("decompresses a gigabyte")
 def test_a_stream_that_goes_on_for_a_gigabyte_is_not_decompressed() -> None:
     compressing = zlib.compressobj(9)
     stream = b"".join(compressing.compress(bytes(2**20)) for _ in range(1024)) + compressing.flush()
