@@ -1,6 +1,7 @@
 """Shared by both programs: images as base64, log format, pauses between attempts, available cores, errors."""
 
 import binascii
+import ctypes
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import pybase64
 Pixels = npt.NDArray[np.generic]
 Shape = tuple[int, int, int]  # height, width, channels
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # options for set_malloc(), from malloc.h
 USUAL_SHAPE: Shape = (224, 224, 3)  # used until a setting or the model gives another one
 MOST_SIDE = 4096  # pixels: the largest height or width of an image on the queue
 
@@ -51,6 +53,13 @@ def as_pixels(data: bytes, dtype: str, shape: tuple[int, ...]) -> Pixels:
     if len(data) != expected:
         raise ValueError(f"the image has {len(data)} bytes, but {shape} of {dtype} takes {expected}")
     return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def set_malloc(option: int, value: int) -> None:
+    """Set an option of malloc, as in mallopt(3). Does nothing if the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(option, value)
 
 
 def megabytes(count: int) -> str:

@@ -3,8 +3,6 @@
 redis-py's own copies an image once more, and sends each part by itself, for which Redis wakes up each time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -17,25 +15,18 @@ Command = tuple[bytes, ...]
 def transaction(pool: ConnectionPool, *commands: Command) -> list[Any]:
     """Execute `commands` in one transaction and return their replies. Raises RedisError."""
     all_commands = [(b"MULTI",), *commands, (b"EXEC",)]
-    with borrowed(pool) as connection:
-        packet = b"".join(chain.from_iterable(map(packed, all_commands)))
+    packet = b"".join(chain.from_iterable(map(packed, all_commands)))
+    connection = pool.get_connection()
+    try:
         connection.send_packed_command([packet])  # type: ignore[no-untyped-call]
         replies = [reply_or_error(connection) for _ in all_commands]
+    finally:
+        pool.release(connection)
     executed = replies[-1]
     for reply in [*replies, *executed] if isinstance(executed, list) else replies:
         if isinstance(reply, ResponseError):
             raise reply
     return list(executed)
-
-
-@contextmanager
-def borrowed(pool: ConnectionPool) -> Iterator[AbstractConnection]:
-    """Give a connection of `pool`. Raises RedisError."""
-    connection = pool.get_connection()
-    try:
-        yield connection
-    finally:
-        pool.release(connection)
 
 
 def packed(command: Command) -> list[bytes]:

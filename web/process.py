@@ -1,6 +1,5 @@
 """Set up a web process: memory, open files, log, temporary folder, and the thread that watches Redis."""
 
-import ctypes
 import logging
 import os
 import resource
@@ -12,13 +11,12 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 import settings
-from helpers import log_to_stderr, pauses
+from helpers import M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, log_to_stderr, pauses, set_malloc
 from image_queue import CLOSE_SURPLUS_EVERY, IMAGES_REFUSED, UnusableRedis, WebQueue
 from web.storage import choose_temporary_folder
 
 log = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 2**21  # bytes
 MOST_FREE = 2**22  # bytes
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # environment variable of prometheus_client
@@ -41,11 +39,9 @@ def limit_malloc() -> None:
     requests. Giving memory back that the next photo takes again would cost an eighth of the time of a request, for page
     faults. Larger blocks, as of large photos, are given back at once.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt:
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-        mallopt(M_TRIM_THRESHOLD, MOST_FREE)
+    set_malloc(M_ARENA_MAX, 1)
+    set_malloc(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    set_malloc(M_TRIM_THRESHOLD, MOST_FREE)
 
 
 def allow_many_files() -> None:
