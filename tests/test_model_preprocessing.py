@@ -82,6 +82,7 @@ def plain_answers(path: Path, images: list[bytes], prepare: Callable[[Any], Any]
     return keras.saving.load_model(path).predict(prepare(pixels), verbose=0)
 
 
+@pytest.mark.slow("starts both programs")
 def test_a_gray_model_of_another_size_needs_only_its_path(redis_port: int, tmp_path: Path) -> None:
     facts = {"labels": LABELS, "preprocessing": "scale", "top": 3}
     path = save_model(tmp_path / "gray.keras", facts=facts, gain=5)

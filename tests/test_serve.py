@@ -72,6 +72,7 @@ def files_of_ours() -> set[Path]:
     return {*ours, *run_folders, *temporary.glob("*supervisor*")}
 
 
+@pytest.mark.slow("warms up the bundled model")
 def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, nothing_cached: dict[str, str], tmp_path: Path
 ) -> None:
@@ -461,6 +462,7 @@ def test_missing_packages_without_root_and_sudo_are_reported_in_one_line() -> No
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow("makes a virtual environment")
 def test_python_packages_without_a_network_fail_in_one_line(tmp_path: Path) -> None:
     app = Path(tempfile.mkdtemp(dir=tmp_path))
     for folder in ("bin", "requirements"):
