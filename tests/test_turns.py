@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,18 @@ def max_at_once(jobs: list[tuple[float, float]]) -> int:
     return max(sum(begun <= at < ended for begun, ended in jobs) for at, _ in jobs)
 
 
-def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
-    workers = [start_worker(tmp_path, 60) for _ in range(3)]
+def run_workers(folder: Path, count: int, jobs: int) -> list[list[tuple[float, float]]]:
+    """Run workers at the same time; return when each job of each worker began and ended."""
+    workers = [start_worker(folder, jobs) for _ in range(count)]
     for worker in workers:
         assert worker.stdin
         worker.stdin.write("\n")
         worker.stdin.flush()
+    return [spans(worker.communicate(timeout=60)[0]) for worker in workers]
 
-    done = [spans(worker.communicate(timeout=60)[0]) for worker in workers]
+
+def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
+    done = run_workers(tmp_path, 3, 60)
 
     assert [len(jobs) for jobs in done] == [60, 60, 60]
     assert max_at_once([job for jobs in done for job in jobs]) == 2
@@ -63,6 +68,24 @@ def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
     begun, ended = min(jobs[0][0] for jobs in done), max(jobs[-1][1] for jobs in done)
     for jobs in done:
         assert sum(job[1] < (begun + ended) / 2 for job in jobs) >= 10
+
+
+def test_two_busy_processes_have_one_turn_each(tmp_path: Path) -> None:
+    done = run_workers(tmp_path, 2, 100)
+
+    both = max(jobs[0][0] for jobs in done), min(jobs[-1][1] for jobs in done)  # while both have jobs left
+    for jobs in done:
+        meanwhile = [job for job in jobs if both[0] <= job[0] and job[1] <= both[1]]
+        alone = sum(after[0] >= before[1] for before, after in pairwise(sorted(meanwhile)))
+        assert alone > 0.8 * len(meanwhile) > 40
+
+
+def test_a_process_borrows_the_turn_that_nobody_needs(tmp_path: Path) -> None:
+    [jobs] = run_workers(tmp_path, 1, 60)
+
+    together = sum(after[0] < before[1] for before, after in pairwise(sorted(jobs)))
+    assert together > 0.6 * len(jobs)
+    assert max_at_once(jobs) == 2
 
 
 def test_killed_process_releases_its_turns(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import settings
@@ -23,9 +23,10 @@ log = logging.getLogger(__name__)
 
 SHARES = 32  # lock files for the memory, each for an equal share; an image locks as many as it needs
 POLL_EVERY = 0.01  # seconds between two tries of an image that waits for memory
+BORROW_AFTER = 0.01  # seconds for which an image waits before it may use the turn of another process
 # Seconds for which a process passes a turn on among its own images, before another process may have it. To pass it to
 # another process takes longer.
-KEEP = 0.05
+KEEP, KEEP_BORROWED = 0.05, 0.02
 
 Release = Callable[[], object]
 
@@ -37,9 +38,9 @@ class NoTurn(Exception):
 class Turn:
     """A turn that this process holds: how to release it, and until when to keep it."""
 
-    def __init__(self, release: Release) -> None:
+    def __init__(self, release: Release, keep: float) -> None:
         self.release = release
-        self.keep_until = time.monotonic() + KEEP
+        self.keep_until = time.monotonic() + keep
 
 
 class Waiter:
@@ -52,10 +53,14 @@ class Waiter:
 
 
 class Turns:
-    """Limits the threads of all web processes of a service that decode at once. They share the turns, one per core.
+    """Limits the threads of all web processes of a service that decode at once. There is one turn per core.
 
-    A thread locks a free turn by itself. If there is none, it waits, and one thread per turn waits for the turn's lock,
-    to hand the turn to the thread that has waited longest. So nobody waits for one turn while another is free.
+    Each process has a turn of its own and borrows another only if that has been free for a moment. Two images that are
+    decoded in one process compete for its Python interpreter: with 16 cores and processes whose turns were anybody's,
+    a third of the cores had nothing to do.
+
+    A thread locks its process's free turn by itself. Otherwise it waits, and a thread per process waits for the turn's
+    lock, to hand the turn to the thread that has waited longest.
     """
 
     def __init__(self, folder: Callable[[], Path], cores: int | None = None) -> None:
@@ -64,7 +69,7 @@ class Turns:
         self.cores = cores or available_cores()
         self.waiting: deque[Waiter] = deque()
         self.changed = threading.Condition(threading.Lock())
-        self.threads: list[threading.Thread] = []
+        self.started = False
         self.own_locks: dict[str, threading.Lock] = {}  # used if the folder can't be
         self.warned = False
 
@@ -80,7 +85,7 @@ class Turns:
     def take(self, seconds: float) -> Turn:
         """Return a turn. Raises NoTurn."""
         with self.changed:
-            turn = None if self.waiting else self.free_turn()
+            turn = None if self.waiting else self.free_turn([self.own])
             if turn:
                 return turn
             waiter = Waiter()
@@ -91,8 +96,9 @@ class Turns:
             with self.changed:
                 if not waiter.turn:
                     self.waiting.remove(waiter)
-                    raise NoTurn
-        assert waiter.turn
+                    waiter.turn = self.free_turn(self.others)
+        if not waiter.turn:
+            raise NoTurn
         return waiter.turn
 
     def give_back(self, turn: Turn) -> None:
@@ -110,33 +116,58 @@ class Turns:
         waiter.turn = turn
         waiter.called.release()
 
-    def free_turn(self) -> Turn | None:
-        """Return a turn that nobody holds, or None."""
+    @cached_property
+    def own(self) -> int:
+        """The number of this process's turn. Processes share one only if there are more of them than turns."""
         for number in range(self.cores):
+            if self.lock(f"owner-{number}", fcntl.LOCK_NB):  # never unlocked while this process lives
+                return number
+        return os.getpid() % self.cores
+
+    @property
+    def others(self) -> list[int]:
+        """The numbers of the other turns, the next one first."""
+        return [(self.own + step) % self.cores for step in range(1, self.cores)]
+
+    def free_turn(self, numbers: list[int]) -> Turn | None:
+        """Return the first turn of `numbers` that nobody holds, or None."""
+        for number in numbers:
             release = self.lock(f"turn-{number}", fcntl.LOCK_NB)
             if release:
-                return Turn(release)
+                return Turn(release, KEEP if number == self.own else KEEP_BORROWED)
         return None
 
     def start_threads(self) -> None:
-        """Start one thread per turn, unless they run already."""
-        for number in range(len(self.threads), self.cores):
-            thread = threading.Thread(target=self.wait_for_turn, args=[number], name=f"turn-{number}", daemon=True)
-            self.threads.append(thread)
-            thread.start()
+        """Start the threads that hand out turns, unless they run already."""
+        if self.started:
+            return
+        self.started = True
+        for hand_out in (self.hand_out_own, self.hand_out_borrowed):
+            threading.Thread(target=hand_out, name=hand_out.__name__, daemon=True).start()
 
-    def wait_for_turn(self, number: int) -> None:
-        """As long as threads wait, hand turn `number` to them whenever it is free."""
+    def hand_out_own(self) -> None:
+        """As long as threads wait, hand this process's turn to them whenever it is free."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
-            release = self.lock(f"turn-{number}")
+            release = self.lock(f"turn-{self.own}")
             assert release
             with self.changed:
                 if self.waiting:
-                    self.hand_over(Turn(release))
+                    self.hand_over(Turn(release, KEEP))
                     continue
             release()
+
+    def hand_out_borrowed(self) -> None:
+        """As long as threads wait, hand them turns that other processes leave free."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+            time.sleep(BORROW_AFTER)  # another process that needs its turn has it by then
+            with self.changed:
+                turn = self.free_turn(self.others) if self.waiting else None
+                if turn:
+                    self.hand_over(turn)
 
     @contextmanager
     def memory(self, size: int, seconds: float) -> Iterator[None]:
