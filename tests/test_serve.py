@@ -62,24 +62,31 @@ def nothing_cached(tmp_path: Path) -> dict[str, str]:
     return {**ports, **NO_INTERNET, "KERAS_HOME": str(tmp_path / "keras")}
 
 
-def files_of_ours() -> set[Path]:
-    """The files that bin/serve could leave: in the project's folder, except .venv and caches, and its own in /tmp."""
-    temporary = Path(tempfile.gettempdir())
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder to use as TMPDIR, which any user may write to. Other tests use /tmp meanwhile."""
+    folder = Path(tempfile.mkdtemp(prefix="keras-rest-api-test-"))
+    folder.chmod(0o1777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def files_of_ours(temporary: Path) -> set[Path]:
+    """The files that bin/serve could leave: in the project's folder, except .venv and caches, and in `temporary`."""
     ours = {
         path for path in ROOT.rglob("*") if not re.search(r"\.venv|cache|\.hypothesis", str(path.relative_to(ROOT)))
     }
-    run_folders = {path for path in temporary.glob("keras-rest-api-*") if not re.search(r"-(test|chroot)-", path.name)}
-    return {*ours, *run_folders, *temporary.glob("*supervisor*")}
+    return {*ours, *temporary.iterdir()}
 
 
 @pytest.mark.slow("warms up the bundled model")
 def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, nothing_cached: dict[str, str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, nothing_cached: dict[str, str], temporary: Path, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MODEL")
-    files = files_of_ours()
+    files = files_of_ours(temporary)
     mark = nothing_cached["REDIS_PORT"]
-    with running([SERVE], tmp_path / "log", **nothing_cached) as process:
+    with running([SERVE], tmp_path / "log", **nothing_cached, TMPDIR=str(temporary)) as process:
         process.wait_for_log("* Ready on port")
 
         assert "* Serving the bundled model EfficientNet-Lite0, which recognizes 1,000 ImageNet classes" in process.log
@@ -88,7 +95,7 @@ def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
         assert_answered_as_the_readme_shows(pasted, nothing_cached["PORT"], answer)
 
         [run_directory] = {variables(pid)["RUN_DIR"] for pid in processes_with(mark) if "RUN_DIR" in variables(pid)}
-        assert Path(run_directory).is_dir()
+        assert Path(run_directory).is_relative_to(temporary)
 
         [killed] = model_servers(mark)
         os.kill(killed, signal.SIGKILL)
@@ -107,8 +114,7 @@ def test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing(
 
     assert processes_with(mark) == set()
     assert not still_there(everything)
-    assert not Path(run_directory).exists()
-    assert not files_of_ours() - files
+    assert not files_of_ours(temporary) - files
 
 
 def assert_answered_as_the_readme_shows(pasted: str, port: str, answer: str) -> None:

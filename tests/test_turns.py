@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, Service, resident_bytes, wait_until, web_processes
@@ -29,6 +30,7 @@ WORKER = """if True:
             begun = time.monotonic()
             time.sleep(0.02)
             return begun, time.monotonic()
+    print("ready", flush=True)
     sys.stdin.readline()
     with ThreadPoolExecutor(60) as threads:
         for span in threads.map(job, range(jobs)):
@@ -36,9 +38,17 @@ WORKER = """if True:
 """
 
 
-def start_worker(folder: Path, jobs: int) -> subprocess.Popen[str]:
+def start_workers(folder: Path, count: int, jobs: int) -> list[subprocess.Popen[str]]:
+    """Start `count` workers, and let all of them begin their jobs when all are ready."""
     command = [sys.executable, "-c", WORKER, str(folder), str(jobs)]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers: list[Any] = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(count)]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    return workers
 
 
 def spans(printed: str) -> list[tuple[float, float]]:
@@ -49,18 +59,9 @@ def max_at_once(jobs: list[tuple[float, float]]) -> int:
     return max(sum(begun <= at < ended for begun, ended in jobs) for at, _ in jobs)
 
 
-def run_workers(folder: Path, count: int, jobs: int) -> list[list[tuple[float, float]]]:
-    """Run workers at the same time; return when each job of each worker began and ended."""
-    workers = [start_worker(folder, jobs) for _ in range(count)]
-    for worker in workers:
-        assert worker.stdin
-        worker.stdin.write("\n")
-        worker.stdin.flush()
-    return [spans(worker.communicate(timeout=60)[0]) for worker in workers]
-
-
 def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
-    done = run_workers(tmp_path, 3, 60)
+    workers = start_workers(tmp_path, 3, 60)
+    done = [spans(worker.communicate(timeout=60)[0]) for worker in workers]
 
     assert [len(jobs) for jobs in done] == [60, 60, 60]
     assert max_at_once([job for jobs in done for job in jobs]) == 2
@@ -71,10 +72,9 @@ def test_turns_limit_all_processes_together(tmp_path: Path) -> None:
 
 
 def test_killed_process_releases_its_turns(tmp_path: Path) -> None:
-    worker = start_worker(tmp_path, 10_000)
-    worker.stdin.write("\n")  # type: ignore[union-attr]
-    worker.stdin.flush()  # type: ignore[union-attr]
-    worker.stdout.readline()  # type: ignore[union-attr]
+    [worker] = start_workers(tmp_path, 1, 10_000)
+    assert worker.stdout
+    worker.stdout.readline()
 
     worker.kill()
     worker.communicate(timeout=10)
