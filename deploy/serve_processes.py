@@ -38,7 +38,13 @@ def programs(directory: Path) -> list[dict[str, Any]]:
 
 def given_up(directory: Path) -> list[str]:
     """Return the names of the programs that supervisor no longer restarts."""
-    return [each["name"] for each in programs(directory) if each["statename"] in ("EXITED", "FATAL")]
+    return [each["name"] for each in programs(directory) if is_given_up(each)]
+
+
+def is_given_up(program: dict[str, Any]) -> bool:
+    """Whether a program failed too often, or is a model server that ended by itself. supervisor restarts all others."""
+    ended_by_itself = program["statename"] == "EXITED" and program["exitstatus"] in (0, 2)
+    return program["statename"] == "FATAL" or (ended_by_itself and program["group"] == "model-server")
 
 
 def apache_is_up(directory: Path) -> bool:

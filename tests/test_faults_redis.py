@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +39,7 @@ from harness import (
 from load import Load, Record, ask, freeze_in_mid_batch, in_flight, known_images, name_of
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 pytestmark = pytest.mark.fault
@@ -52,6 +53,27 @@ def test_redis_killed_five_times_loses_nothing(served: Serve, record_property: R
         load.wait_for(200)
 
     assert load.failures == {}
+    record_property("figures", load.figures)
+
+
+def test_redis_killed_five_times_as_soon_as_it_starts_is_started_again(served: Serve, record_property: Record) -> None:
+    killed = set[int]()
+
+    def another() -> int | None:
+        with suppress(RedisError):
+            pid = served.redis_server
+            return None if pid in killed else pid
+        return None
+
+    with Load(served.url) as load:
+        for _ in range(5):
+            pid = wait_until(another, "another Redis runs", 60)
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        load.wait_for(100)
+
+    # bin/serve goes on. Redis is away for longer than REDIS_TIMEOUT, so new images may be refused.
+    assert load.failures.keys() <= {"503 redis_down"}
     record_property("figures", load.figures)
 
 
