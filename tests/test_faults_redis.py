@@ -56,7 +56,7 @@ def test_redis_killed_five_times_loses_nothing(served: Serve, record_property: R
     record_property("figures", load.figures)
 
 
-def test_redis_killed_five_times_as_soon_as_it_starts_is_started_again(served: Serve, record_property: Record) -> None:
+def test_redis_killed_at_each_start_is_started_again(served: Serve, record_property: Record) -> None:
     killed = set[int]()
 
     def another() -> int | None:
