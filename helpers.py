@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pybase64
+
+import settings
 
 Pixels = npt.NDArray[np.generic]
 Shape = tuple[int, int, int]  # height, width, channels
@@ -28,6 +31,17 @@ def as_shape(value: object) -> Shape | None:
         return None
     height, width, channels = value
     return (height, width, channels) if min(value) >= 1 and max(value) <= MOST_SIDE and channels in (1, 3) else None
+
+
+def model_name(model: str) -> str:
+    """Return the name that `model`, a path or a name in keras.applications, has in URLs, keys and metrics."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).stem)
+
+
+def default_model() -> str:
+    """Return the name of the model that `/predict` asks, as far as the settings say; "" if they name none."""
+    chosen = [*settings.models(), settings.env.str("MODEL", "")]
+    return settings.DEFAULT_MODEL or model_name(chosen[0])
 
 
 def base64_encode_image(a: Pixels) -> str:

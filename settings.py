@@ -151,6 +151,12 @@ MODEL = _text("MODEL", "ResNet50", r"|[\w-]+|.*[./].*",
     "a name in keras.applications or the path of a .keras or .h5 file",
     "The model to serve. If it is not set, `bin/serve`, `bin/install` and the containers use the bundled model when "
     "ResNet50's weights are not available.") or "ResNet50"
+MODELS = _text("MODELS", "", r"[^,]*(,[^,]+)*",
+    "models as in MODEL, separated by commas",
+    "Serve several models: `bin/serve` and `bin/install` run a model server for each, and `/predict/NAME` asks one. "
+    "Replaces MODEL.")
+DEFAULT_MODEL = _text("DEFAULT_MODEL", "", r"[\w.-]*", "the name of a model, such as digits for models/digits.keras",
+    "The model that `/predict` asks. Empty: the first of MODELS, otherwise MODEL.")
 MODEL_WEIGHTS = _text("MODEL_WEIGHTS", "imagenet", r"imagenet|random|.+\.(h5|hdf5|keras)",
     "imagenet, random, or the path of a .h5 or .keras file",
     "The weights of a model from `keras.applications`. Random weights are for load tests.")
@@ -234,6 +240,11 @@ sections["bin/serve only"] = []
 PORT = _integer("PORT", 8080, (1, 65535), "", "The port that Apache listens on.")
 MODEL_SERVERS = _integer("MODEL_SERVERS", 1, (1, 64), "", "How many model servers to run.")
 # fmt: on
+
+
+def models() -> list[str]:
+    """Return the models of MODELS, in order; an empty list if it is not set."""
+    return [each.strip() for each in MODELS.split(",") if each.strip()]
 
 
 def image_shape(default: tuple[int, int, int]) -> tuple[int, int, int]:
