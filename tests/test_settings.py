@@ -193,7 +193,7 @@ def warnings(folder: Path, content: str, **environment: str) -> list[str]:
         ("API_KEY", "API_KEYS"), ("api_keys", "API_KEYS"), ("APIKEYS", "API_KEYS"), ("API_TOKEN", "API_KEYS"),
         ("RATELIMIT", "RATE_LIMIT"), ("RATE_LIMITS", "RATE_LIMIT"), ("REDIS_PASSWORD", "REDIS_URL"),
         ("REDIS_HOSTNAME", "REDIS_HOST"), ("MAX_UPLOAD_SIZE", "MAX_UPLOAD_BYTES"), ("MAXQUEUE", "MAX_QUEUE"),
-        ("BATCHSIZE", "BATCH_SIZE"), ("REQUEST_TIMOUT", "REQUEST_TIMEOUT"), ("MODLE", "MODEL"), ("LABEL", "LABELS"),
+        ("BATCHSIZE", "BATCH_SIZE"), ("REQUEST_TIMOUT", "REQUEST_TIMEOUT"), ("MODELL", "MODEL"), ("LABEL", "LABELS"),
     ],
 )  # fmt: skip
 def test_misspelled_name_in_the_file_is_reported_without_its_value(tmp_path: Path, name: str, meant: str) -> None:
