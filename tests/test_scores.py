@@ -35,7 +35,7 @@ def server(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServe
         monkeypatch.setattr(settings, name, value)
     classifier = Classifier(ColorNetwork(), Facts((2, 2, 3), LABELS, "LABELS"))
     classifier.warm_up()
-    yield from stepped_server(classifier, {"model": "colors", "weights": "none"})
+    yield from stepped_server(classifier, {"model": "digits", "weights": "none"})
 
 
 def push(redis: Redis, name: str, **fields: Any) -> None:

@@ -13,14 +13,17 @@ from web.errors import BadRequest
 PIXEL_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}  # the protocol's names
 
 
-class Part(io.RawIOBase):
-    """`size` bytes of `body` from `start`. Closing it leaves the body open. Threads may read parts of one body."""
+class Part(io.BufferedIOBase):
+    """`size` bytes of `body` from `start`. It can be read as often as needed. Threads may read parts of one body."""
 
     def __init__(self, body: IO[bytes], start: int, size: int) -> None:
         self.start = start
         self.size = size
         self.body = body
         self._at = 0
+
+    def close(self) -> None:
+        """Do nothing: the owner of the body closes it."""
 
     def readable(self) -> bool:
         """Return True, as io expects of a stream that can be read."""
@@ -31,10 +34,10 @@ class Part(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         return self._at
 
-    def readall(self) -> bytes:
-        """Return the rest."""
-        data = self.peek(self._at, self.size - self._at)
-        self._at = self.size
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next `size` bytes, by default the rest."""
+        data = self.peek(self._at, self.size if size is None or size < 0 else size)
+        self._at += len(data)
         return data
 
     def peek(self, offset: int, size: int) -> bytes:
@@ -60,7 +63,7 @@ class PixelPart(Part):
 
     def encode(self) -> str:
         """Return the pixels as base64 text of IMAGE_DTYPE. Raises BadRequest if a value is not from 0 to 255."""
-        pixels = np.frombuffer(self.readall(), PIXEL_TYPES[self.datatype])
+        pixels = np.frombuffer(self.peek(0, self.size), PIXEL_TYPES[self.datatype])
         if self.datatype == "FP32":
             if not (pixels.min() >= 0 and pixels.max() <= 255):  # false for NaN too
                 raise BadRequest("The tensor `pixels` has values that are not numbers from 0 to 255, so scale them.")
