@@ -10,18 +10,21 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
-from harness import ROOT, Service, resident_bytes, run_apache, wait_until, web_processes
+from harness import ROOT, Service, free_port, resident_bytes, run_apache, running, wait_until, web_processes
 from PIL import Image
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 FILES = [(ROOT / "models/digits" / name).read_bytes() for name in ("three.png", "seven.jpg", "two.webp")]
 DIGITS = [3, 7, 2]
+CAT, EGYPTIAN_CAT = (ROOT / "images/cat.jpg").read_bytes(), 285  # and its class
 NO_IMAGE = b"no image"
 KEY = "the-key-of-2026-is-this"
 
@@ -292,3 +295,30 @@ def test_large_json_at_once_takes_no_more_memory_than_images(service: Service) -
     assert {answer.result().status_code for answer in answers} == {400}
     assert max(most) - before < 7.2e8
     wait_until(lambda: sum(map(resident_bytes, web_processes(service.url))) < before + 1e8, "the memory is freed")
+
+
+@pytest.mark.slow("loads the bundled model beside the digits")
+def test_two_models_answer_each_its_own_images(redis_port: int, tmp_path: Path) -> None:
+    """They take images of different sizes; both get requests at once."""
+    names = {"digits": (FILES, DIGITS), "efficientnet_lite0": ([CAT], [EGYPTIAN_CAT])}
+    queue, models = f"queue-{free_port()}", ",".join(f"models/{name}.keras" for name in names)
+    with ExitStack() as stack:
+        for name in names:
+            command = [sys.executable, "run_model_server.py", "--model", f"models/{name}.keras"]
+            stack.enter_context(running(command, tmp_path / name, IMAGE_QUEUE=queue, MODELS=models))
+        url = stack.enter_context(run_apache(IMAGE_QUEUE=queue, MODELS=models))
+        address = url.removeprefix("http://")
+
+        def infer(name: str) -> Any:
+            with closing(InferenceServerClient(address)) as client:
+                return client.infer(name, [files_input(*names[name][0])]).as_numpy("probabilities")
+
+        with closing(InferenceServerClient(address)) as client:
+            wait_until(lambda: all(map(client.is_model_ready, names)), "both are ready", 120)
+            index = client.get_model_repository_index()
+        with ThreadPoolExecutor(4) as clients:
+            asked = [(name, clients.submit(infer, name)) for _ in range(10) for name in names]
+
+    assert [(each["name"], each["state"]) for each in index] == [("digits", "READY"), ("efficientnet_lite0", "READY")]
+    for name, answer in asked:
+        assert answer.result().argmax(axis=1).tolist() == names[name][1]
