@@ -38,7 +38,6 @@ def three_models(scratch: Path) -> Iterator[tuple[str, list[str]]]:
         for name in names:
             command = [sys.executable, "run_model_server.py", "--model", name]
             stack.enter_context(running(command, logs / name, **settings)).wait_for_log("* Joined the queue")
-        url = stack.enter_context(run_apache(log=logs / "apache", **WEB, **settings))
-        for name in names:
-            wait_until(lambda name=name: responds(url, f"/readyz/{name}"), f"{name} is ready")
+        url = stack.enter_context(run_apache(wait=True, log=logs / "apache", **WEB, **settings))
+        wait_until(lambda: all(responds(url, f"/readyz/{name}") for name in names), "all models are ready")
         yield url, names
