@@ -121,7 +121,8 @@ def test_a_model_that_does_not_run_or_is_gone_is_shown_as_such(service: Service,
 
 
 def test_the_page_survives_models_of_any_kind(service: Service, browser: Browser) -> None:
-    odd = {"a": None, "b": [], "c": 7, "d": {"description": 1, "latency": 3, "images": "x", "ready": "yes"}}
+    many = {"description": 1, "classes": "x", "latency": 3, "images": "x", "queue_length": [], "ready": "yes"}
+    odd: dict[str, Any] = {"a": None, "b": [], "c": 7, "d": many}
     open_page(service, browser, **odd)
     browser.open_figures()
     wait_until(lambda: browser.text("#window"), "the figures are there")
