@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from browser import EACH_MODEL, SEVEN, STAND_IN, THREE, Browser, about, counters, stats
-from harness import Service, wait_until
+import pytest
+from browser import EACH_MODEL, SEVEN, STAND_IN, THREE, Browser, about, counters, shares, stats
+from harness import Service, run_service, wait_until
+from letters import run_letters
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
@@ -182,3 +185,30 @@ def test_figures_are_shown_for_all_models_or_one(service: Service, browser: Brow
     browser.script("answer = arguments[0]", stats(1620, {"lite": about(**counters(1000))}))
     wait_until(lambda: not browser.all("#figures-choice"), "a single model needs no choice")
     assert browser.text("#window").endswith("images in the last minute.")  # of all
+
+
+@pytest.fixture
+def both(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with the digits model and, as a second one, letters."""
+    folder = tmp_path_factory.mktemp("both")
+    with run_service(folder) as service, run_letters(service, folder):
+        yield service
+
+
+@pytest.mark.slow("starts two model servers")
+def test_each_model_of_a_real_service_answers_on_the_page(both: Service, browser: Browser) -> None:
+    with browser.at(both.url):
+        wait_until(lambda: len(options(browser)) == 2, "the choice is there")
+        assert [each.accessible_name for each in options(browser)] == ["digits handwritten digits", "letters letters"]
+        browser.choose(SEVEN)
+        options(browser)[1].click()
+        browser.choose(THREE)
+
+        letter, digit = browser.bars()
+        assert digit == shares(both, SEVEN)
+        assert letter[0].startswith("d\n")  # the fourth letter stands for 3
+        assert browser.texts(".by") == ["Model: letters", "Model: digits"]
+        browser.open_figures()
+        Select(wait_until(lambda: browser.all("#figures-of"), "figures by model")[0]).select_by_value("letters")
+        wait_until(lambda: browser.text("#window").startswith("Times and batches of 1 image "), "figures of letters")
+        assert seen(browser) == ["0", "1", "letters", "ready"]
