@@ -195,7 +195,6 @@ def both(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield service
 
 
-@pytest.mark.slow("starts two model servers")
 def test_each_model_of_a_real_service_answers_on_the_page(both: Service, browser: Browser) -> None:
     with browser.at(both.url):
         wait_until(lambda: len(options(browser)) == 2, "the choice is there")
