@@ -1,9 +1,20 @@
 """A model server's metrics, for Prometheus at METRICS_PORT. The web has its own in web/metrics.py."""
 
-from prometheus_client import Counter, Histogram, Info, disable_created_metrics, start_http_server
+from collections.abc import Iterator
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    Metric,
+    disable_created_metrics,
+    start_http_server,
+)
 
 import settings
-from helpers import StartupError
+from helpers import StartupError, model_name
 
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -33,6 +44,17 @@ def count_jobs(event: str, times: int = 1) -> None:
     JOBS.labels(event).inc(times)
 
 
+class WithModel(CollectorRegistry):
+    """All metrics of this process, each with the label `model`."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        model = {"model": model_name(settings.MODEL)}
+        for metric in REGISTRY.collect():
+            metric.samples = [each._replace(labels=model | each.labels) for each in metric.samples]
+            yield metric
+
+
 def serve_metrics(number: int) -> None:
     """Serve the metrics from a thread if METRICS_PORT is set. Raises StartupError if the port is taken.
 
@@ -42,7 +64,7 @@ def serve_metrics(number: int) -> None:
         return
     port = settings.METRICS_PORT + number
     try:
-        start_http_server(port, settings.METRICS_HOST)
+        start_http_server(port, settings.METRICS_HOST, WithModel())
     except (OSError, OverflowError) as error:
         raise StartupError(
             f"Port {port} of {settings.METRICS_HOST} can't be used ({error}): set METRICS_PORT."
