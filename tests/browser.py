@@ -168,7 +168,7 @@ const gate = new Promise((resolve) => (open = resolve));
 window.release = open;
 window.asked = 0;
 window.fetch = async (address, ...rest) => {
-  if (/^predict\b/.test(address)) window.asked++, await gate;
+  if (/^predict\\b/.test(address)) window.asked++, await gate;
   return real(address, ...rest);
 };
 """
