@@ -27,6 +27,7 @@ from model_server.check import check
 from model_server.loop import ModelServer
 from model_server.privileges import give_up_root
 from model_server.startup import load_model
+from model_server.systemd import STATUS, notify_systemd
 from web.image_preparation import TooLarge, open_image, prepare_image
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ def main() -> int:
             classify_process()
     except StartupError as error:
         log.error("%s", error)
+        notify_systemd(f"{STATUS}{error}")
         return EXIT_INVALID
     return EXIT_STOPPED
 
