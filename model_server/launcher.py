@@ -13,13 +13,10 @@ This process must stay small, so it imports no Keras.
 """
 
 import argparse
-import json
 import logging
-import os
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -28,6 +25,7 @@ from pathlib import Path
 
 import settings
 from helpers import log_to_stderr, model_name
+from model_server.reload_requests import CREDENTIALS, ReloadRequests
 from model_server.systemd import READY, REPLACES, STATUS, STOPPING, WATCHDOG, notify_systemd
 
 log = logging.getLogger(__name__)
@@ -37,15 +35,6 @@ LOAD_LIMIT = 20 * 60  # seconds until a new model server takes jobs; TimeoutStar
 LEAVE_LIMIT = 60  # seconds for a model server that was told to stop, as in supervisord.conf and the systemd unit
 # The kernel sends this signal to the model server if the launcher is killed.
 END_WITH_LAUNCHER = ["setpriv", "--pdeathsig", "TERM"]
-CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other end of a Unix socket
-
-
-def control_address(pid: int) -> str:
-    """Return the address on which the launcher `pid` is asked to replace its model server.
-
-    It has no file, so nothing is left behind. Containers may share a network, where each has a launcher with pid 1.
-    """
-    return f"\0keras-rest-api/launcher/{os.stat('/proc/self/ns/pid').st_ino}/{pid}"
 
 
 class Server:
@@ -96,14 +85,8 @@ class Launcher:
         self._notified = self._watched(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         self._notified.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._notified.bind("")  # the kernel chooses an address
-        self._asked = self._watched(socket.socket(socket.AF_UNIX))
-        try:
-            self._asked.bind(control_address(os.getpid()))
-        except OSError as error:  # somebody else's program has this address
-            log.warning("Only SIGHUP replaces the model server here, since model_server.reload can't: %s", error)
-        self._asked.listen()
-        self._waiting: list[socket.socket] = []  # who asked for the next replacement
-        self._following: list[socket.socket] = []  # who asked for the one in progress
+        self._requests = ReloadRequests()
+        self._watched(self._requests.socket)
         self._woken = self._handle_signals()
         self.current = self._start()
         self.new: Server | None = None  # loads its model
@@ -135,20 +118,21 @@ class Launcher:
         """Run until the model server has ended; return its exit code."""
         while self.exit_code is None:
             self.step()
-        self._finish(False, f"The model server {self.current.how_it_ended}.")
+        self._requests.end(f"The model server {self.current.how_it_ended}.")
         return self.exit_code
 
     def step(self) -> None:
-        """Wait for a signal, the message or end of a model server, a request, or a time limit; then act on it."""
+        """Wait for a signal, the message or end of a model server, a client, or a time limit; then act on it."""
         self._selector.select(self._patience())
         with suppress(BlockingIOError):
             self._woken.recv(1000)
-        self._accept()
+        if self._requests.accept():
+            self.wanted = True
         ended = [each for each in self._servers() if each.ended]
         self._read_messages()  # after the line above, to read all that those have sent before they ended
         self._kill_late()
         if self.stopping:
-            self._stop(ended)
+            self._stop()
         elif self.current in ended:
             self.exit_code = self._exit_code()
         else:
@@ -171,13 +155,13 @@ class Launcher:
                 each.process.kill()  # its jobs are requeued
                 each.kill_at = float("inf")
 
-    def _stop(self, ended: list[Server]) -> None:
+    def _stop(self) -> None:
         if not self._told_to_stop:
             self._told_to_stop = True
             notify_systemd(STOPPING)
             for each in self._servers():
                 each.stop()
-        elif ended == self._servers():
+        if all(each.ended for each in self._servers()):
             self.exit_code = self._exit_code()
 
     def _exit_code(self) -> int:
@@ -194,17 +178,17 @@ class Launcher:
             self._fail()
         elif self.new and self.new.ready:
             self.old, self.current, self.new = self.current, self.new, None
-            self._tell("The new model server takes jobs, and the old one answers its last batches.")
+            self._requests.tell("The new model server takes jobs, and the old one answers its last batches.")
             self.old.stop()
         elif self.old in ended:
             self._succeed()
         if self.wanted and self.current.ready and not (self.new or self.old):
             self.wanted = False
-            self._following, self._waiting = self._waiting, []
             self.new = self._start(self.current.process.pid)
             self.new.kill_at = self.new.started + LOAD_LIMIT
             log.info("* Replacing the model server")
-            self._tell("Loading another model server.")
+            self._requests.begin()
+            self._requests.tell("Loading another model server.")
 
     def _fail(self) -> None:
         assert self.new
@@ -213,13 +197,13 @@ class Launcher:
         reason = f"the new one {limit if late else self.new.how_it_ended}"
         self.new = None
         log.error("The model server was not replaced, and the old one goes on: %s", reason)
-        self._finish(False, f"The old model server goes on: {reason}.".replace("..", "."))
+        self._requests.tell(f"The old model server goes on: {reason.rstrip('.')}.", False)
 
     def _succeed(self) -> None:
         took = time.monotonic() - self.current.started
         self.old = None
         log.info("* Replaced the model server in %.1f s", took)
-        self._finish(True, f"Replaced in {took:.1f} s.")
+        self._requests.tell(f"Replaced in {took:.1f} s.", True)
 
     def _read_messages(self) -> None:
         """Read what the model servers report. Pass on to systemd what it should know of the current one."""
@@ -231,49 +215,16 @@ class Launcher:
                     if each.process.pid == sender:  # others may send to this socket too
                         self._handle(each, text.decode(errors="replace"))
 
-    def _handle(self, server: Server, state: str) -> None:
+    def _handle(self, server: Server, report: str) -> None:
+        state = "".join(each for each in report if each.isprintable())  # one field: a second line could set another
         if state == READY:
             server.ready = True
             if server is self.new:
                 server.kill_at = float("inf")
         elif state.startswith(STATUS):
             server.status = state.removeprefix(STATUS)
-        if server is self.current and state.startswith((READY, WATCHDOG, STATUS)):
+        if server is self.current and (state in (READY, WATCHDOG) or state.startswith(STATUS)):
             notify_systemd(state)
-
-    def _accept(self) -> None:
-        """Accept requests for a replacement from this user and root."""
-        with suppress(OSError):
-            while True:
-                connection, _ = self._asked.accept()
-                connection.settimeout(1)  # never wait for somebody who does not read
-                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-                if CREDENTIALS.unpack(peer)[1] not in (0, os.geteuid()):
-                    connection.close()
-                    continue
-                self._waiting.append(connection)
-                self.wanted = True
-                if not self.current.ready or self.new or self.old:
-                    send([connection], "Waiting: this model server is being started or replaced already.")
-
-    def _tell(self, text: str) -> None:
-        send(self._following, text)
-
-    def _finish(self, replaced: bool, text: str) -> None:
-        """Tell the outcome to those who asked for it."""
-        ends = self._following + (self._waiting if self.exit_code is not None else [])
-        send(ends, text, replaced)
-        for each in ends:
-            each.close()
-        self._following = []
-
-
-def send(connections: list[socket.socket], text: str, replaced: bool | None = None) -> None:
-    """Send a line to each; `replaced` is the outcome, or None if it is still to come."""
-    line = json.dumps({"replaced": replaced, "text": text}) + "\n"
-    for each in connections:
-        with suppress(OSError):  # it waits no longer
-            each.sendall(line.encode())
 
 
 def options_of(instance: str) -> list[str]:

@@ -10,7 +10,8 @@ import socket
 import sys
 from collections.abc import Callable
 
-from model_server.launcher import CREDENTIALS, LEAVE_LIMIT, LOAD_LIMIT, control_address
+from model_server.launcher import LEAVE_LIMIT, LOAD_LIMIT
+from model_server.reload_requests import CREDENTIALS, control_address
 
 WAIT_LIMIT = LOAD_LIMIT + LEAVE_LIMIT + 10  # seconds between two lines of the launcher
 

@@ -16,7 +16,7 @@ from model_server.systemd import READY, STATUS, STOPPING, WATCHDOG, notify_syste
 
 DEFAULTS = {
     "name": "first",
-    "status": "",  # what it reports before it fails
+    "status": "",  # what it reports before it joins or fails
     "fails": None,  # exit code with which it ends instead of joining the queue
     "dies": False,  # whether a signal ends it instead
     "hangs": False,  # whether it never joins
@@ -46,7 +46,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     event("joins")
     notify_systemd(READY)
-    notify_systemd(f"{STATUS}{told['name']} serves")
     while not asked or told["stays"]:
         notify_systemd(WATCHDOG)
         time.sleep(0.05)

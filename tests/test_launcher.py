@@ -100,7 +100,8 @@ def reload(launcher: Launched) -> list[str]:
 
 def test_a_new_model_server_takes_over_before_the_old_one_leaves(tmp_path: Path) -> None:
     systemd = Systemd()
-    with launched(tmp_path, "--gpu", "1", environment={"NOTIFY_SOCKET": systemd.address}, leave=0.3) as launcher:
+    given = {"NOTIFY_SOCKET": systemd.address}
+    with launched(tmp_path, "--gpu", "1", environment=given, leave=0.3, status="loading") as launcher:
         launcher.wait_for("first joins")
         launcher.next_behaves(name="second")
 
@@ -115,7 +116,7 @@ def test_a_new_model_server_takes_over_before_the_old_one_leaves(tmp_path: Path)
         assert launcher.events[-1] == "second left"
     heard = systemd.hear_all()
     told = [each for each in heard if each != "WATCHDOG=1"]
-    assert told == ["READY=1", "STATUS=first serves", "STOPPING=1"]
+    assert told == ["STATUS=loading", "READY=1", "STOPPING=1"]
     assert heard.count("WATCHDOG=1") > 1
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, Serve, model_servers, run_serve, running, wait_until
+from load import Load
 
 SERVE = str(ROOT / "bin/serve")
 THREE = (ROOT / "models/digits/three.png").read_bytes()
@@ -32,9 +33,13 @@ def test_reload_replaces_each_model_server_or_says_why_not(tmp_path: Path) -> No
         mark = str(serve.redis.connection_pool.connection_kwargs["port"])
         old = model_servers(mark)
 
-        done = reload(serve)
+        with Load(serve.url, clients=4) as load:
+            load.wait_for(20)
+            done = reload(serve)
+            load.wait_for(20)
 
         assert done.returncode == 0, done.stdout
+        assert load.failures == {}
         for name in ("model-server-0", "model-server-1"):
             assert f"* {name}: Replaced in" in done.stdout
         new = model_servers(mark)
