@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from harness import ROOT, Serve, command_line, model_servers, wait_until
+from harness import ROOT, Serve
 from load import Known, same_answer
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
@@ -24,6 +24,7 @@ LABELS = (ROOT / "models/digits.labels.txt").read_text().split()
 def save_rolled(path: Path) -> Path:
     """Save a digits model that answers each digit with the next one: as probable, and just as wrong."""
     model = keras.saving.load_model(ROOT / "models/digits.keras", compile=False)
+    path.parent.mkdir(exist_ok=True)
     last = [layer for layer in model.layers if layer.get_weights()][-1]
     last.set_weights([np.roll(each, 1, axis=-1) for each in last.get_weights()])
     model.save(path)
@@ -48,10 +49,68 @@ class OfEachVersion(Known):
         return same_answer(body, rolled(self.answer) if self.versions[version] else self.answer)
 
 
-def server_of(serve: Serve, model: str) -> int:
-    """The pid of the server of a model; waits for one."""
-    mark = str(serve.redis.connection_pool.connection_kwargs["port"])
-    pids: list[int] = wait_until(
-        lambda: [pid for pid in model_servers(mark) if f"--model {model} " in command_line(pid)], f"{model} is served"
+def version_served(serve: Serve) -> str:
+    """The version that /stats gives for the model."""
+    [model] = requests.get(f"{serve.url}/stats", timeout=30).json()["models"].values()
+    return str(model["version"])
+
+
+def test_twenty_changes_of_a_model_lose_and_mix_nothing(tmp_path: Path, record_property: Record) -> None:
+    """Two versions take turns, whose answers differ. Each answer is that of the version which its header names."""
+    model, next_model = tmp_path / "digits.keras", tmp_path / "next"
+    others = {True: save_rolled(tmp_path / "rolled/digits.keras"), False: ROOT / "models/digits.keras"}
+    for file in ROOT.glob("models/digits.*"):
+        shutil.copy(file, tmp_path)
+    versions: dict[str, bool] = {}
+    images = [OfEachVersion(each.data, each.answer, versions) for each in known_images()]
+    with run_serve(tmp_path / "log", MODEL=str(model)) as serve:
+        serve.process.wait_for_log("* Ready on port")
+        versions[version_served(serve)] = False
+        with Load(serve.url, images) as load:
+            for number in range(1, CHANGES + 1):
+                load.wait_for(64)
+                is_rolled = number % 2 == 1
+                shutil.copy(others[is_rolled], next_model)
+                next_model.rename(model)
+                if is_rolled:
+                    versions[model_version(model)] = True
+                assert reload(serve).returncode == 0
+                changed = time.monotonic()
+                load.wait_for(32)
+                new = {each.version for each in load.outcomes if each.started > changed}
+                assert new == {version for version, it_is in versions.items() if it_is == is_rolled}
+
+    assert load.failures == {}
+    assert len(versions) == 2
+    record_property("figures", load.figures)
+
+
+def test_one_models_server_killed_ten_times_costs_no_request_of_either(tmp_path: Path, record_property: Record) -> None:
+    other = save_rolled(tmp_path / "other.keras")
+    other_images = [Known(each.data, rolled(each.answer)) for each in known_images()]
+    with run_serve(tmp_path / "log", MODELS=f"models/digits.keras,{other}") as serve:
+        serve.process.wait_for_log("* Ready on port")
+        with Load(serve.url, page="/predict/other", images=other_images, clients=16) as alone:
+            alone.wait_for(300)
+        with (
+            Load(serve.url, clients=16) as killed,
+            Load(serve.url, page="/predict/other", images=other_images, clients=16) as beside,
+        ):
+            for _ in range(10):
+                killed.wait_for(32)
+                pid = server_of(serve, "digits")
+                freeze_in_mid_batch(pid, serve.redis, "image_queue", least=2)
+                os.kill(pid, signal.SIGKILL)
+            killed.wait_for(32)
+
+    assert killed.failures == {}
+    assert beside.failures == {}
+    assert alone.failures == {}
+    figures = (
+        f"{killed.figures}; the other model: {beside.figures}, p99 {p99(beside):.2f} s and {p99(alone):.2f} s alone"
     )
-    return pids[0]
+    record_property("figures", figures)
+
+
+def p99(load: Load) -> float:
+    return sorted(each.seconds for each in load.outcomes)[int(0.99 * len(load.outcomes))]

@@ -1,12 +1,18 @@
 """bin/serve with several models, and bin/serve --reload."""
 
+import os
+import re
 import shutil
+import signal
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Serve, model_servers, run_serve, running, wait_until
+import requests
+from harness import ROOT, Serve, command_line, model_servers, run_serve, running, wait_until
 from load import Load
+from own_model import LABELS, photos, save_model
 
 SERVE = str(ROOT / "bin/serve")
 THREE = (ROOT / "models/digits/three.png").read_bytes()
@@ -83,3 +89,60 @@ def test_a_wrong_list_of_models_stops_the_start_in_one_line(
         assert serve.process.popen.wait(60) == 1
         [line] = serve.process.log.splitlines()
         assert reason in line
+
+
+@pytest.mark.slow("starts two model servers")
+def test_two_models_are_served_with_a_command_for_each(tmp_path: Path) -> None:
+    """The models are given as relative paths, and have inputs of different sizes."""
+    gray = save_model(tmp_path / "my gray.keras", facts={"labels": LABELS})
+    models = f"models/digits.keras,{os.path.relpath(gray, ROOT)}"
+    with run_serve(tmp_path / "log", MODELS=models) as serve:
+        serve.process.wait_for_log("* Ready on port")
+
+        ready = requests.get(f"{serve.url}/readyz", timeout=10).json()
+        first, second = re.findall(r"^ +(curl .*)$", serve.process.log, re.MULTILINE)
+        bright, dark = photos(16)[0], photos(16)[-1]
+        answers = [requests.post(f"{serve.url}/predict/my-gray", files={"image": image}, timeout=60).json()
+                   for image in (bright, dark)]  # fmt: skip
+
+        assert ready["model"] == "digits"
+        assert {name: about["ready"] for name, about in ready["models"].items()} == {"digits": True, "my-gray": True}
+        assert first.endswith(f"{serve.url.replace('127.0.0.1', 'localhost')}/predict")
+        assert second.endswith("/predict/my-gray")
+        for command in (first, second):
+            printed = subprocess.check_output(command, shell=True, cwd=ROOT, text=True, timeout=60)
+            assert '"success":true' in printed
+        assert {each["label"] for answer in answers for each in answer["predictions"]} == set(LABELS)
+        assert answers[0]["predictions"][0]["label"] != answers[1]["predictions"][0]["label"]
+        assert serve.label(THREE) == "3"
+
+        # One ends for good, since its file is gone; the other goes on.
+        gray.rename(tmp_path / "away.keras")
+        os.kill(server_of(serve, "my-gray"), signal.SIGKILL)
+        serve.process.wait_for_log("my gray.keras does not exist")
+        wait_until(lambda: not server_pids(serve, "my-gray"), "it is not started again")
+        assert serve.label(THREE) == "3"
+        assert serve.process.stop() == 0
+
+
+@pytest.mark.slow("starts two model servers")
+def test_a_model_that_can_not_be_loaded_stops_the_start(tmp_path: Path) -> None:
+    """Its file passes the first check, which needs no Keras."""
+    broken = tmp_path / "broken.keras"
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("config.json", "{}")
+    with run_serve(tmp_path / "log", MODELS=f"models/digits.keras,{broken}") as serve:
+        assert serve.process.popen.wait(120) == 1
+        assert "bin/serve: model-server-broken-1 does not start; the lines above say why." in serve.process.log
+        assert "* Ready" not in serve.process.log
+
+
+def server_pids(serve: Serve, model: str) -> list[int]:
+    """The pids of the servers of a model."""
+    mark = str(serve.redis.connection_pool.connection_kwargs["port"])
+    return [pid for pid in model_servers(mark) if f"--model {model} " in command_line(pid)]
+
+
+def server_of(serve: Serve, model: str) -> int:
+    """The pid of the server of a model; waits for one."""
+    return int(wait_until(lambda: server_pids(serve, model), f"a server of {model} runs")[0])
