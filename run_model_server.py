@@ -1,10 +1,11 @@
 """The model server: takes batches of images from Redis, classifies them with Keras, and answers them until stopped.
 
-    python run_model_server.py [--model MODEL] [--gpu N]
+    python run_model_server.py [--model MODEL] [--gpu N]    serve MODEL: the default model, or another one beside it
     python run_model_server.py --check [IMAGE]              show that the model works here, and how fast; needs no Redis
 
-Run one for each GPU; they share the queue. On SIGTERM or Ctrl-C it takes no more images, answers those being computed,
-requeues the rest, and exits with code 0. Exit code 2: a setting or the model is invalid; one line says why.
+Run one for each GPU; those of the same model share its queue. On SIGTERM or Ctrl-C it takes no more images, answers
+those being computed, requeues the rest, and exits with code 0. Exit code 2: a setting or the model is invalid; one line
+says why.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from PIL import Image
 from redis.exceptions import RedisError
 
 import settings
-from helpers import StartupError, log_to_stderr, megabytes
+from helpers import StartupError, default_model, log_to_stderr, megabytes, model_name
 from image_queue import ImageQueue, ServerQueue
 from model_server import metrics, model_checks
 from model_server.batching import BATCHES_AT_ONCE
@@ -57,6 +58,19 @@ def classify_process() -> None:
     server.run()
 
 
+def choose_model(given: str | None) -> None:
+    """Set MODEL to the model `given`, which may also be the name of one of MODELS. Without it, to the default of MODELS.
+
+    IMAGE_* and LABELS are the default model's, so another model does without them.
+    """
+    listed = {model_name(each): each for each in settings.models()}
+    chosen = listed.get(given, given) if given else listed.get(default_model(), next(iter(listed.values()), None))
+    settings.MODEL = chosen or settings.MODEL
+    if default_model() not in ("", model_name(settings.MODEL)):
+        settings.LABELS = ""
+        settings.IMAGE_WIDTH = settings.IMAGE_HEIGHT = settings.IMAGE_CHANS = None
+
+
 def pin_gpu(number: int) -> None:
     """Let the model see only GPU `number`, counted from 0 among those in CUDA_VISIBLE_DEVICES, or all if it is not set.
 
@@ -91,7 +105,10 @@ def open_file(path: Path) -> Image.Image:
 def options() -> argparse.Namespace:
     """Return the command line options."""
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
-    known = "a name in keras.applications or the path of a .keras or .h5 file (default: MODEL)"
+    known = (
+        "a name in keras.applications, the path of a .keras or .h5 file, or the name of one of MODELS "
+        "(default: DEFAULT_MODEL or the first of MODELS, otherwise MODEL)"
+    )
     parser.add_argument("--model", help=known)
     parser.add_argument("--gpu", type=int, metavar="N", help="compute only on this GPU; the first is 0")
     checking = "load the model, classify this image (default: a photo of a cat), print how fast the model is, and exit"
@@ -105,8 +122,7 @@ def main() -> int:
     log_to_stderr(settings.LOG_FORMAT)
     for line in settings.warnings():
         log.warning(line)
-    if arguments.model:
-        settings.MODEL = arguments.model
+    choose_model(arguments.model)
     if arguments.gpu is not None:
         pin_gpu(arguments.gpu)
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing to finish while the model loads

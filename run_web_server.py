@@ -25,9 +25,10 @@ from web.image_preparation import prepare_image  # noqa: F401 - the tutorial def
 from web.inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from web.metrics import PREDICT, Metrics, add_metrics_routes
 from web.pages import WELCOME, add_pages, send, wants_page
-from web.pipeline import STAGES, Classified, Pipeline
+from web.pipeline import STAGES, Classified, Pipeline, Wanted
 from web.process import set_up_process, watch_redis
 from web.request_log import add_request_log
+from web.served_models import ServedModels
 from web.uploads import uploads
 
 log = logging.getLogger(__name__)
@@ -39,14 +40,16 @@ def create_app() -> flask.Flask:
     """Return the app with its queue, threads and routes. No thread starts before the first image."""
     app = flask.Flask(__name__, static_folder=None)
     metrics = Metrics()
-    queue = app.extensions["queue"] = WebQueue(metrics.count_jobs)
-    app.extensions["pipeline"] = Pipeline(queue, metrics)
+    queue = app.extensions["queue"] = WebQueue()
+    models = app.extensions["models"] = ServedModels(queue, metrics.count_jobs)
+    app.extensions["pipeline"] = Pipeline(metrics)
     app.add_url_rule("/", view_func=homepage)
     app.add_url_rule(PREDICT, view_func=predict, methods=["POST"])
+    app.add_url_rule(f"{PREDICT}/<name>", view_func=predict, methods=["POST"])
     add_rate_limit(app, queue)
-    add_health_routes(app, queue)
-    add_protocol_routes(app, queue)
-    add_metrics_routes(app, queue, metrics)
+    add_health_routes(app, models)
+    add_protocol_routes(app, models)
+    add_metrics_routes(app, models, metrics)
     add_pages(app)
     add_cors(app)
     add_request_log(app, metrics)
@@ -64,19 +67,25 @@ def homepage() -> flask.Response:
     return response
 
 
-def predict() -> flask.Response:
-    """Classify each image in the multipart field `image`, or the image that is the body."""
+def predict(name: str = "") -> flask.Response:
+    """Classify each image in the multipart field `image`, or the image that is the body, with the model `name`.
+
+    "" is the default model.
+    """
     # Check before reading the body, so that nothing is received from clients without a key.
     check_key()
     check_rate()
+    queue = flask.current_app.extensions["models"].queue(name)
+    flask.g.model = queue.model
     top = requested_top()
     images = uploads(flask.request)
     deadline = time.time() + settings.REQUEST_TIMEOUT  # excludes the upload: a slow network is not our fault
     pipeline: Pipeline = flask.current_app.extensions["pipeline"]
+    wanted = Wanted(flask.g.request_id, deadline, queue, top, named=bool(name))
     if len(images) == 1:
-        result = pipeline.classify(images[0], deadline, flask.g.request_id, top)
+        result = pipeline.classify(images[0], wanted)
         return timed(result_body(result), [result])
-    results = pipeline.classify_all(images, deadline, flask.g.request_id, top)
+    results = pipeline.classify_all(images, wanted)
     classified = [each for each in results if isinstance(each, Classified)]
     body = {"success": len(classified) == len(results), "results": [result_body(each) for each in results]}
     return timed(body, classified)
@@ -107,6 +116,12 @@ def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
     flask.g.log_fields = {f"{stage}_ms": round(ms[stage], 1) for stage in STAGES}
     flask.g.log_fields |= {"batch": batch, "images": len(classified)}
     response = flask.jsonify(body)
+    for header, values in (
+        ("X-Model", {each.model for each in classified}),
+        ("X-Model-Version", {each.version for each in classified}),
+    ):
+        if named := ", ".join(sorted(filter(None, values))):
+            response.headers[header] = named
     response.headers["Server-Timing"] = (
         f"prepare;dur={ms['prepare']:.1f}, queue;dur={ms['queue']:.1f}, "
         f'compute;dur={ms["compute"]:.1f};desc="batch of {batch}", total;dur={total:.1f}'

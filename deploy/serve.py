@@ -129,9 +129,11 @@ def check_models(models: dict[str, str]) -> None:
     """Raise StartupError, before anything is started, if a model or one of its files is invalid."""
     for name, path in absolute_paths().items():
         setattr(settings, name, path)
+    labels = settings.LABELS
     with chdir(APP_ROOT):  # where the model servers run
-        for model in models.values() or [settings.MODEL]:
+        for name, model in models.items() or [(helpers.default_model(), settings.MODEL)]:
             settings.MODEL = model
+            settings.LABELS = labels if name == helpers.default_model() else ""  # they are the default model's
             model_checks.check()
 
 

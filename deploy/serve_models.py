@@ -16,6 +16,7 @@ def chosen() -> dict[str, str]:
         name = model_name(model)
         if name in found:
             raise StartupError(f"MODELS has two models named {name}: rename one, since its name is in the URLs.")
+        queue_key(name)  # raises StartupError if no model may have this name
         found[name] = str(Path(model).resolve()) if Path(model).is_file() else model
     if found and settings.DEFAULT_MODEL and settings.DEFAULT_MODEL not in found:
         raise StartupError(f"DEFAULT_MODEL={settings.DEFAULT_MODEL} is invalid: it must be one of {', '.join(found)}.")

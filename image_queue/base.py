@@ -1,6 +1,5 @@
 """Shared by both sides of the queue: connections, key names, checks of Redis, live model servers."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -8,10 +7,13 @@ from functools import cache
 from threading import Lock
 from typing import Any, cast
 
+from redis import Redis
+
 import settings
 from image_queue.connection import QueuePool, connect, info_of_primary
 from image_queue.diagnosis import connection_limit, fault_of, risks_of, why_unusable
 from image_queue.errors import UnusableRedis
+from image_queue.parsing import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -19,22 +21,32 @@ CountJobs = Callable[[str, int], None]  # called with an event and the number of
 IMAGES_REFUSED = "images are refused"
 
 
+class Connections:
+    """The connections of a process to Redis, and what check() found. The queues of all models share them."""
+
+    def __init__(self) -> None:
+        self.redis = connect()  # the first command connects
+        self.unusable = False
+        self.risks: list[str] = []  # each completes a sentence that begins with the name of the Redis
+        self.logged_at: dict[str, float] = {}
+        self.log_lock = Lock()
+
+
 class ImageQueue:
     """What both sides of the queue share. WebQueue and ServerQueue add the handling of jobs."""
 
-    def __init__(self, count: CountJobs = lambda event, times: None) -> None:
-        """Make the connection pool; the first command connects. `count` is called with each event, for the metrics.
+    def __init__(
+        self, count: CountJobs = lambda event, times: None, key: str = "", connections: Connections | None = None
+    ) -> None:
+        """Use the queue `key` (default: IMAGE_QUEUE), on these `connections` or new ones.
 
-        The web's events are queued and retried (pushed again). A model server's are taken, expired, recovered (from a
-        dead server), given_up (after too many crashes) and dropped (malformed).
+        `count` is called with each event, for the metrics. The web's events are queued and retried (pushed again). A
+        model server's are taken, expired, recovered (from a dead server), given_up (after too many crashes) and dropped
+        (malformed).
         """
         self.count = count
-        self.redis = connect()
-        self.key = settings.IMAGE_QUEUE
-        self.unusable = False  # set by check(), like the risks
-        self.risks: list[str] = []  # each completes a sentence that begins with the name of the Redis
-        self._logged_at: dict[str, float] = {}
-        self._log_lock = Lock()
+        self.key = key or settings.IMAGE_QUEUE
+        self.connections = connections or Connections()
 
     def taken_key(self, server: str) -> str:
         """Return the key of the taken list of `server`."""
@@ -51,6 +63,16 @@ class ImageQueue:
     def accepted_key(self, job_id: str) -> str:
         """Return the key of a job's accepted marker."""
         return f"{self.key}:accepted:{job_id}"
+
+    @property
+    def redis(self) -> Redis:
+        """The client for Redis."""
+        return self.connections.redis
+
+    @property
+    def risks(self) -> list[str]:
+        """What may cost requests although Redis is usable, as the last check() found."""
+        return self.connections.risks
 
     @property
     def shape_key(self) -> str:
@@ -74,6 +96,17 @@ class ImageQueue:
         beats = self.redis.mget(keys) if keys else []
         return {server_of(key): parse_object(beat) for key, beat in zip(keys, beats, strict=True) if beat}
 
+    def live_servers_by_queue(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the same for the queues of all models, by the queue's key. Raises RedisError."""
+        keys = sorted(self.redis.scan_iter(f"{settings.IMAGE_QUEUE}:*server:*", count=1000))
+        beats = self.redis.mget(keys) if keys else []
+        queues: dict[str, dict[str, dict[str, Any]]] = {}
+        for key, beat in zip(keys, beats, strict=True):
+            if beat and b":server:" in key:
+                queue = key.decode("utf-8", "replace").rpartition(":server:")[0]
+                queues.setdefault(queue, {})[server_of(key)] = parse_object(beat)
+        return queues
+
     def waiting(self) -> int:
         """Return the number of waiting jobs. Raises RedisError."""
         return self.redis.llen(self.key)
@@ -86,12 +119,12 @@ class ImageQueue:
         """
         info = info_of_primary(self.redis)
         fault = why_unusable(info)
-        self.unusable = bool(fault)
+        self.connections.unusable = bool(fault)
         if fault:
             raise UnusableRedis(self.address, fault)
         self._limit_connections(connection_limit(info))
         self.redis.delete(f"{self.key}:never")  # deletes nothing, but fails if other writes would fail
-        self.risks = risks_of(info)
+        self.connections.risks = risks_of(info)
 
     def warn(self) -> None:
         """Log the risks that check() found, each once per process."""
@@ -106,10 +139,11 @@ class ImageQueue:
 
         `consequence` says what happens next; by default, another attempt after `pause` seconds.
         """
-        with self._log_lock:
-            if time.monotonic() < self._logged_at.get(consequence, 0.0) + pause / 2:
+        logged_at = self.connections.logged_at
+        with self.connections.log_lock:
+            if time.monotonic() < logged_at.get(consequence, 0.0) + pause / 2:
                 return
-            self._logged_at[consequence] = time.monotonic()
+            logged_at[consequence] = time.monotonic()
         consequence = consequence or "trying again" + (f" in {pause:.1f} s" if pause else "")
         reason = (str(error) or type(error).__name__).rstrip(".").splitlines()[0]
         details = "" if isinstance(error, UnusableRedis) else f" ({reason})"
@@ -119,15 +153,6 @@ class ImageQueue:
 def server_of(key: bytes) -> str:
     """Return the name of the model server from the key of its taken list or heartbeat."""
     return key.decode("utf-8", "replace").rpartition(":")[2]
-
-
-def parse_object(text: bytes | str) -> dict[str, Any]:
-    """Return the JSON object in `text`, or an empty one if there is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {}
 
 
 @cache

@@ -13,11 +13,13 @@ from typing import Any, cast
 import orjson
 from redis.exceptions import OutOfMemoryError
 
-from helpers import USUAL_SHAPE, StartupError, as_shape
+import settings
+from helpers import USUAL_SHAPE, as_shape, default_model
 from image_queue.base import CountJobs, ImageQueue, server_of
 from image_queue.errors import HeartbeatExpired
 from image_queue.intake import Intake
 from image_queue.job import MALFORMED_PREFIX, Answer, Batch, Job, failed, max_job_bytes
+from image_queue.models import KNOWN_FOR, list_key, marker_key, own_key, queue_key
 from image_queue.slots import claim_slot
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ ALL = 1_000_000  # more jobs than any server has taken
 # after the third: a server may also be killed from outside twice, which must not cost an innocent image its answer.
 MAX_CRASHES = 3
 CRASHED = "The model server crashed each time it had this image, so send another one."
-SHAPE_TTL = 86400  # seconds for which the web keeps the model's shape when no model server is alive
 TTL_ROUNDING = 0.5  # seconds by which TTL may round down
 
 
@@ -42,8 +43,11 @@ class ServerQueue(ImageQueue):
     """
 
     def __init__(self, about: dict[str, Any], ttl: float, count: CountJobs = lambda event, times: None) -> None:
-        """Claim a slot. `about` is the content of the heartbeat, `ttl` the seconds until it expires."""
-        super().__init__(count)
+        """Claim a slot. `about` is the content of the heartbeat, `ttl` the seconds until it expires.
+
+        Raises StartupError if no model may have this name.
+        """
+        super().__init__(count, queue_key(about["model"]))
         self.about = about
         self.ttl = ttl
         self._slot_socket, self.slot = claim_slot(self.key)
@@ -57,12 +61,11 @@ class ServerQueue(ImageQueue):
     def join(self) -> None:
         """Requeue the jobs that earlier sessions of this slot took but did not answer, and begin a new session.
 
-        Raises RedisError. Raises StartupError if this Redis is unusable, or if another model is served on this queue:
-        then images would be answered by the wrong model.
+        Raises RedisError, UnusableRedis.
         """
         self.check()
         self.warn()
-        self._refuse_other_models()
+        self._share_queue()
         self.leave()
         self._begin_session()
         for dead in self.redis.scan_iter(self.server_key(f"{self.slot}.*"), count=1000):
@@ -131,15 +134,25 @@ class ServerQueue(ImageQueue):
         if not self._scripts["answer"]([self.taken, self.heartbeat, *keys], [entries, *args]):
             raise HeartbeatExpired
 
-    def _refuse_other_models(self) -> None:
-        mine = (self.about["model"], self.about["weights"])
-        for name, about in self.live_servers().items():
-            theirs = (about.get("model"), about.get("weights"))
-            if name.rpartition(".")[0] != self.slot and theirs != mine:
-                raise StartupError(
-                    f"Model server {name} serves {theirs[0]} ({theirs[1]}) on the queue {self.key}: stop it, or set "
-                    f"IMAGE_QUEUE to another name for {mine[0]} ({mine[1]})."
-                )
+    def _share_queue(self) -> None:
+        """Move to a queue of our own if another model is served on the default queue, unless we are the default model.
+
+        While the default model is replaced by another one, both are on its queue.
+        """
+        if self.key != settings.IMAGE_QUEUE:
+            return
+        live = {name: about.get("model") for name, about in self.live_servers().items()}
+        others = {name: model for name, model in live.items() if name.rpartition(".")[0] != self.slot}
+        other = next((name for name, model in others.items() if model != self.about["model"]), None)
+        if other is None:
+            return
+        if default_model():
+            log.warning("%s serves %s on the queue of the default model too", other, others[other])
+            return
+        self._slot_socket.close()
+        self.key = own_key(self.about["model"])
+        self._slot_socket, self.slot = claim_slot(self.key)
+        log.info("%s serves %s, which is the default model", other, others[other])
 
     def _move(self, most: int, wait: float) -> Generator[memoryview]:
         """Move up to `most` entries from the queue to the taken list; yield each, valid until the next one."""
@@ -194,9 +207,12 @@ class ServerQueue(ImageQueue):
 
     def _renew(self, *options: str) -> None:
         """Write the heartbeat, with the option "XX" only if it has not expired. Raises HeartbeatExpired, RedisError."""
-        keys = [self.heartbeat, self.shape_key] if self._shape else [self.heartbeat]
+        model = self.about["model"]
+        keys = [self.heartbeat, list_key(), marker_key(model), *([self.shape_key] if self._shape else [])]
         shape = json.dumps({"shape": self._shape, "server": self.name})
-        args: list[str | int] = [shape, SHAPE_TTL, json.dumps(self.about), "PX", int(1000 * self.ttl), *options]
+        entry = json.dumps({**self.about, "queue": self.key, "server": self.name})
+        beat: list[str | int] = [json.dumps(self.about), "PX", int(1000 * self.ttl), *options]
+        args: list[str | int] = [marker_key(""), model, entry, shape, KNOWN_FOR, *beat]
         if not self._scripts["beat"](keys, args):
             raise HeartbeatExpired
         self._next_beat = time.monotonic() + self.ttl / 5

@@ -4,24 +4,24 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from threading import Condition, Lock
+from contextlib import closing, suppress
+from copy import copy
 from typing import cast
 
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 import settings
 from helpers import USUAL_SHAPE, Shape, as_shape, pauses
-from image_queue.base import IMAGES_REFUSED, CountJobs, ImageQueue, parse_object
-from image_queue.connection import MAX_CONNECTIONS
+from image_queue.base import IMAGES_REFUSED, CountJobs, ImageQueue
 from image_queue.errors import NoModelServer, QueueFull, RedisDown, ResultTimeout, UnusableRedis
+from image_queue.in_flight import InFlight
 from image_queue.job import Answer, Job
+from image_queue.parsing import parse_object
 from image_queue.pending_job import PendingJob
+from image_queue.refreshed import Refreshed
 from image_queue.transaction import transaction
 
-NONE_ALIVE = "no model server is alive; try again when one is started"
-SHAPE_REFRESH = 1.0  # seconds after which a web process asks Redis for the model's shape again
+REFRESH_EVERY = 1.0  # seconds after which a web process asks Redis again for what the model servers announce
 SPARE_CONNECTIONS = 4  # besides one per image in flight: for health, metrics and rate limits, which are quick
 
 
@@ -30,36 +30,26 @@ class WebQueue(ImageQueue):
 
     def __init__(self, count: CountJobs = lambda event, times: None) -> None:
         super().__init__(count)
+        self.model = ""  # the model's name for messages; "" if only one is served
         self._full = False  # whether the queue was full at the last push
-        self._shape = USUAL_SHAPE  # the model's, as last read from Redis
-        self._next_refresh = 0.0  # time.monotonic() from which the shape is out of date
-        self._refreshing = Lock()
-        self._max_in_flight = MAX_CONNECTIONS
-        self._in_flight = 0  # images, each with a connection
-        self._finished = Condition()
+        self._shape = Refreshed(self._served_shape, USUAL_SHAPE, REFRESH_EVERY)
+        self._in_flight = InFlight()
+
+    def of(self, model: str, key: str, count: CountJobs) -> "WebQueue":
+        """Return the queue `key` of a model, which shares the connections of this one."""
+        queue = copy(self)
+        queue.count, queue.key, queue.model, queue._full = count, key, model, False
+        queue._shape = Refreshed(queue._served_shape, USUAL_SHAPE, REFRESH_EVERY)
+        return queue
 
     def shape(self) -> Shape:
         """Return the shape to prepare images in, (height, width, channels): from IMAGE_*, or where empty, the model's.
 
-        One thread refreshes the model's shape every SHAPE_REFRESH seconds, and the others use the cached one. If that
-        is older than twice SHAPE_REFRESH, they wait up to SHAPE_REFRESH for the new one. If Redis does not answer, the
-        cached one is kept.
+        IMAGE_* are the default model's.
         """
-        overdue = time.monotonic() - self._next_refresh
-        if overdue >= 0 and not settings.image_is_set():
-            self._refresh_shape(SHAPE_REFRESH if overdue > SHAPE_REFRESH else 0.0)
-        return settings.image_shape(self._shape)
-
-    def _refresh_shape(self, patience: float) -> None:
-        if not self._refreshing.acquire(timeout=patience):
-            return
-        try:
-            if time.monotonic() >= self._next_refresh:
-                with suppress(RedisError):
-                    self._shape = self._served_shape() or self._shape
-                self._next_refresh = time.monotonic() + SHAPE_REFRESH
-        finally:
-            self._refreshing.release()
+        if self.key != settings.IMAGE_QUEUE:
+            return self._shape.value()
+        return settings.image_shape(self._shape.cached if settings.image_is_set() else self._shape.value())
 
     def _served_shape(self) -> Shape | None:
         """Return the shape that a live model server takes, or that the last one took. Raises RedisError."""
@@ -82,9 +72,9 @@ class WebQueue(ImageQueue):
         """
         with closing(PendingJob(Job(uuid.uuid4().hex, image, deadline, request, top, shape=shape))) as job:
             del image
-            if self.unusable:
+            if self.connections.unusable:
                 self._refuse_if_unusable()
-            with self._connection_for(job):
+            with self._in_flight.connection_for(job):
                 return self._ask(job)
 
     def _refuse_if_unusable(self) -> None:
@@ -97,27 +87,8 @@ class WebQueue(ImageQueue):
         except RedisError:
             pass  # this may be over soon, so try to queue the image
 
-    @contextmanager
-    def _connection_for(self, job: PendingJob) -> Iterator[None]:
-        """Wait up to REDIS_TIMEOUT until `job` may use a connection. Raises QueueFull."""
-        with self._finished:
-            if self._in_flight >= self._max_in_flight:
-                job.prepare_to_wait()
-            patience = min(job.remaining, settings.REDIS_TIMEOUT)
-            if not self._finished.wait_for(lambda: self._in_flight < self._max_in_flight, patience):
-                raise QueueFull("Redis has no free connection for another image, so try again in a few seconds.")
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._finished:
-                self._in_flight -= 1
-                self._finished.notify()
-
     def _limit_connections(self, limit: int) -> None:
-        with self._finished:
-            self._max_in_flight = limit
-            self._finished.notify_all()
+        self._in_flight.limit(limit)
         self.pool.max_connections = limit + SPARE_CONNECTIONS
         self.pool.close_idle(limit)
 
@@ -169,8 +140,9 @@ class WebQueue(ImageQueue):
             raise QueueFull("Redis has no memory for another image, so try again in a few seconds.") from error
         if not pushed:
             if self.live_servers():
-                raise QueueFull(f"{settings.MAX_QUEUE} images are waiting already, so try again in a few seconds.")
-            raise NoModelServer(f"The queue is full and {NONE_ALIVE}.")
+                waiting = f"{settings.MAX_QUEUE} images are waiting{self._for_model()} already"
+                raise QueueFull(f"{waiting}, so try again in a few seconds.")
+            raise NoModelServer(f"The queue{self._for_model()} is full and {self._none_alive()}.")
 
     def _append(self, job: PendingJob, limit: float) -> bool:
         """Append the job, and withdraw it if the queue is then longer than `limit` and it was not taken yet.
@@ -201,5 +173,13 @@ class WebQueue(ImageQueue):
         with suppress(RedisError):
             if not error:
                 alive = self.live_servers()
-                cause = "the model servers are busy; try again later" if alive else NONE_ALIVE
+                busy = f"the model servers{self._for_model()} are busy; try again later"
+                cause = busy if alive else self._none_alive()
         return f"No answer came within {settings.REQUEST_TIMEOUT:g} seconds, because {cause}."
+
+    def _for_model(self) -> str:
+        """Return the model's name as a part of a message."""
+        return f" for {self.model}" if self.model else ""
+
+    def _none_alive(self) -> str:
+        return f"no model server{self._for_model()} is alive; try again when one is started"

@@ -11,10 +11,11 @@ import numpy as np
 
 import settings
 from helpers import StartupError
-from model_server import model_loading
+from model_server import model_checks, model_loading
 from model_server.downloads import download
 from model_server.model_errors import gist, is_transient
-from model_server.model_file import Facts, ModelFile, read_labels
+from model_server.model_file import DEFAULT_TOP, Facts, ModelFile, labels_of
+from model_server.model_version import version_of
 from model_server.pipeline import Preprocess, input_shape
 
 SEED = 0  # for MODEL_WEIGHTS=random: all model servers must give the same answers
@@ -32,9 +33,12 @@ def applications() -> dict[str, ModuleType]:
 
 def load() -> tuple[Any, Preprocess, Facts]:
     """Return the model that MODEL names, its preprocessing, and the facts about it. Raises StartupError."""
-    name, weights = settings.MODEL, settings.MODEL_WEIGHTS
+    name = settings.MODEL
+    file = model_checks.application_file(name)
+    weights = model_checks.application_weights(file)
     module: Any = applications()[name]
-    labels = _chosen_labels(weights)
+    labels = _chosen_labels(weights, file)
+    version = weights if weights in ("random", "imagenet") else version_of([Path(weights), file.path])
     build = getattr(keras.applications, name)
     keras.utils.set_random_seed(SEED)
     if weights in ("random", "imagenet"):
@@ -42,19 +46,22 @@ def load() -> tuple[Any, Preprocess, Facts]:
     else:
         model = _with_weights(build(weights=None, classes=1000 if labels is None else len(labels)), Path(weights))
     facts = Facts(
-        input_shape(model, ModelFile(Path(name))),
+        input_shape(model, file),
         labels or _imagenet_labels(module),
         f"LABELS={settings.LABELS}",
         preprocessing=f"{name}'s own",
-        description=IMAGENET if weights == "imagenet" else "",
+        top=file.top or DEFAULT_TOP,
+        description=file.description or (IMAGENET if weights == "imagenet" else ""),
         activation=model_loading.last_activation(model),
+        weights=Path(weights).name,
+        version=version,
     )
     return model, module.preprocess_input, facts
 
 
-def _chosen_labels(weights: str) -> list[str] | None:
-    if settings.LABELS:
-        return read_labels(Path(settings.LABELS))
+def _chosen_labels(weights: str, file: ModelFile) -> list[str] | None:
+    if settings.LABELS or file.labels:
+        return list(labels_of(file, settings.LABELS)[0])
     # Untrained weights recognize nothing, and a label such as "beagle" would hide that.
     return [f"class_{i}" for i in range(1000)] if weights == "random" else None
 

@@ -4,14 +4,13 @@ load() creates one, and imports Keras only then, since that takes seconds and hu
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import settings
-from helpers import Pixels, Shape
+from helpers import Pixels, Shape, model_name
 from model_server import model_checks, output_checks
 from model_server.backends import Network
 from model_server.batching import BatchSizes
@@ -47,11 +46,11 @@ class Classifier:
     @property
     def about(self) -> dict[str, Any]:
         """What the service reports about its model."""
-        is_path = model_checks.is_path(settings.MODEL)
         optional = {"description": self.facts.description} if self.facts.description else {}
         return {
-            "model": Path(settings.MODEL).stem if is_path else settings.MODEL,
-            "weights": Path(settings.MODEL if is_path else settings.MODEL_WEIGHTS).name,
+            "model": model_name(settings.MODEL),
+            "weights": self.facts.weights,
+            "version": self.facts.version,
             "shape": self.shape,
             "classes": len(self._labels),
             "batch_size": self.batch_size,

@@ -50,6 +50,7 @@ class ModelServer:
         self.classifier = classifier
         self.queue = queue
         self.stopping = False
+        self._identity: Answer = {name: queue.about[name] for name in ("model", "version") if name in queue.about}
         self._computing = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="compute")
         self._answering = ThreadPoolExecutor(1, thread_name_prefix="answer")
         self._in_flight: deque[Future[None]] = deque()  # each done when its batch is answered; oldest first
@@ -162,8 +163,8 @@ class ModelServer:
         batch, results, seconds = self._unsent[0]
         each = iter(results)
         pairs = zip(batch.jobs, batch.rows, strict=True)
-        timing = {"compute_s": seconds, "batch": len(results)}
-        answers = [UNREADABLE if row is None else self._answer_to(job, next(each), timing) for job, row in pairs]
+        common: Answer = {"compute_s": seconds, "batch": len(results), **self._identity}
+        answers = [UNREADABLE if row is None else self._answer_to(job, next(each), common) for job, row in pairs]
         try:
             self.queue.answer(batch.jobs, answers, entries)
         except HeartbeatExpired:  # the answers were sent anyway
@@ -176,13 +177,13 @@ class ModelServer:
         for outcome, times in Counter(map(outcome_of, answers)).items():
             metrics.OUTCOMES.labels(outcome).inc(times)
 
-    def _answer_to(self, job: Job, result: Probabilities | Exception, timing: Answer) -> Answer:
+    def _answer_to(self, job: Job, result: Probabilities | Exception, common: Answer) -> Answer:
         if isinstance(result, Exception):
             log.error("The image of request %s broke the model", job.request, exc_info=result)
             return BROKEN
         decoded = self.classifier.decode(result, job.top)
         predictions = [{"label": label, "probability": probability} for label, probability in decoded]
-        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, **timing}
+        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, **common}
 
     def _join(self) -> None:
         """Finish what is in flight, send unsent answers, and write a new heartbeat; wait for Redis if needed."""

@@ -4,11 +4,21 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 
-from prometheus_client import Counter, Histogram, Info, disable_created_metrics, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    Metric,
+    disable_created_metrics,
+    start_http_server,
+)
 
 import settings
-from helpers import StartupError
+from helpers import StartupError, model_name
 from model_server.systemd import REPLACES
 
 log = logging.getLogger(__name__)
@@ -42,6 +52,17 @@ def count_jobs(event: str, times: int = 1) -> None:
     JOBS.labels(event).inc(times)
 
 
+class WithModel(CollectorRegistry):
+    """All metrics of this process, each with the label `model`."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        model = {"model": model_name(settings.MODEL)}
+        for metric in REGISTRY.collect():
+            metric.samples = [each._replace(labels=model | each.labels) for each in metric.samples]
+            yield metric
+
+
 def serve_metrics(number: int) -> None:
     """Serve the metrics from a thread if METRICS_PORT is set. Raises StartupError if the port is taken.
 
@@ -52,7 +73,7 @@ def serve_metrics(number: int) -> None:
         return
     port = settings.METRICS_PORT + number
     try:
-        start_http_server(port, settings.METRICS_HOST)
+        start_http_server(port, settings.METRICS_HOST, WithModel())
     except (OSError, OverflowError) as error:
         if replaced := int(os.environ.get(REPLACES, "0")):
             threading.Thread(target=_take_over, args=[port, replaced], daemon=True).start()
@@ -67,7 +88,7 @@ def _take_over(port: int, replaced: int) -> None:
     ended = False
     while True:
         try:
-            start_http_server(port, settings.METRICS_HOST)
+            start_http_server(port, settings.METRICS_HOST, WithModel())
             return
         except OSError as error:
             if ended:

@@ -21,6 +21,7 @@ from helpers import StartupError
 from model_server import model_file
 from model_server.model_file import shown
 
+APPLICATION_FILES = Path(__file__).parents[1] / "models"
 NAME = re.compile(r"[\w-]+")  # of a classifier; any other text in MODEL is a path
 HEAD = 1024  # bytes of a file, enough to tell its format
 
@@ -56,14 +57,34 @@ def check() -> None:
     if is_path(settings.MODEL):
         path = Path(settings.MODEL)
         whole_model(path)
-        model_file.labels_of(model_file.read(path.with_suffix(".json")), settings.LABELS)
+        file = model_file.read(path.with_suffix(".json"))
+        if file.weights:
+            raise file.invalid("weights", file.weights, "left out, since the model's file has its weights")
+        model_file.labels_of(file, settings.LABELS)
         return
     if settings.MODEL not in application_names():
         raise _unknown(settings.MODEL)
-    if settings.LABELS:
-        model_file.read_labels(Path(settings.LABELS))
-    if settings.MODEL_WEIGHTS not in ("imagenet", "random"):
-        file_format("MODEL_WEIGHTS", Path(settings.MODEL_WEIGHTS))
+    file = application_file(settings.MODEL)
+    if settings.LABELS or file.labels:
+        model_file.labels_of(file, settings.LABELS)
+    weights = application_weights(file)
+    if weights not in ("imagenet", "random"):
+        file_format("MODEL_WEIGHTS", Path(weights))
+
+
+def application_file(name: str) -> model_file.ModelFile:
+    """Return what `models/<name>.json` says about a model of keras.applications. Raises StartupError."""
+    file = model_file.read(APPLICATION_FILES / f"{name}.json")
+    if file.preprocessing != "none":
+        raise file.invalid("preprocessing", file.preprocessing, f"left out, since {name} has its own")
+    return file
+
+
+def application_weights(file: model_file.ModelFile) -> str:
+    """Return the weights of a model of keras.applications: its file's, otherwise MODEL_WEIGHTS."""
+    if file.weights in ("", "imagenet", "random"):
+        return file.weights or settings.MODEL_WEIGHTS
+    return str(file.path.parent / file.weights)
 
 
 def is_path(model: str) -> bool:

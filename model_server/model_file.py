@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields
-from marshmallow.validate import Length, OneOf, Range
+from marshmallow.validate import Length, OneOf, Range, Regexp
 
 from helpers import MOST_SIDE, Shape, StartupError
 
@@ -37,6 +37,7 @@ def _is_line(value: object) -> bool:
 
 
 SIDE = fields.Integer(strict=True, validate=Range(1, MOST_SIDE)), f"a whole number of pixels from 1 to {MOST_SIDE}"
+WEIGHTS = "imagenet, random, or the name of a .h5 or .keras file beside it"
 LABELS = "a list of strings, or the name of a file beside it with one class per line"
 KEYS: dict[str, tuple[fields.Field[Any], str]] = {  # each with its allowed values, in words
     "width": SIDE,
@@ -45,6 +46,7 @@ KEYS: dict[str, tuple[fields.Field[Any], str]] = {  # each with its allowed valu
     "preprocessing": (fields.String(validate=OneOf(PREPROCESSING)), f"one of {', '.join(PREPROCESSING)}"),
     "labels": (fields.Raw(validate=_check_lines), LABELS),
     "top": (fields.Integer(strict=True, validate=Range(1, 1000)), "a whole number from 1 to 1000"),
+    "weights": (fields.String(validate=Regexp(r"imagenet|random|.+\.(h5|hdf5|keras)")), WEIGHTS),
     "description": (fields.String(validate=[Length(1, 500), _check_lines]), "one line of at most 500 characters"),
 }
 SCHEMA = Schema.from_dict({key: field for key, (field, _) in KEYS.items()})
@@ -62,6 +64,7 @@ class ModelFile:
     labels: list[str] | str = ""
     top: int = 0
     description: str = ""
+    weights: str = ""
 
     def invalid(self, key: str, value: object, allowed: str) -> StartupError:
         """Return the error for a key with an invalid value."""
@@ -73,8 +76,8 @@ class Facts:
     """What the service needs to know about a model besides its network.
 
     `shape` is (height, width, channels) of an image, `labels_from` says where the labels come from, `preprocessing`
-    names what is done to pixels, `top` is the number of predictions in an answer, and `activation` is the model's last
-    activation, such as "softmax", or empty if unknown.
+    names what is done to pixels, `top` is the number of predictions in an answer, `activation` is the model's last
+    activation, such as "softmax", or empty if unknown, and `weights` and `version` name the weights.
     """
 
     shape: Shape
@@ -84,6 +87,8 @@ class Facts:
     top: int = DEFAULT_TOP
     description: str = ""
     activation: str = ""
+    weights: str = ""
+    version: str = ""
 
 
 def read(path: Path) -> ModelFile:

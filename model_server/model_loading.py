@@ -15,7 +15,8 @@ from helpers import StartupError
 from model_server import model_checks, model_file
 from model_server.keras2_files import rewrite
 from model_server.model_errors import gist, is_transient
-from model_server.model_file import DEFAULT_TOP, Facts, shown
+from model_server.model_file import DEFAULT_TOP, Facts, ModelFile, shown
+from model_server.model_version import version_of
 from model_server.output_checks import PROBABILITIES
 from model_server.pipeline import Preprocess, input_shape, preprocessing
 
@@ -39,13 +40,20 @@ def load() -> tuple[Any, Preprocess, Facts]:
     """Return the model at the path MODEL, its preprocessing, and the facts about it. Raises StartupError."""
     path = Path(settings.MODEL)
     file = model_file.read(path.with_suffix(".json"))
+    version = version_of([path, file.path, labels_file(file)])
     labels, labels_from = model_file.labels_of(file, settings.LABELS)
     model = one_to_one(load_file(path, "MODEL"), f"MODEL={settings.MODEL}")
     shape = input_shape(model, file)
     activation = last_activation(model)
     top = file.top or DEFAULT_TOP
-    facts = Facts(shape, labels, labels_from, file.preprocessing, top, file.description, activation)
+    facts = Facts(shape, labels, labels_from, file.preprocessing, top, file.description, activation, path.name, version)
     return model, preprocessing(file, shape), facts
+
+
+def labels_file(file: ModelFile) -> Path:
+    """Return the file that the labels of a model come from, which need not exist."""
+    named = file.labels if isinstance(file.labels, str) and file.labels else file.path.with_suffix(".labels.txt").name
+    return Path(settings.LABELS) if settings.LABELS else file.path.parent / named
 
 
 def load_file(path: Path, setting: str) -> Any:

@@ -15,7 +15,7 @@ from model_server.classifier import Classifier
 from model_server.loop import ModelServer
 
 POISON = 13
-MEAN = {"model": "mean", "weights": "none"}
+MEAN = {"model": "digits", "weights": "none"}
 
 
 class MeanClassifier:

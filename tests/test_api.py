@@ -13,7 +13,9 @@ from harness import ROOT, Service, assert_error, free_port, raw_answer, run_apac
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+import settings
 from image_queue import WebQueue
+from model_server.model_version import version_of
 from run_web_server import create_app
 
 THREE, SEVEN = (ROOT / "models/digits" / name for name in ("three.png", "seven.jpg"))
@@ -145,9 +147,10 @@ def assert_protocol_error(answer: Any, status: int) -> str:
 
 
 PIXELS = {"name": "pixels", "datatype": "UINT8", "shape": [-1, 224, 224, 3]}
+VERSION = version_of(ROOT / f"models/digits{suffix}" for suffix in (".keras", ".json", ".labels.txt"))
 METADATA = {
     "name": "digits",
-    "versions": ["digits.keras"],
+    "versions": [VERSION],
     "platform": "keras",
     "inputs": [PIXELS],
     "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}],
@@ -157,9 +160,9 @@ METADATA = {
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/v2/health/live", {"live": True}), ("/v2/health/ready", {"live": True, "ready": True}),
-     ("/v2/models/digits", METADATA), ("/v2/models/digits/versions/digits.keras", METADATA),
+     ("/v2/models/digits", METADATA), (f"/v2/models/digits/versions/{VERSION}", METADATA),
      ("/v2/models/digits/ready", {"name": "digits", "ready": True}),
-     ("/v2/models/digits/versions/digits.keras/ready", {"name": "digits", "ready": True})],
+     (f"/v2/models/digits/versions/{VERSION}/ready", {"name": "digits", "ready": True})],
 )  # fmt: skip
 def test_protocol_health_and_model_metadata(service: Service, path: str, body: dict[str, Any]) -> None:
     for address in (path, f"{path}/"):
@@ -193,7 +196,7 @@ def test_unknown_path_elsewhere_is_404_in_the_services_format(service: Service, 
     assert_error(get(service, path), 404, "not_found")
 
 
-@pytest.mark.parametrize("path", ["/v2", "/v2/health/live", "/v2/models/digits/versions/digits.keras"])
+@pytest.mark.parametrize("path", ["/v2", "/v2/health/live", f"/v2/models/digits/versions/{VERSION}"])
 def test_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
     answer = requests.delete(service.url + path, timeout=10)
 
@@ -201,7 +204,7 @@ def test_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
     assert "GET" in answer.headers["Allow"]
 
 
-@pytest.mark.parametrize("path", ["/v2/models/digits/infer", "/v2/models/digits/versions/digits.keras/infer"])
+@pytest.mark.parametrize("path", ["/v2/models/digits/infer", f"/v2/models/digits/versions/{VERSION}/infer"])
 def test_infer_is_501_and_names_predict(service: Service, path: str) -> None:
     answer = requests.post(service.url + path, json={"inputs": [PIXELS | {"data": []}]}, timeout=10)
 
@@ -230,7 +233,7 @@ def test_tritonclient_reads_answers_and_errors(service: Service) -> None:
         pixels = InferInput("pixels", [1, 224, 224, 3], "UINT8")
         pixels.set_data_from_numpy(np.zeros((1, 224, 224, 3), np.uint8))
         assert "[404] The models served here are: digits." in error_text(client.get_model_metadata, "cats")
-        assert "[404] The versions of digits served here are: digits.keras." in error_text(
+        assert f"[404] The versions of digits served here are: {VERSION}." in error_text(
             client.get_model_metadata, "digits", "2"
         )
         assert "[404] There is nothing at this address" in error_text(client.get_model_repository_index)
@@ -269,11 +272,18 @@ def error_text(call: Callable[..., Any], *arguments: Any, **more: Any) -> str:
 
 
 def test_internal_error_below_v2_has_protocol_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WebQueue, "live_servers", lambda _: 1 / 0)
+    monkeypatch.setattr(WebQueue, "live_servers_by_queue", lambda _: 1 / 0)
 
     answer = create_app().test_client().get("/v2/health/ready")
 
     assert (answer.status_code, list(answer.get_json())) == (500, ["error"])
+
+
+def serve_only(monkeypatch: pytest.MonkeyPatch, servers: dict[str, Any]) -> None:
+    """Let the web find these live servers, of an older version, on the default queue, which is empty."""
+    monkeypatch.setattr(WebQueue, "live_servers", lambda _: servers)
+    monkeypatch.setattr(WebQueue, "live_servers_by_queue", lambda _: {settings.IMAGE_QUEUE: servers})
+    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +293,7 @@ def test_internal_error_below_v2_has_protocol_format(monkeypatch: pytest.MonkeyP
 )  # fmt: skip
 def test_version_is_url_safe(monkeypatch: pytest.MonkeyPatch, weights: str, version: str) -> None:
     server = {"model": "birds", "weights": weights, "shape": [224, 224, 3], "classes": 2}
-    monkeypatch.setattr(WebQueue, "live_servers", lambda _: {"a": server, "b": server})
-    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
+    serve_only(monkeypatch, {"a": server, "b": server})
     client = create_app().test_client()
 
     assert client.get("/v2/models/birds").get_json()["versions"] == [version]
@@ -294,8 +303,7 @@ def test_version_is_url_safe(monkeypatch: pytest.MonkeyPatch, weights: str, vers
 def test_both_versions_are_listed_while_a_model_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     servers = {name: {"model": "birds", "weights": f"{name}.keras", "shape": [64, 64, 3], "classes": classes}
                for name, classes in (("new", 3), ("old", 2))}  # fmt: skip
-    monkeypatch.setattr(WebQueue, "live_servers", lambda _: servers)
-    monkeypatch.setattr(WebQueue, "waiting", lambda _: 0)
+    serve_only(monkeypatch, servers)
     client = create_app().test_client()
 
     for version, classes in (("new.keras", 3), ("old.keras", 2)):

@@ -13,7 +13,6 @@ from queue_fixtures import ABOUT, ANSWER, answer, die, ids, in_background, push,
 from redis import Redis
 
 import settings
-from helpers import StartupError
 from image_queue import HeartbeatExpired, Job, ServerQueue, WebQueue, failed
 
 pytest_plugins = ["queue_fixtures"]
@@ -327,10 +326,3 @@ def test_server_notices_that_its_heartbeat_expired(server: ServerQueue) -> None:
 
     with pytest.raises(HeartbeatExpired):
         server.beat()
-
-
-def test_second_model_on_the_same_queue_is_refused(redis: Redis, server: ServerQueue) -> None:
-    other = ServerQueue({"model": "ResNet50", "weights": "imagenet"}, 5)
-
-    with pytest.raises(StartupError, match="IMAGE_QUEUE"):
-        other.join()

@@ -37,7 +37,8 @@ def test_an_answered_image_leaves_no_key(redis: Redis, web: WebQueue, server: Se
     answer(server, batch)
 
     assert asked.result(10) == ANSWER
-    assert own_keys(redis) == [server.heartbeat.encode()]
+    announced = {f"{settings.IMAGE_QUEUE}:models", f"{settings.IMAGE_QUEUE}:model:digits"}
+    assert {key.decode() for key in own_keys(redis)} == {server.heartbeat, *announced}
 
 
 def test_answered_job_is_not_pushed_again(redis: Redis, web: WebQueue, server: ServerQueue) -> None:
@@ -74,13 +75,12 @@ def test_only_the_queue_and_taken_lists_have_no_ttl(redis: Redis, web: WebQueue,
     asked.append(ask_in_background(web, 3))
     wait_until(lambda: web.waiting() == 1, "a third job waits")
 
-    kinds = {}
-    for key in (key.decode() for key in own_keys(redis)):
-        assert key.startswith(settings.IMAGE_QUEUE)
-        kinds[re.sub(r":[^:]*$", "", key)] = redis.pttl(key)
-    permanent = {kind for kind, ttl in kinds.items() if ttl == -1}
+    keys = [key.decode() for key in own_keys(redis)]
+    assert all(key.startswith(settings.IMAGE_QUEUE) for key in keys)
+    kinds = {key: re.sub(r":[^:]*$", "", key) for key in keys}
+    permanent = {kinds[key] for key in keys if redis.pttl(key) == -1}
     assert permanent == {settings.IMAGE_QUEUE, f"{settings.IMAGE_QUEUE}:taken"}
-    assert {f"{settings.IMAGE_QUEUE}:{part}" for part in ("server", "result", "accepted")} <= set(kinds)
+    assert {f"{settings.IMAGE_QUEUE}:{part}" for part in ("server", "result", "accepted")} <= set(kinds.values())
     assert [each.result(10) for each in asked[:2]] == [ANSWER] * 2
     with pytest.raises(ResultTimeout):
         asked[2].result(10)

@@ -92,7 +92,11 @@ def test_install_upgrade_and_remove_in_a_bare_debian(system: Chroot, tmp_path: P
 
     # And the metrics of all web processes are added up
     [counted] = (system.root / "tmp/counted").read_text().splitlines()
-    assert counted.split() == ["10", 'keras_rest_api_requests_total{endpoint="/predict",status="200"}', "1.0"]
+    assert counted.split() == [
+        "10",
+        'keras_rest_api_requests_total{endpoint="/predict",model="efficientnet_lite0",status="200"}',
+        "1.0",
+    ]
 
     # And .env sets MODEL once, on the line where .env.example has it
     lines = (system.root / TARGET[1:] / ".env").read_text().splitlines()
@@ -318,6 +322,7 @@ def installed(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     for name in ("settings.py", "helpers.py", "deploy/serve_models.py"):
         shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "image_queue", tmp_path / "image_queue")
     (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / ".venv/bin/python").chmod(0o755)
     (tmp_path / ".installed").touch()

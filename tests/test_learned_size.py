@@ -27,14 +27,14 @@ Record = Callable[[str, object], None]
 
 def live_server(shape: Any) -> ServerQueue:
     """A live model server for images of this shape."""
-    server = ServerQueue({"model": "own", "weights": "own.keras", "shape": shape}, 5)
+    server = ServerQueue({"model": "digits", "weights": "own.keras", "shape": shape}, 5)
     server.join()
     return server
 
 
 @pytest.fixture
 def refresh_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("image_queue.web_queue.SHAPE_REFRESH", 0.0)
+    monkeypatch.setattr("image_queue.web_queue.REFRESH_EVERY", 0.0)
 
 
 @pytest.mark.usefixtures("refresh_at_once")
@@ -84,7 +84,7 @@ def test_with_all_sizes_set_the_web_does_not_ask_redis(redis: Redis, monkeypatch
     for name in ("IMAGE_WIDTH", "IMAGE_HEIGHT", "IMAGE_CHANS"):
         monkeypatch.setattr(settings, name, 3)
     web = WebQueue()
-    monkeypatch.setattr(web, "redis", None)
+    monkeypatch.setattr(web.connections, "redis", None)
 
     assert web.shape() == (3, 3, 3)
 
@@ -95,7 +95,7 @@ class SlowRefresh:
     def __init__(self, web: WebQueue, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.go_on = threading.Event()
-        monkeypatch.setattr(web, "_served_shape", self.look)
+        monkeypatch.setattr(web._shape, "_read", self.look)
 
     def look(self) -> Shape:
         self.count += 1
@@ -107,7 +107,7 @@ def test_one_thread_refreshes_the_size_and_others_use_the_cached_one(
     redis_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web = WebQueue()
-    web._next_refresh = time.monotonic()
+    web._shape._next = time.monotonic()
     slow = SlowRefresh(web, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(web.shape)
@@ -143,7 +143,7 @@ def test_a_failed_refresh_keeps_the_cached_size(redis: Redis, monkeypatch: pytes
     def broken() -> None:
         raise RedisError
 
-    monkeypatch.setattr(web, "_served_shape", broken)
+    monkeypatch.setattr(web._shape, "_read", broken)
     assert web.shape() == SMALL
 
 

@@ -35,7 +35,7 @@ WHITE = saved(Image.new("RGB", (32, 32), "white"), "PNG")
 IMAGE = (ROOT / "models/digits/three.png").read_bytes()
 MONITORING = ROOT / "deploy/monitoring"
 
-ANSWERED = 'keras_rest_api_requests_total{endpoint="/predict",status="200"}'
+ANSWERED = 'keras_rest_api_requests_total{endpoint="/predict",model="digits",status="200"}'
 
 Figures = dict[str, float]
 
@@ -77,21 +77,21 @@ def test_metrics_of_a_stress_test_add_up(measured: tuple[Service, str]) -> None:
     assert (bad.status_code, both.status_code) == (400, 200)
     web, server = growth(before[0], figures(service.url)), growth(before[1], figures(model_server))
     assert web[ANSWERED] == 301
-    assert web['keras_rest_api_requests_total{endpoint="/predict",status="400"}'] == 1
+    assert web['keras_rest_api_requests_total{endpoint="/predict",model="digits",status="400"}'] == 1
     # The 400 is not included: fast errors would hide how long images take.
-    assert web["keras_rest_api_request_duration_seconds_count"] == 301
-    assert web['keras_rest_api_images_total{outcome="classified"}'] == 301
-    assert web['keras_rest_api_images_total{outcome="bad_image"}'] == 2
-    assert web['keras_rest_api_jobs_total{event="queued"}'] == 301
-    assert web['keras_rest_api_jobs_total{event="retried"}'] == 0
-    assert web["keras_rest_api_batch_size_count"] == 301
+    assert web['keras_rest_api_request_duration_seconds_count{model="digits"}'] == 301
+    assert web['keras_rest_api_images_total{model="digits",outcome="classified"}'] == 301
+    assert web['keras_rest_api_images_total{model="digits",outcome="bad_image"}'] == 2
+    assert web['keras_rest_api_jobs_total{event="queued",model="digits"}'] == 301
+    assert web['keras_rest_api_jobs_total{event="retried",model="digits"}'] == 0
+    assert web['keras_rest_api_batch_size_count{model="digits"}'] == 301
     for stage in ("prepare", "queue", "compute"):
-        assert web[f'keras_rest_api_stage_seconds_count{{stage="{stage}"}}'] == 301
-    assert server['keras_model_server_jobs_total{event="taken"}'] == 301
-    assert server['keras_model_server_images_total{outcome="classified"}'] == 301
-    assert server["keras_model_server_batch_size_sum"] == 301
-    batches = server["keras_model_server_batch_size_count"]
-    assert server["keras_model_server_compute_seconds_count"] == batches
+        assert web[f'keras_rest_api_stage_seconds_count{{model="digits",stage="{stage}"}}'] == 301
+    assert server['keras_model_server_jobs_total{event="taken",model="digits"}'] == 301
+    assert server['keras_model_server_images_total{model="digits",outcome="classified"}'] == 301
+    assert server['keras_model_server_batch_size_sum{model="digits"}'] == 301
+    batches = server['keras_model_server_batch_size_count{model="digits"}']
+    assert server['keras_model_server_compute_seconds_count{model="digits"}'] == batches
     logged = service.servers[0].batches[before[2] :]
     assert len(logged) == batches
     assert sum(logged) == 301
@@ -106,16 +106,21 @@ def test_stats_agrees_with_the_metrics(measured: tuple[Service, str]) -> None:
 
     statuses = {"200", "400"}
     assert stats["requests"] == {
-        each: web[f'keras_rest_api_requests_total{{endpoint="/predict",status="{each}"}}'] for each in statuses
+        each: web[f'keras_rest_api_requests_total{{endpoint="/predict",model="digits",status="{each}"}}']
+        for each in statuses
     }
-    assert stats["images"] == web['keras_rest_api_images_total{outcome="classified"}']
-    assert stats["queue_length"] == web["keras_rest_api_queue_length"] == 0
+    assert stats["images"] == web['keras_rest_api_images_total{model="digits",outcome="classified"}']
+    assert stats["queue_length"] == web['keras_rest_api_queue_length{model="digits"}'] == 0
     assert [about["model"] for about in stats["model_servers"].values()] == ["digits"]
-    assert web["keras_rest_api_model_servers"] == 1
+    assert web['keras_rest_api_model_servers{model="digits"}'] == 1
     for ours, theirs in (("latency", "request_duration_seconds"), ("batch_size", "batch_size")):
         histogram = stats[ours]
-        assert histogram["count"] == histogram["buckets"]["+Inf"] == web[f"keras_rest_api_{theirs}_count"]
-        assert histogram["sum"] == pytest.approx(web[f"keras_rest_api_{theirs}_sum"])
+        assert (
+            histogram["count"]
+            == histogram["buckets"]["+Inf"]
+            == web[f'keras_rest_api_{theirs}_count{{model="digits"}}']
+        )
+        assert histogram["sum"] == pytest.approx(web[f'keras_rest_api_{theirs}_sum{{model="digits"}}'])
     assert 1 <= stats["batch_size"]["buckets"]["1"] <= stats["batch_size"]["buckets"]["16"] <= stats["images"]
 
 
@@ -175,7 +180,7 @@ print(client.get("/metrics").text)
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
     )
 
-    assert 'keras_rest_api_requests_total{endpoint="/livez",status="200"} 1.0' in answer.stdout
+    assert 'keras_rest_api_requests_total{endpoint="/livez",model="",status="200"} 1.0' in answer.stdout
     assert "the shared files can't be written" in answer.stderr
 
 
@@ -202,8 +207,8 @@ def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
             assert answer.result().status_code == 200
             counted = figures(f"http://127.0.0.1:{port}")
 
-    assert counted['keras_model_server_jobs_total{event="recovered"}'] == 1
-    assert counted['keras_model_server_jobs_total{event="given_up"}'] == 0
+    assert counted['keras_model_server_jobs_total{model="digits",event="recovered"}'] == 1
+    assert counted['keras_model_server_jobs_total{model="digits",event="given_up"}'] == 0
 
 
 # Logs

@@ -27,6 +27,7 @@ from image_queue import RedisDown, ResultTimeout, ServerQueue, UnusableRedis, We
 from image_queue.connection import NotPrimary, PrimaryConnection, QueuePool, connect
 from image_queue.server_queue import SCRIPTS
 from web.health import add_health_routes
+from web.served_models import ServedModels
 
 GRACE = 10  # seconds; an idle machine needs milliseconds
 
@@ -395,7 +396,7 @@ def test_evicting_redis_is_reported_by_readyz_and_the_installer(
         server = ServerQueue({"model": "digits", "weights": "digits.keras"}, 5)
         server.join()
         app = flask.Flask("test")
-        add_health_routes(app, WebQueue())
+        add_health_routes(app, ServedModels(WebQueue(), lambda model, event, times: None))
         ready = app.test_client().get("/readyz")
         installed = installer_output(port)
 

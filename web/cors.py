@@ -10,7 +10,8 @@ import flask
 import settings
 
 REQUEST_HEADERS = "Authorization, Content-Encoding, Content-Type, X-Request-ID"  # that a page may send
-RESPONSE_HEADERS = "X-Request-ID, Retry-After, Server-Timing"  # that a page may read, besides the standard ones
+# That a page may read, besides the standard ones.
+RESPONSE_HEADERS = "X-Request-ID, Retry-After, Server-Timing, X-Model, X-Model-Version"
 MAX_AGE = "7200"  # seconds that a browser may cache the answer to a preflight; Chromium's maximum
 NOT_SHARED = "/metrics"
 

@@ -41,6 +41,12 @@ class ModelFailed(WebError):
     status, code = 500, "model_failed"
 
 
+class ModelReplaced(WebError):
+    """Another model answered than the one that the client named, which is no longer served."""
+
+    status, code = 503, "model_replaced"
+
+
 def status_of(kind: type[ServiceError]) -> int:
     """Return the HTTP status of an error class."""
     return kind.status if issubclass(kind, WebError) else STATUSES.get(kind, 500)

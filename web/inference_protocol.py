@@ -10,10 +10,11 @@ from typing import Any
 import flask
 
 import settings
-from image_queue import WebQueue
+from image_queue import NoModelServer
 from web.access import check_key
 from web.errors import WebError
 from web.health import Body, Servers, check_queue
+from web.served_models import ServedModels
 from web.storage import check_free_space
 
 PREFIX = "/v2"
@@ -34,12 +35,23 @@ class TensorsNotSupported(WebError):
     status, code = 501, "not_implemented"
 
 
-def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
+def add_protocol_routes(app: flask.Flask, models: ServedModels) -> None:
     """Add the routes under /v2 to `app`."""
 
     def get(rule: str) -> Callable[[View], View]:
         # Some clients end these paths with a slash, others do not.
         return app.get(PREFIX + rule, strict_slashes=False)
+
+    def live_servers() -> Servers:
+        states = check_queue(models).values()
+        servers = {server: about for state in states for server, about in state.servers.items()}
+        if not servers:
+            raise NoModelServer("No model server is alive, so start run_model_server.py or wait until it is.")
+        return servers
+
+    def default_is_ready() -> None:
+        if not check_queue(models)[models.default()].servers:
+            raise NoModelServer("No model server is alive, so start run_model_server.py or wait until it is.")
 
     @get("")
     def server_metadata() -> Body:
@@ -51,7 +63,7 @@ def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
 
     @get("/health/ready")
     def server_ready() -> Body:
-        check_queue(queue)
+        default_is_ready()
         check_free_space()
         # The protocol's specification names this field "live" too.
         return {"live": True, "ready": True}
@@ -60,7 +72,7 @@ def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
     @get("/models/<name>/versions/<version>")
     def model_metadata(name: str, version: str = "") -> Body:
         """Describe the input (pixels, as on the queue) and the output (a probability per class)."""
-        versions = versions_of(check_queue(queue)[0], name, version)
+        versions = versions_of(live_servers(), name, version)
         about = versions[version or min(versions)]
         pixels = {"name": "pixels", "datatype": DATATYPES[settings.IMAGE_DTYPE], "shape": [-1, *about["shape"]]}
         classes = {"name": "probabilities", "datatype": "FP32", "shape": [-1, about["classes"]]}
@@ -71,7 +83,7 @@ def add_protocol_routes(app: flask.Flask, queue: WebQueue) -> None:
     @get("/models/<name>/ready")
     @get("/models/<name>/versions/<version>/ready")
     def model_ready(name: str, version: str = "") -> Body:
-        versions_of(check_queue(queue)[0], name, version)
+        versions_of(live_servers(), name, version)
         return {"name": name, "ready": True}
 
     @app.post(f"{PREFIX}/models/<name>/infer")
@@ -96,8 +108,8 @@ def versions_of(servers: Servers, name: str, version: str = "") -> Servers:
 
 
 def version_of(about: dict[str, Any]) -> str:
-    """Return the version of a server's model: the name of its weights, URL-safe because clients do not quote it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(about["weights"]))
+    """Return the version of a server's model. Older servers have only weights, named by a file: made URL-safe here."""
+    return str(about.get("version", "")) or re.sub(r"[^A-Za-z0-9._-]+", "-", str(about["weights"]))
 
 
 def listed(names: set[str]) -> str:

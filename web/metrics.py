@@ -20,14 +20,15 @@ from prometheus_client.core import GaugeMetricFamily, Metric, Sample
 from prometheus_client.multiprocess import MultiProcessCollector
 from redis.exceptions import RedisError
 
-from image_queue import UnusableRedis, WebQueue
+from image_queue import UnusableRedis
 from web.process import METRICS_FOLDER, shared_folder
+from web.served_models import ServedModels, State
 
 log = logging.getLogger(__name__)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 240)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-FILE_SIZE = 2**16  # bytes: three times what all series here take
+FILE_SIZE = 2**18  # bytes: what the series of ten models take
 PREDICT, CLASSIFIED = "/predict", "classified"  # label values
 
 
@@ -37,56 +38,70 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = share_values()  # before the first metric is created
         self.requests = Counter(
-            "keras_rest_api_requests", "Responses by path and HTTP status.", ["endpoint", "status"], registry=None
+            "keras_rest_api_requests",
+            "Responses by path, model and HTTP status.",
+            ["endpoint", "model", "status"],
+            registry=None,
         )
         self.duration = Histogram(
             "keras_rest_api_request_duration_seconds",
             "Time for a response of /predict with predictions, from the request's headers to the response.",
-            buckets=SECONDS, registry=None,
+            ["model"], buckets=SECONDS, registry=None,
         )  # fmt: skip
         self.images = Counter(
-            "keras_rest_api_images", "Images by outcome: classified, or the error code.", ["outcome"], registry=None
-        )
+            "keras_rest_api_images", "Images by model and outcome: classified, or the error code.",
+            ["model", "outcome"], registry=None,
+        )  # fmt: skip
         self.stages = Histogram(
             "keras_rest_api_stage_seconds", "Time of a classified image in each stage: prepare, queue, compute.",
-            ["stage"], buckets=SECONDS, registry=None,
+            ["model", "stage"], buckets=SECONDS, registry=None,
         )  # fmt: skip
         self.batches = Histogram(
-            "keras_rest_api_batch_size", "Size of the batch of each classified image.", buckets=IMAGES, registry=None
-        )
+            "keras_rest_api_batch_size", "Size of the batch of each classified image.", ["model"], buckets=IMAGES,
+            registry=None,
+        )  # fmt: skip
         self.jobs = Counter(
             "keras_rest_api_jobs", "Jobs queued, and queued again (retried) because Redis may have lost them.",
-            ["event"], registry=None,
+            ["model", "event"], registry=None,
         )  # fmt: skip
-        for event in ("queued", "retried"):
-            self.jobs.labels(event)  # start at 0, so that Prometheus sees the first one as an increase
+        self._counted: set[str] = set()  # models whose series exist
         self.all = (self.requests, self.duration, self.images, self.stages, self.batches, self.jobs)
 
-    def count_jobs(self, event: str, times: int = 1) -> None:
-        """Count an event that happened to `times` jobs; WebQueue calls this."""
-        self.jobs.labels(event).inc(times)
+    def start(self, model: str) -> None:
+        """Start the counts of a model's jobs at 0, so that Prometheus sees the first one as an increase."""
+        if model not in self._counted:
+            self._counted.add(model)
+            for event in ("queued", "retried"):
+                self.jobs.labels(model, event)
 
-    def count_request(self, endpoint: str, status: int, seconds: float, images: int) -> None:
+    def count_jobs(self, model: str, event: str, times: int = 1) -> None:
+        """Count an event that happened to `times` jobs of a model; WebQueue calls this."""
+        self.start(model)
+        self.jobs.labels(model, event).inc(times)
+
+    def count_request(self, endpoint: str, model: str, status: int, seconds: float, images: int) -> None:
         """Count a response that took `seconds` and has predictions for `images` images.
+
+        `model` is "" if the path names none.
 
         The duration counts only if there are any: a 401 takes a millisecond, and many of them would hide how long
         images take.
         """
-        self.requests.labels(endpoint, str(status)).inc()
+        self.requests.labels(endpoint, model, str(status)).inc()
         if images:
-            self.duration.observe(seconds)
+            self.duration.labels(model).observe(seconds)
 
-    def count_classified(self, batch: int, seconds: dict[str, float]) -> None:
+    def count_classified(self, model: str, batch: int, seconds: dict[str, float]) -> None:
         """Count a classified image: the size of its batch, and the `seconds` spent in each stage."""
-        self.images.labels(CLASSIFIED).inc()
+        self.images.labels(model, CLASSIFIED).inc()
         if batch:  # older model servers do not report it
-            self.batches.observe(batch)
+            self.batches.labels(model).observe(batch)
         for stage, taken in seconds.items():
-            self.stages.labels(stage).observe(taken)
+            self.stages.labels(model, stage).observe(taken)
 
-    def count_failed(self, code: str) -> None:
+    def count_failed(self, model: str, code: str) -> None:
         """Count an image whose result was the error `code`."""
-        self.images.labels(code).inc()
+        self.images.labels(model, code).inc()
 
     def registry(self) -> CollectorRegistry:
         """Return the registry with the values of all web processes."""
@@ -150,52 +165,85 @@ def reserve(file: Path) -> None:
 class QueueCollector:
     """Reads metrics from Redis at each scrape."""
 
-    def __init__(self, queue: WebQueue) -> None:
-        self.queue = queue
+    def __init__(self, models: ServedModels) -> None:
+        self.models = models
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the length of the queue and the number of live model servers, or only that Redis is down."""
+        """Yield each model's length of the queue and number of live model servers, or only that Redis is down."""
+        up = GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and accepts writes.")
+        lengths = GaugeMetricFamily("keras_rest_api_queue_length", "Images in the queue.", labels=["model"])
+        live = GaugeMetricFamily("keras_rest_api_model_servers", "Live model servers.", labels=["model"])
         try:
-            self.queue.check()
-            servers, waiting = self.queue.live_servers(), self.queue.waiting()
+            self.models.check()
+            for name, state in self.models.states().items():
+                lengths.add_metric([name], state.waiting)
+                live.add_metric([name], len(state.servers))
         except (RedisError, UnusableRedis):
-            yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and accepts writes.", 0)
+            up.add_metric([], 0)
+            yield up
             return
-        yield GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and accepts writes.", 1)
-        yield GaugeMetricFamily("keras_rest_api_queue_length", "Images in the queue.", waiting)
-        yield GaugeMetricFamily("keras_rest_api_model_servers", "Live model servers.", len(servers))
+        up.add_metric([], 1)
+        yield from (up, lengths, live)
 
 
-def add_metrics_routes(app: flask.Flask, queue: WebQueue, metrics: Metrics) -> None:
+def add_metrics_routes(app: flask.Flask, models: ServedModels, metrics: Metrics) -> None:
     """Add /metrics and /stats to `app`."""
     counted, from_redis = metrics.registry(), CollectorRegistry()
-    from_redis.register(QueueCollector(queue))
+    from_redis.register(QueueCollector(models))
 
     @app.get("/metrics")
     def prometheus() -> flask.Response:
         """Return the metrics of all web processes in Prometheus' text format."""
+        for name in models.names():
+            metrics.start(name)
         return flask.Response(generate_latest(counted) + generate_latest(from_redis), content_type=CONTENT_TYPE_LATEST)
 
     @app.get("/stats")
     def stats() -> dict[str, Any]:
-        """Return the figures for the page: the live model servers, and counts since the start."""
+        """Return the figures for the page: the live model servers, and counts since the start, also by model."""
         try:
-            servers, waiting = queue.live_servers(), queue.waiting()
+            states = models.states()
         except RedisError:
-            servers, waiting = {}, None
-        return {"model_servers": servers, "queue_length": waiting, **totals(counted)}
+            states = None
+        return stats_of(models, states, [each for metric in counted.collect() for each in metric.samples])
 
 
-def totals(registry: CollectorRegistry) -> dict[str, Any]:
-    """Return the counts for /stats: responses of /predict by status, images, latency and batch sizes.
+def stats_of(models: ServedModels, states: dict[str, State] | None, samples: list[Sample]) -> dict[str, Any]:
+    """Return the figures for /stats. `states` is None if Redis does not answer."""
+    live = states or {}
+    by_model = {}
+    for name, about in sorted(models.known().items()):
+        state = live.get(name)
+        by_model[name] = {
+            **{key: about.get(key) for key in ("description", "version", "shape", "classes")},
+            "ready": bool(state and state.servers),
+            "model_servers": len(state.servers) if state else 0,
+            "queue_length": state.waiting if state else None,
+            **counts([each for each in samples if each.labels.get("model") == name]),
+        }
+    answers = [each for each in samples if each.name == "keras_rest_api_requests_total"]
+    requests: dict[str, int] = {}
+    for each in answers:
+        if each.labels["endpoint"].startswith(PREDICT):
+            status = each.labels["status"]
+            requests[status] = requests.get(status, 0) + int(each.value)
+    return {
+        "model_servers": {server: about for state in live.values() for server, about in state.servers.items()},
+        "queue_length": None if states is None else sum({each.key: each.waiting for each in live.values()}.values()),
+        "requests": requests,
+        **counts(samples),
+        "default_model": models.default(),
+        "models": by_model,
+    }
+
+
+def counts(samples: list[Sample]) -> dict[str, Any]:
+    """Return the numbers of classified images, their latency and the sizes of their batches.
 
     The buckets of histograms are cumulative, by their upper bound, as in Prometheus.
     """
-    samples = [sample for metric in registry.collect() for sample in metric.samples]
-    answers = [each for each in samples if each.name == "keras_rest_api_requests_total"]
     images = [each for each in samples if each.name == "keras_rest_api_images_total"]
     return {
-        "requests": {each.labels["status"]: int(each.value) for each in answers if each.labels["endpoint"] == PREDICT},
         "images": int(sum(each.value for each in images if each.labels["outcome"] == CLASSIFIED)),
         "latency": histogram(samples, "keras_rest_api_request_duration_seconds"),
         "batch_size": histogram(samples, "keras_rest_api_batch_size"),
@@ -203,8 +251,11 @@ def totals(registry: CollectorRegistry) -> dict[str, Any]:
 
 
 def histogram(samples: list[Sample], name: str) -> dict[str, Any]:
-    """Return the histogram `name`; zeros if nothing was observed yet."""
-    buckets = {bound(each): int(each.value) for each in samples if each.name == f"{name}_bucket"}
+    """Return the histogram `name`, of all models in `samples` together; zeros if nothing was observed yet."""
+    buckets: dict[str, int] = {}
+    for each in samples:
+        if each.name == f"{name}_bucket":
+            buckets[bound(each)] = buckets.get(bound(each), 0) + int(each.value)
     total = sum(each.value for each in samples if each.name == f"{name}_sum")
     return {"count": buckets.get("+Inf", 0), "sum": total, "buckets": buckets}
 

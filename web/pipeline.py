@@ -9,8 +9,8 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from helpers import ServiceError, Shape, base64_encode_image
-from image_queue import QueueFull, WebQueue
-from web.errors import OUR_FAULT, ModelFailed
+from image_queue import Answer, QueueFull, WebQueue
+from web.errors import OUR_FAULT, ModelFailed, ModelReplaced
 from web.image_preparation import BadImage, bytes_to_decode, open_image, prepare_image, reason
 from web.metrics import Metrics
 from web.process import shared_folder
@@ -22,71 +22,77 @@ STAGES = ("prepare", "queue", "compute")
 
 
 class Classified(NamedTuple):
-    """An image's predictions, the size of its batch, and the seconds spent in each of STAGES."""
+    """An image's predictions, the size of its batch, the seconds spent in each of STAGES, and who gave the answer."""
 
     predictions: list[dict[str, Any]]
     batch: int
     seconds: dict[str, float]
+    model: str
+    version: str
+
+
+class Wanted(NamedTuple):
+    """What a request wants to know: its id, its deadline in unix seconds, the model's queue, and how many predictions.
+
+    `top` 0 means the setting TOP. `named` says that the client named the model, so no other one may answer.
+    """
+
+    request_id: str
+    deadline: float
+    queue: WebQueue
+    top: int = 0
+    named: bool = False
 
 
 class Pipeline:
     """Classifies the uploads of one web process."""
 
-    def __init__(self, queue: WebQueue, metrics: Metrics) -> None:
-        self.queue = queue
+    def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         # Decoding a photo takes a core and up to a few hundred megabytes, so images take turns in order of arrival.
         self.turns = Turns(shared_folder)
         # For requests with several images: one thread per image, which waits for its answer.
         self.threads = ThreadPoolExecutor(128, thread_name_prefix="ask")
 
-    def classify_all(
-        self, uploads: list[IO[bytes]], deadline: float, request_id: str, top: int
-    ) -> list[Classified | ServiceError]:
+    def classify_all(self, uploads: list[IO[bytes]], wanted: Wanted) -> list[Classified | ServiceError]:
         """Classify several images at once. Return for each its result, or its error if it failed."""
-        one = partial(self.classify_or_error, deadline=deadline, request_id=request_id, top=top)
-        return list(self.threads.map(one, uploads))
+        return list(self.threads.map(partial(self.classify_or_error, wanted=wanted), uploads))
 
-    def classify_or_error(
-        self, upload: IO[bytes], deadline: float, request_id: str, top: int
-    ) -> Classified | ServiceError:
+    def classify_or_error(self, upload: IO[bytes], wanted: Wanted) -> Classified | ServiceError:
         """Return the result of classify(), or its error."""
         try:
-            return self.classify(upload, deadline, request_id, top)
+            return self.classify(upload, wanted)
         except ServiceError as error:
             return error
         except Exception:
-            log.exception("Request %s", request_id)
+            log.exception("Request %s", wanted.request_id)
             return ServiceError(OUR_FAULT)
 
-    def classify(self, upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
-        """Classify the image in `upload`, close the upload, and count the result. `top` 0 means the setting TOP.
-
-        `deadline` is in unix seconds. Raises ServiceError.
-        """
+    def classify(self, upload: IO[bytes], wanted: Wanted) -> Classified:
+        """Classify the image in `upload`, close the upload, and count the result. Raises ServiceError."""
         try:
-            result = self._prepare_and_ask(upload, deadline, request_id, top)
+            result = self._prepare_and_ask(upload, wanted)
         except ServiceError as error:
-            self.metrics.count_failed(error.code)
+            self.metrics.count_failed(wanted.queue.model, error.code)
             if isinstance(error, BadImage):
-                log.info("request %s: bad image: %s", request_id, reason(error))
+                log.info("request %s: bad image: %s", wanted.request_id, reason(error))
             raise
-        self.metrics.count_classified(result.batch, result.seconds)
+        self.metrics.count_classified(wanted.queue.model, result.batch, result.seconds)
         return result
 
-    def _prepare_and_ask(self, upload: IO[bytes], deadline: float, request_id: str, top: int) -> Classified:
+    def _prepare_and_ask(self, upload: IO[bytes], wanted: Wanted) -> Classified:
         begun = time.monotonic()
-        shape = self.queue.shape()
-        image = [self._prepare(upload, deadline, shape)]
+        shape = wanted.queue.shape()
+        image = [self._prepare(upload, wanted.deadline, shape)]
         prepared = time.monotonic()
         # pop() leaves no reference here, so that the queue can free the image while it waits.
-        answer = self.queue.ask(image.pop(), deadline, request_id, top, shape)
-        if "error" in answer:
-            raise ModelFailed(answer["error"]["message"])
-        # Older model servers report neither times nor the batch.
+        answer = wanted.queue.ask(image.pop(), wanted.deadline, wanted.request_id, wanted.top, shape)
+        check_answer(answer, wanted)
+        # Older model servers report neither times nor the batch, nor who they are.
         waited = time.monotonic() - prepared - answer.get("held_s", 0.0)
-        seconds = (prepared - begun, waited, answer.get("compute_s", 0.0))
-        return Classified(answer["predictions"], answer.get("batch", 0), dict(zip(STAGES, seconds, strict=True)))
+        seconds = dict(zip(STAGES, (prepared - begun, waited, answer.get("compute_s", 0.0)), strict=True))
+        who = answer.get("model", wanted.queue.model), answer.get("version", "")
+        return Classified(answer["predictions"], answer.get("batch", 0), seconds, *who)
 
     def _prepare(self, upload: IO[bytes], deadline: float, shape: Shape) -> str:
         """Wait for a turn, then return the image in `upload` as base64 text of pixels of `shape`.
@@ -115,6 +121,18 @@ class Pipeline:
         height, width, channels = shape
         with self.turns.memory(bytes_to_decode(image, (width, height)), limit - time.monotonic()):
             return base64_encode_image(prepare_image(image, (width, height), channels))
+
+
+def check_answer(answer: Answer, wanted: Wanted) -> None:
+    """Raise ModelFailed if the answer is an error, ModelReplaced if it comes from another model than the client named.
+
+    While the default model is replaced by one of another name, servers of both take images from its queue.
+    """
+    if "error" in answer:
+        raise ModelFailed(answer["error"]["message"])
+    model = answer.get("model", wanted.queue.model)
+    if wanted.named and model != wanted.queue.model:
+        raise ModelReplaced(f"The model {wanted.queue.model} is being replaced by {model}, so try again.")
 
 
 def drop_tracebacks(error: BaseException | None) -> None:

@@ -7,6 +7,7 @@ import uuid
 
 import flask
 
+from web.errors import printable
 from web.metrics import PREDICT, Metrics
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ def add_request_log(app: flask.Flask, metrics: Metrics) -> None:
         rule = flask.request.url_rule if flask.request.method != "OPTIONS" else None
         endpoint = rule.rule if rule else "none"
         more = flask.g.get("log_fields", {})  # the code of an error, or the times and the number of images
-        metrics.count_request(endpoint, response.status_code, seconds, more.get("images", 0))
-        if endpoint == PREDICT:
+        metrics.count_request(endpoint, flask.g.get("model", ""), response.status_code, seconds, more.get("images", 0))
+        if endpoint.startswith(PREDICT):
             fields = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
-            log.info("/predict: %d %s in %.1f ms, request %s", response.status_code, more.get("code", "OK"),
+            path = printable(flask.request.path, 100)
+            log.info("%s: %d %s in %.1f ms, request %s", path, response.status_code, more.get("code", "OK"),
                      fields["ms"], flask.g.request_id, extra=fields | more)  # fmt: skip
         return response
