@@ -59,7 +59,7 @@ def classify_process() -> None:
 
 
 def choose_model(given: str | None) -> None:
-    """Set MODEL to the model `given`, which may also be the name of one of MODELS. Without it, to the default of MODELS.
+    """Set MODEL to the model `given`, which may also be the name of one of MODELS. Without it, to their default.
 
     IMAGE_* and LABELS are the default model's, so another model does without them.
     """

@@ -39,6 +39,7 @@ import serve_redis  # noqa: E402
 import helpers  # noqa: E402
 import settings  # noqa: E402
 from helpers import StartupError, available_cores  # noqa: E402
+from image_queue import REFRESH_EVERY  # noqa: E402
 from model_server import model_checks  # noqa: E402
 
 WORKERS = 640  # the most requests in flight, in all web processes together
@@ -213,6 +214,8 @@ def wait_until_ready(port: int, directory: Path, supervisor: subprocess.Popen[by
         if time.monotonic() > deadline:
             raise StartupError(f"not ready after {START_LIMIT} seconds.")
         time.sleep(0.1)
+    if models:
+        time.sleep(REFRESH_EVERY)  # until then the other web processes may not know every model
 
 
 def watch(directory: Path, supervisor: subprocess.Popen[bytes]) -> NoReturn:

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import settings
 from helpers import StartupError, model_name
+from image_queue.models import queue_key
 
 
 def chosen() -> dict[str, str]:

@@ -113,7 +113,7 @@ def test_two_models_are_served_with_a_command_for_each(tmp_path: Path) -> None:
             printed = subprocess.check_output(command, shell=True, cwd=ROOT, text=True, timeout=60)
             assert '"success":true' in printed
         assert {each["label"] for answer in answers for each in answer["predictions"]} == set(LABELS)
-        assert answers[0]["predictions"][0]["label"] != answers[1]["predictions"][0]["label"]
+        assert answers[0]["predictions"] != answers[1]["predictions"]
         assert serve.label(THREE) == "3"
 
         # One ends for good, since its file is gone; the other goes on.
@@ -131,6 +131,7 @@ def test_a_model_that_can_not_be_loaded_stops_the_start(tmp_path: Path) -> None:
     broken = tmp_path / "broken.keras"
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("config.json", "{}")
+    broken.with_suffix(".labels.txt").write_text("yes\nno\n")
     with run_serve(tmp_path / "log", MODELS=f"models/digits.keras,{broken}") as serve:
         assert serve.process.popen.wait(120) == 1
         assert "bin/serve: model-server-broken-1 does not start; the lines above say why." in serve.process.log
