@@ -75,8 +75,8 @@ def in_background(call: Callable[[], T]) -> Future[T]:
     return ThreadPoolExecutor(1).submit(call)
 
 
-def ask_in_background(web: WebQueue, seconds: float = 20) -> Future[Answer]:
-    return in_background(lambda: web.ask(IMAGE, time.time() + seconds))
+def ask_in_background(web: WebQueue, seconds: float = 20, request: str = "") -> Future[Answer]:
+    return in_background(lambda: web.ask(IMAGE, time.time() + seconds, request))
 
 
 def answer(server: ServerQueue, batch: Batch, content: Answer = ANSWER) -> None:

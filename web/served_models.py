@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import settings
-from helpers import default_model, model_name
-from image_queue import REFRESH_EVERY, Refreshed, WebQueue, announced
+from helpers import ServiceError, default_model, model_name
+from image_queue import REFRESH_EVERY, RedisDown, Refreshed, WebQueue, announced
 from web.errors import WebError, printable
 
 About = dict[str, Any]
@@ -34,12 +34,13 @@ class ServedModels:
         """Use the connections of `queue`, the default model's."""
         self._base = queue
         self._count = count
-        self._known = Refreshed(self._announced, dict[str, About](), REFRESH_EVERY)
+        # None until Redis answers
+        self._known: Refreshed[dict[str, About] | None] = Refreshed(self._announced, None, REFRESH_EVERY)
         self._queues: dict[tuple[str, str], WebQueue] = {}
 
     def known(self) -> dict[str, About]:
         """Return what the servers of each known model announced last, by the model's name."""
-        return self._known.value()
+        return self._known.value() or {}
 
     def names(self) -> list[str]:
         """Return the names of the known models, sorted."""
@@ -52,22 +53,22 @@ class ServedModels:
         """
         if settings.DEFAULT_MODEL or settings.models():
             return default_model()
-        known = self._known.value()
+        known = self.known()
         on_default_queue = [name for name, about in known.items() if about["queue"] == settings.IMAGE_QUEUE]
         return next(iter(on_default_queue or (known if len(known) == 1 else [default_model()])))
 
     def about(self, name: str = "") -> About:
         """Return what the servers of a model announced last; {} for a default model that no server has announced.
 
-        Raises UnknownModel.
+        Raises UnknownModel, RedisDown.
         """
-        known, wanted = self._known.value(), name or self.default()
+        known, wanted = self.known(), name or self.default()
         if name and name not in known and name != self.default():
             raise self.unknown(name)
         return known.get(wanted, {})
 
     def queue(self, name: str = "") -> WebQueue:
-        """Return the queue of a model, by default the default one's. Raises UnknownModel."""
+        """Return the queue of a model, by default the default one's. Raises UnknownModel, RedisDown."""
         key = str(self.about(name).get("queue", settings.IMAGE_QUEUE))
         model = name or self.default()
         if (model, key) not in self._queues:
@@ -115,8 +116,10 @@ class ServedModels:
                 known[name] = {**about, "queue": settings.IMAGE_QUEUE}
         return known
 
-    def unknown(self, name: str) -> UnknownModel:
-        """Return the error for a model that is not known."""
+    def unknown(self, name: str) -> ServiceError:
+        """Return the error for a model that is not known: while Redis does not answer, it may well exist."""
+        if self._known.cached is None:
+            return RedisDown("The queue can't be reached now, so try again in a few seconds.")
         names = self.names()
         known = f"the models are {', '.join(names)}" if names else "no model server has announced a model yet"
         return UnknownModel(f"There is no model {printable(name)}, so ask for another one: {known}.")
