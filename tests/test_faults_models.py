@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,25 @@ def test_twenty_changes_of_a_model_lose_and_mix_nothing(tmp_path: Path, record_p
     record_property("figures", load.figures)
 
 
-def test_one_models_server_killed_ten_times_costs_no_request_of_either(tmp_path: Path, record_property: Record) -> None:
+def test_killing_one_models_server_costs_no_request_of_either(tmp_path: Path, record_property: Record) -> None:
+    """The other model's 99th percentile is that of a machine whose cores are also busy with starting TensorFlow."""
     other = save_rolled(tmp_path / "other.keras")
     other_images = [Known(each.data, rolled(each.answer)) for each in known_images()]
     with run_serve(tmp_path / "log", MODELS=f"models/digits.keras,{other}") as serve:
         serve.process.wait_for_log("* Ready on port")
-        with Load(serve.url, page="/predict/other", images=other_images, clients=16) as alone:
-            alone.wait_for(300)
-        with (
-            Load(serve.url, clients=16) as killed,
-            Load(serve.url, page="/predict/other", images=other_images, clients=16) as beside,
-        ):
+
+        @contextmanager
+        def both() -> Iterator[tuple[Load, Load]]:
+            with (
+                Load(serve.url, clients=16) as first,
+                Load(serve.url, other_images, "/predict/other", clients=16) as second,
+            ):
+                yield first, second
+
+        with both() as before:
+            for load in before:
+                load.wait_for(1000)
+        with both() as (killed, beside):
             for _ in range(10):
                 killed.wait_for(32)
                 pid = server_of(serve, "digits")
@@ -100,13 +109,9 @@ def test_one_models_server_killed_ten_times_costs_no_request_of_either(tmp_path:
                 os.kill(pid, signal.SIGKILL)
             killed.wait_for(32)
 
-    assert killed.failures == {}
-    assert beside.failures == {}
-    assert alone.failures == {}
-    figures = (
-        f"{killed.figures}; the other model: {beside.figures}, p99 {p99(beside):.2f} s and {p99(alone):.2f} s alone"
-    )
-    record_property("figures", figures)
+    assert [load.failures for load in (*before, killed, beside)] == 4 * [{}]
+    longest = f"p99 {p99(beside):.2f} s, {p99(before[1]):.2f} s before"
+    record_property("figures", f"{killed.figures}; the other model: {beside.figures}, {longest}")
 
 
 def p99(load: Load) -> float:
