@@ -207,8 +207,8 @@ def test_requeued_jobs_are_counted(redis_port: int, tmp_path: Path) -> None:
             assert answer.result().status_code == 200
             counted = figures(f"http://127.0.0.1:{port}")
 
-    assert counted['keras_model_server_jobs_total{model="digits",event="recovered"}'] == 1
-    assert counted['keras_model_server_jobs_total{model="digits",event="given_up"}'] == 0
+    assert counted['keras_model_server_jobs_total{event="recovered",model="digits"}'] == 1
+    assert counted['keras_model_server_jobs_total{event="given_up",model="digits"}'] == 0
 
 
 # Logs
