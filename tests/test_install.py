@@ -347,8 +347,8 @@ def test_install_enables_a_model_server_for_each_gpu_or_each_model(
 
     assert units(installed, "ResNet50,models/dig.its.keras", TWO_GPUS) == {"ResNet50", "dig.its", "mine"}
     assert (installed / "asked").read_text().splitlines() == ["stop model-server@0", "stop model-server@1"]
-    assert units(installed, "ResNet50", TWO_GPUS) == {"ResNet50", "mine"}
-    assert units(installed, "") == {"0", "mine"}
+    assert units(installed, "ResNet50,VGG16", TWO_GPUS) == {"ResNet50", "VGG16", "mine"}
+    assert units(installed, "ResNet50", TWO_GPUS) == {"0", "1", "mine"}
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chroot import need_root
 from fake_systemd import Systemd
-from harness import ROOT, Process, descendants, free_port, run_service, running, wait_until
+from harness import ROOT, Process, descendants, free_port, parent, run_service, running, wait_until
 from redis import Redis
 
-from model_server.launcher import options_of
-from model_server.reload import NotReplaced, replace
+from model_server.launcher import LEAVE_LIMIT, LOAD_LIMIT, options_of
+from model_server.reload import WAIT_LIMIT, NotReplaced, replace
 
 THREE = (ROOT / "models/digits/three.png").read_bytes()
 LAUNCH = """
@@ -309,8 +310,28 @@ def test_a_new_model_server_reads_changed_settings(tmp_path: Path) -> None:
         process.wait_for_log("TOP is 2")
 
 
-def run_reload(pid: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "model_server.reload", str(pid)]
+def of_the_unit(setting: str, **values: object) -> list[str]:
+    """A command of the systemd unit, for this folder and with these values."""
+    text = (ROOT / "deploy/systemd/model-server@.service").read_text()
+    [command] = re.findall(rf"^{setting}=/opt/keras-rest-api/.venv/bin/python (.*)$", text, re.MULTILINE)
+    for name, value in values.items():
+        command = command.replace(f"%{name}", str(value)).replace(f"${name}", str(value))
+    return [sys.executable, *command.split()]
+
+
+def test_supervisors_wait_longer_than_the_launcher() -> None:
+    unit = (ROOT / "deploy/systemd/model-server@.service").read_text()
+    supervisor = (ROOT / "deploy/supervisor/model-server.conf").read_text()
+    [start] = re.findall(r"^TimeoutStartSec=(\d+)min$", unit, re.MULTILINE)
+    [stop] = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    [wait] = re.findall(r"^stopwaitsecs = (\d+)$", supervisor, re.MULTILINE)
+
+    assert 60 * int(start) > WAIT_LIMIT > LOAD_LIMIT + LEAVE_LIMIT
+    assert int(stop) == int(wait) == LEAVE_LIMIT
+
+
+def run_reload(process: Process) -> subprocess.CompletedProcess[str]:
+    command = of_the_unit("ExecReload", MAINPID=process.popen.pid)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -322,9 +343,10 @@ def test_real_model_servers_are_replaced_by_one_command(redis: Redis, tmp_path: 
     shutil.copy(ROOT / "models/digits.json", tmp_path / "own.json")
     shutil.copy(ROOT / "models/digits.labels.txt", tmp_path / "digits.labels.txt")
     queue = f"queue-{free_port()}"
-    given = {"MODEL": str(model), "IMAGE_QUEUE": queue, "METRICS_PORT": str(port)}
+    systemd = Systemd()
+    given = {"MODELS": str(model), "IMAGE_QUEUE": queue, "METRICS_PORT": str(port), "NOTIFY_SOCKET": systemd.address}
     with (
-        running([sys.executable, "-m", "model_server.launcher"], tmp_path / "log", **given) as process,
+        running(of_the_unit("ExecStart", i="own"), tmp_path / "log", **given) as process,
         run_service(tmp_path, 0, IMAGE_QUEUE=queue) as service,
     ):
         process.wait_for_log("* Joined the queue")
@@ -332,14 +354,14 @@ def test_real_model_servers_are_replaced_by_one_command(redis: Redis, tmp_path: 
         assert service.label(THREE) == "3"
 
         model.write_bytes(b"not a model")
-        failed = run_reload(process.popen.pid)
+        failed = run_reload(process)
         assert failed.returncode == 1
         [line] = failed.stderr.splitlines()
         assert line.startswith("The old model server goes on: the new one says: MODEL=")
         assert model_servers_of(process) == [first]
 
         shutil.copy(ROOT / "models/digits.keras", model)
-        done = run_reload(process.popen.pid)
+        done = run_reload(process)
         assert done.returncode == 0, done.stderr
         [second] = model_servers_of(process)
         assert second != first
@@ -347,17 +369,48 @@ def test_real_model_servers_are_replaced_by_one_command(redis: Redis, tmp_path: 
         wait_until(lambda: metrics_of(port, second), "the new one serves the metrics")
         assert process.stop() == 0
         assert redis.keys(f"{queue}:server:*") == []
+        assert [each for each in systemd.hear_all() if each != "WATCHDOG=1"] == ["READY=1", "STOPPING=1"]
 
 
 def model_servers_of(process: Process) -> list[int]:
     return [pid for pid in descendants(process.popen.pid) if alive(pid)]
 
 
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_in_a_container_the_launcher_has_pid_1(tmp_path: Path) -> None:
+    """As `docker compose exec model .venv/bin/python -m model_server.reload` and `docker stop` use it."""
+    need_root()
+    behave(tmp_path)
+    (tmp_path / "events").touch()
+    program = LAUNCH.format(program=str(ROOT / "tests/stand_in_server.py"), load=60, leave=60)
+    files = {"BEHAVIOR": str(tmp_path / "behavior"), "EVENTS": str(tmp_path / "events")}
+    container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", program]
+    with running(container, tmp_path / "log", **files) as process, ExitStack() as stack:
+        launcher = Launched(process, tmp_path)
+        launcher.wait_for("first joins")
+        [inside] = [pid for pid in descendants(process.popen.pid) if parent(pid) == process.popen.pid]
+        launcher.next_behaves(name="second")
+        stack.callback(kill, inside)  # unshare passes no signal on
+
+        execute = ["nsenter", "--target", str(inside), "--pid", "--mount", "env", "-C", str(ROOT)]
+        done = subprocess.run([*execute, sys.executable, "-m", "model_server.reload"], capture_output=True, text=True,
+                              timeout=60, check=False)  # fmt: skip
+
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith("* Replaced in")
+        os.kill(inside, signal.SIGTERM)
+        assert process.popen.wait(20) == 0
+        assert launcher.events[-1] == "second left"
+
+
 @pytest.mark.slow("starts a model server")
 def test_as_root_the_model_server_still_ends_with_a_killed_launcher(redis: Redis, tmp_path: Path) -> None:
     """The kernel forgets the signal for the end of the parent when the model server gives up root."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
+    need_root()
     queue = f"queue-{free_port()}"
     command = [sys.executable, "-m", "model_server.launcher"]
     with running(command, tmp_path / "log", IMAGE_QUEUE=queue) as process:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from harness import ROOT, Serve, command_line, model_servers, run_serve, running, wait_until
+from harness import ROOT, Serve, command_line, model_servers, parent, run_serve, running, wait_until
 from load import Load
 from own_model import LABELS, photos, save_model
 
@@ -115,6 +115,13 @@ def test_two_models_are_served_with_a_command_for_each(tmp_path: Path) -> None:
         assert {each["label"] for answer in answers for each in answer["predictions"]} == set(LABELS)
         assert answers[0]["predictions"] != answers[1]["predictions"]
         assert serve.label(THREE) == "3"
+
+        # A launcher is killed: its server ends with it, and both are started again.
+        killed = server_of(serve, "digits")
+        os.kill(parent(killed), signal.SIGKILL)
+        wait_until(lambda: set(server_pids(serve, "digits")) - {killed}, "another server is started")
+        assert serve.label(THREE) == "3"
+        assert killed not in server_pids(serve, "digits")
 
         # One ends for good, since its file is gone; the other goes on.
         gray.rename(tmp_path / "away.keras")
