@@ -25,9 +25,10 @@ from web.image_preparation import prepare_image  # noqa: F401 - the tutorial def
 from web.inference_protocol import add_protocol_routes, is_protocol_path, protocol_error
 from web.metrics import PREDICT, Metrics, add_metrics_routes
 from web.pages import WELCOME, add_pages, send, wants_page
-from web.pipeline import STAGES, Classified, Pipeline, Wanted
+from web.pipeline import Classified, Pipeline, Wanted
 from web.process import set_up_process, watch_redis
 from web.request_log import add_request_log
+from web.response_headers import describe
 from web.served_models import ServedModels
 from web.uploads import uploads
 
@@ -84,11 +85,11 @@ def predict(name: str = "") -> flask.Response:
     wanted = Wanted(flask.g.request_id, deadline, queue, top, named=bool(name))
     if len(images) == 1:
         result = pipeline.classify(images[0], wanted)
-        return timed(result_body(result), [result])
+        return described(result_body(result), [result])
     results = pipeline.classify_all(images, wanted)
     classified = [each for each in results if isinstance(each, Classified)]
     body = {"success": len(classified) == len(results), "results": [result_body(each) for each in results]}
-    return timed(body, classified)
+    return described(body, classified)
 
 
 def requested_top() -> int:
@@ -108,24 +109,10 @@ def result_body(result: Classified | ServiceError) -> dict[str, Any]:
     return {"success": True, "predictions": result.predictions}
 
 
-def timed(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
-    """Return the response with a Server-Timing header: milliseconds for each stage, the longest of all images."""
-    ms = {stage: 1000 * max((each.seconds[stage] for each in classified), default=0) for stage in STAGES}
-    batch = max((each.batch for each in classified), default=0)
-    total = 1000 * (time.monotonic() - flask.g.begun)
-    flask.g.log_fields = {f"{stage}_ms": round(ms[stage], 1) for stage in STAGES}
-    flask.g.log_fields |= {"batch": batch, "images": len(classified)}
+def described(body: dict[str, Any], classified: list[Classified]) -> flask.Response:
+    """Return the response, with the headers about the images that have predictions."""
     response = flask.jsonify(body)
-    for header, values in (
-        ("X-Model", {each.model for each in classified}),
-        ("X-Model-Version", {each.version for each in classified}),
-    ):
-        if named := ", ".join(sorted(filter(None, values))):
-            response.headers[header] = named
-    response.headers["Server-Timing"] = (
-        f"prepare;dur={ms['prepare']:.1f}, queue;dur={ms['queue']:.1f}, "
-        f'compute;dur={ms["compute"]:.1f};desc="batch of {batch}", total;dur={total:.1f}'
-    )
+    describe(response, classified)
     return response
 
 

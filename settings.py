@@ -198,8 +198,8 @@ MAX_IMAGE_PIXELS = _integer("MAX_IMAGE_PIXELS", 65_000_000, (1, 1_000_000_000), 
     "The most pixels to decode for one image. Beyond that, 413. A baseline JPEG is decoded at a smaller scale, so it "
     "may have four times as many: enough for a phone's 200 megapixels.")
 MAX_DECODE_BYTES = _integer("MAX_DECODE_BYTES", 720_000_000, (10_000_000, 10**12), "bytes",
-    "Memory for all images that are decoded at once, in all web processes. An image takes 4 to 14 bytes per pixel and "
-    "waits until it fits. One that needs more than all of it gets 413.")
+    "Memory for all images that are decoded at once, and for large JSON under `/v2`, in all web processes. An image "
+    "takes 4 to 14 bytes per pixel and waits until it fits. One that needs more than all of it gets 413.")
 IMAGE_FORMATS = _subset("IMAGE_FORMATS", "JPEG,PNG,GIF,WEBP,BMP,TIFF,HEIC,AVIF", "Accepted formats. Others get 400.")
 
 sections["Images on their way to the model"] = []
@@ -218,10 +218,10 @@ IMAGE_RESAMPLE = _one_of("IMAGE_RESAMPLE", "bicubic", ["nearest", "box", "biline
 sections["Access"] = []
 API_KEYS = _text("API_KEYS", "", rf"|{_key}(,{_key})*",
     "keys of 16 or more letters, digits and -._~+/=, separated by commas; `openssl rand -hex 24` makes one",
-    "A client of `/predict` must send one of these keys as `Authorization: Bearer KEY`. Empty: no key is needed. With "
-    "two keys, you can hand out a new one before you withdraw the old one.")
+    "A client that sends images must send one of these keys as `Authorization: Bearer KEY`. Empty: no key is needed. "
+    "With two keys, you can hand out a new one before you withdraw the old one.")
 RATE_LIMIT = _read(env.str, "", lambda value: not value or _is_rate_limit(value), Setting("RATE_LIMIT", "", "",
-    "How often one client may call `/predict`. A client is a key, or an IP address if API_KEYS is empty. Empty: no "
+    "How often one client may send images. A client is a key, or an IP address if API_KEYS is empty. Empty: no "
     "limit.", "one or more rates, such as 100/minute or 10/second;100/minute, over periods up to a year"))
 CORS_ORIGINS = _text("CORS_ORIGINS", "", rf"|\*|{_origin}(,{_origin})*",
     "* or origins as browsers send them, such as https://app.example or http://localhost:3000, separated by commas: "

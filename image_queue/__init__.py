@@ -15,12 +15,15 @@ image_queue:models               string, TTL  list of models: what a server of e
 image_queue:model:<name>         string, TTL  this model is known: it had a live server within the last day
 image_queue:limit:...            string, TTL  number of requests of a client, by Flask-Limiter (web/access.py)
 
-A job is {"id", "image" (base64), "deadline" (unix seconds)}. Four fields are left out if they have their default:
+A job is {"id", "image" (base64), "deadline" (unix seconds)}. Five fields are left out if they have their default:
 "request" (the request id that the client sees), "top" (number of predictions), "crashes" (how many servers died with
-the job in flight) and "shape" ([height, width, channels] of the pixels; default: the model's).
+the job in flight), "shape" ([height, width, channels] of the pixels; default: the model's) and "scores" (true: the
+answer has the probabilities of all classes too).
 
 An answer is {"predictions": [{"label", "probability"}, ...], "held_s" (seconds since the job was taken), "compute_s"
 (seconds to compute its batch), "batch" (images in its batch), "model", "version"} or {"error": {"code", "message"}}.
+With "scores" it also has "scores" (base64 of the probabilities of all classes, float32 in little-endian order) and
+"indices" (the class of each of the predictions).
 
 A <server> is <slot>.<session>. The slot stays the same when a model server restarts; each join() begins a new session.
 A command that was delayed on a dead connection may still move jobs, but only to the taken list of the old session. That

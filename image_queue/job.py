@@ -35,7 +35,8 @@ class Job:
 
     `image` is base64 text, or bytes if it was decoded already, `deadline` unix seconds, `request` the request id that
     the client sees, `top` the number of predictions (0: TOP), `crashes` how many servers died with this job in flight,
-    and `shape` the shape of the pixels (None: the model's). `taken` is the time.monotonic() at which it was parsed, and
+    `shape` the shape of the pixels (None: the model's), and `scores` whether the answer has the probabilities of all
+    classes too. `taken` is the time.monotonic() at which it was parsed, and
     `ttl` how many more seconds the web would wait for the answer then (None: Redis had no accepted marker).
     """
 
@@ -46,6 +47,7 @@ class Job:
     top: int = 0
     crashes: int = 0
     shape: Shape | None = None
+    scores: bool = False
     taken: float = field(default_factory=time.monotonic, compare=False)
     ttl: float | None = field(default=None, compare=False)
 
@@ -67,15 +69,18 @@ class Job:
             fields = {"id": found[1].decode()}
         image, deadline, request = fields.get("image"), fields.get("deadline"), fields.get("request", "")
         top, crashes, shape = fields.get("top", 0), fields.get("crashes", 0), as_shape(fields.get("shape"))
+        scores = fields.get("scores", False)
         texts_valid = isinstance(image, str | bytes) and isinstance(request, str)
         numbers_valid = isinstance(deadline, int | float) and _is_count(top) and _is_count(crashes)
-        if texts_valid and numbers_valid and (shape or "shape" not in fields):  # older web servers send no shape
-            return cls(fields["id"], image, deadline, request, top, crashes, shape)
+        others_valid = isinstance(scores, bool) and (shape or "shape" not in fields)  # older web servers send no shape
+        if texts_valid and numbers_valid and others_valid:
+            return cls(fields["id"], image, deadline, request, top, crashes, shape, scores)
         return cls(fields["id"], "", time.time() + RESULT_GRACE)
 
     def dump(self) -> bytes:
         """Return the job as JSON, without the fields that have their default."""
-        optional = {"request": self.request, "top": self.top, "crashes": self.crashes, "shape": self.shape}
+        optional = {"request": self.request, "top": self.top, "crashes": self.crashes, "shape": self.shape,
+                    "scores": self.scores}  # fmt: skip
         given = {name: value for name, value in optional.items() if value}
         return orjson.dumps({"id": self.id, "deadline": self.deadline, **given, "image": self.image})
 

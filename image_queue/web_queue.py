@@ -62,15 +62,20 @@ class WebQueue(ImageQueue):
         live = [as_shape(about.get("shape")) for about in self.live_servers().values()]
         return next(filter(None, live), shape)
 
-    def ask(self, image: str, deadline: float, request: str = "", top: int = 0, shape: Shape | None = None) -> Answer:
+    def ask(  # noqa: PLR0913 - the fields of a job
+        self, image: str, deadline: float, request: str = "", top: int = 0, shape: Shape | None = None,
+        *, scores: bool = False,
+    ) -> Answer:  # fmt: skip
         """Queue `image` (base64 text) and return its answer by `deadline` (unix seconds).
 
         `request` is the request id that the client sees, `top` the number of predictions (0: TOP), `shape` the shape
-        of the pixels (None: the model's).
+        of the pixels (None: the model's), `scores` whether the answer has the probabilities of all classes too.
 
         Raises QueueFull, NoModelServer and RedisDown if the job was not accepted, ResultTimeout if it was.
         """
-        with closing(PendingJob(Job(uuid.uuid4().hex, image, deadline, request, top, shape=shape))) as job:
+        with closing(
+            PendingJob(Job(uuid.uuid4().hex, image, deadline, request, top, shape=shape, scores=scores))
+        ) as job:
             del image
             if self.connections.unusable:
                 self._refuse_if_unusable()

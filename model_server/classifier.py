@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import settings
-from helpers import Pixels, Shape, model_name
+from helpers import Pixels, Shape, base64_encode_image, model_name
 from model_server import model_checks, output_checks
 from model_server.backends import Network
 from model_server.batching import BatchSizes
@@ -100,10 +100,18 @@ class Classifier:
 
     def decode(self, probabilities: Probabilities, top: int = 0) -> list[Prediction]:
         """Return (label, probability) of the `top` most probable classes, highest first; 0 means TOP."""
+        return [(self._labels[i], float(probabilities[i])) for i in self._best(probabilities, top)]
+
+    def scores(self, probabilities: Probabilities, top: int = 0) -> dict[str, Any]:
+        """Return what an answer with scores has besides the predictions of decode(): see Job."""
+        best = self._best(probabilities, top)
+        return {"scores": base64_encode_image(probabilities.astype("<f4")), "indices": best.tolist()}
+
+    def _best(self, probabilities: Probabilities, top: int) -> npt.NDArray[np.intp]:
+        """Return the indices of the `top` most probable classes, highest first; 0 means TOP."""
         top = min(top or settings.TOP or self.facts.top, len(probabilities))
         best = np.argpartition(probabilities, -top)[-top:]
-        best = best[np.argsort(probabilities[best])[::-1]]
-        return [(self._labels[i], float(probabilities[i])) for i in best]
+        return best[np.argsort(probabilities[best])[::-1]]
 
     def _probabilities(self, images: Pixels) -> Probabilities:
         pieces, start = [], 0

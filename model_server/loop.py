@@ -183,7 +183,8 @@ class ModelServer:
             return BROKEN
         decoded = self.classifier.decode(result, job.top)
         predictions = [{"label": label, "probability": probability} for label, probability in decoded]
-        return {"predictions": predictions, "held_s": time.monotonic() - job.taken, **common}
+        scores = self.classifier.scores(result, job.top) if job.scores else {}
+        return {"predictions": predictions, **scores, "held_s": time.monotonic() - job.taken, **common}
 
     def _join(self) -> None:
         """Finish what is in flight, send unsent answers, and write a new heartbeat; wait for Redis if needed."""

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 from harness import ROOT, Service, assert_error, free_port, raw_answer, run_apache, wait_until
-from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.http import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 import settings
@@ -148,11 +147,12 @@ def assert_protocol_error(answer: Any, status: int) -> str:
 
 PIXELS = {"name": "pixels", "datatype": "UINT8", "shape": [-1, 224, 224, 3]}
 VERSION = version_of(ROOT / f"models/digits{suffix}" for suffix in (".keras", ".json", ".labels.txt"))
+EXTENSIONS = ["binary_tensor_data", "classification", "model_repository"]
 METADATA = {
     "name": "digits",
     "versions": [VERSION],
     "platform": "keras",
-    "inputs": [PIXELS],
+    "inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}, PIXELS],
     "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}],
 }
 
@@ -173,7 +173,7 @@ def test_protocol_health_and_model_metadata(service: Service, path: str, body: d
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/"])
 def test_protocol_server_metadata(service: Service, path: str) -> None:
-    assert get(service, path).json() == {"name": "keras-rest-api", "version": "1", "extensions": []}
+    assert get(service, path).json() == {"name": "keras-rest-api", "version": "1", "extensions": EXTENSIONS}
 
 
 @pytest.mark.parametrize("path", ["/v2/models/cats", "/v2/models/cats/ready", "/v2/models/cats/versions/1",
@@ -184,7 +184,7 @@ def test_unknown_model_or_version_is_404_and_lists_known_ones(service: Service, 
 
 @pytest.mark.parametrize(
     "path",
-    ["/v2/nothing", "/v2/models", "/v2/models/a%2Fb", "/v2/models/a%2Fb/ready", "/v2/repository/index",
+    ["/v2/nothing", "/v2/models/a%2Fb", "/v2/models/a%2Fb/ready", "/v2/repository/models/digits/load",
      "/v2//models/digits/nothing"],
 )  # fmt: skip
 def test_unknown_path_below_v2_is_404_in_protocol_format(service: Service, path: str) -> None:
@@ -202,13 +202,6 @@ def test_wrong_method_below_v2_is_405(service: Service, path: str) -> None:
 
     assert_protocol_error(answer, 405)
     assert "GET" in answer.headers["Allow"]
-
-
-@pytest.mark.parametrize("path", ["/v2/models/digits/infer", f"/v2/models/digits/versions/{VERSION}/infer"])
-def test_infer_is_501_and_names_predict(service: Service, path: str) -> None:
-    answer = requests.post(service.url + path, json={"inputs": [PIXELS | {"data": []}]}, timeout=10)
-
-    assert "POST /predict" in assert_protocol_error(answer, 501)
 
 
 def test_apaches_errors_below_v2_have_protocol_format(service: Service) -> None:
@@ -230,15 +223,11 @@ def test_tritonclient_reads_answers_and_errors(service: Service) -> None:
         assert not client.is_model_ready("digits", "2")
         assert not client.is_model_ready("cats")
 
-        pixels = InferInput("pixels", [1, 224, 224, 3], "UINT8")
-        pixels.set_data_from_numpy(np.zeros((1, 224, 224, 3), np.uint8))
         assert "[404] The models served here are: digits." in error_text(client.get_model_metadata, "cats")
         assert f"[404] The versions of digits served here are: {VERSION}." in error_text(
             client.get_model_metadata, "digits", "2"
         )
-        assert "[404] There is nothing at this address" in error_text(client.get_model_repository_index)
-        assert "POST /predict" in error_text(client.infer, "digits", [pixels])
-        assert "POST /predict" in error_text(client.infer, "digits", [pixels], model_version=version)
+        assert "[404] There is nothing at this address" in error_text(client.load_model, "digits")
 
 
 def test_tritonclient_learns_why_the_service_is_not_ready(redis_port: int) -> None:
@@ -247,7 +236,7 @@ def test_tritonclient_learns_why_the_service_is_not_ready(redis_port: int) -> No
             assert client.is_server_live()
             assert not client.is_server_ready()
             assert not client.is_model_ready("digits")
-            assert "[503] No model server is alive" in error_text(client.get_model_metadata, "digits")
+            assert "[503] No model server of digits is alive" in error_text(client.get_model_metadata, "digits")
             assert "[401] Send a key" in error_text(client.infer, "digits", [])
         for path in ("/v2/health/ready", "/v2/models/digits", "/v2/models/digits/versions/1/ready"):
             answer = get(Service(url), path)

@@ -36,8 +36,9 @@ from PIL.PngImagePlugin import PngImageFile
 from samples import saved
 
 from image_queue import WebQueue
-from run_web_server import create_app
 from web import image_preparation as preparation
+from web.metrics import Metrics
+from web.pipeline import Pipeline, Wanted
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 WARM = EXAMPLES // 2  # by then, each process has reached the highest memory use of every decoder
@@ -171,7 +172,7 @@ def test_a_bad_image_is_logged_with_its_request_and_the_reason(
     monkeypatch.setattr(WebQueue, "shape", lambda _: (224, 224, 3))
 
     with caplog.at_level("INFO"), pytest.raises(preparation.BadImage):
-        create_app().extensions["pipeline"].classify(io.BytesIO(data), time.time() + 60, "the-id-of-it", 0)
+        Pipeline(Metrics()).classify(io.BytesIO(data), Wanted("the-id-of-it", time.time() + 60, WebQueue()))
 
     [line] = caplog.messages
     assert line.startswith(f"request the-id-of-it: bad image: {why}")
@@ -184,7 +185,8 @@ def test_an_error_does_not_keep_its_image_in_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(WebQueue, "shape", lambda _: (224, 224, 3))
     gc.collect()
 
-    error = create_app().extensions["pipeline"].classify_or_error(io.BytesIO(GOOD[:-300]), time.time() + 60, "x", 0)
+    wanted = Wanted("x", time.time() + 60, WebQueue())
+    error = Pipeline(Metrics()).classify_or_error(io.BytesIO(GOOD[:-300]), wanted)
 
     assert isinstance(error, preparation.BadImage)
     assert not [each for each in gc.get_objects() if isinstance(each, PngImageFile)]

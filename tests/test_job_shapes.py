@@ -35,7 +35,7 @@ class Shaped:
 
 @pytest.fixture
 def server(redis: Redis) -> Iterator[ModelServer]:
-    yield from stepped_server(Shaped(), {"model": "shaped", "weights": "none", "shape": Shaped.shape})
+    yield from stepped_server(Shaped(), {"model": "digits", "weights": "none", "shape": Shaped.shape})
 
 
 def queued(redis: Redis, level: int, pixels: Shape, **others: Any) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""Who may post to /predict, and how often: API_KEYS and RATE_LIMIT, which are off by default."""
+"""Who may post images, and how often: API_KEYS and RATE_LIMIT, which are off by default."""
 
 import hashlib
 import hmac

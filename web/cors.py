@@ -9,9 +9,11 @@ import flask
 
 import settings
 
-REQUEST_HEADERS = "Authorization, Content-Encoding, Content-Type, X-Request-ID"  # that a page may send
+REQUEST_HEADERS = (  # that a page may send
+    "Authorization, Content-Encoding, Content-Type, Inference-Header-Content-Length, X-Request-ID"
+)
 # That a page may read, besides the standard ones.
-RESPONSE_HEADERS = "X-Request-ID, Retry-After, Server-Timing, X-Model, X-Model-Version"
+RESPONSE_HEADERS = "X-Request-ID, Retry-After, Server-Timing, X-Model, X-Model-Version, Inference-Header-Content-Length"
 MAX_AGE = "7200"  # seconds that a browser may cache the answer to a preflight; Chromium's maximum
 NOT_SHARED = "/metrics"
 

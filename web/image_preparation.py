@@ -61,7 +61,7 @@ class TooLarge(WebError):
     status, code = 413, "too_large"
 
 
-def open_image(stream: IO[bytes]) -> Image.Image:
+def open_image(stream: IO[bytes] | io.BufferedIOBase) -> Image.Image:
     """Return the image in `stream`, not yet decoded. Raises MissingImage, BadImage, TooLarge."""
     if stream.seek(0, io.SEEK_END) == 0:
         raise MissingImage("The file in the form field `image` is empty, so send an image.")

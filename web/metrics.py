@@ -45,7 +45,7 @@ class Metrics:
         )
         self.duration = Histogram(
             "keras_rest_api_request_duration_seconds",
-            "Time for a response of /predict with predictions, from the request's headers to the response.",
+            "Time for a response with predictions, from the request's headers to the response.",
             ["model"], buckets=SECONDS, registry=None,
         )  # fmt: skip
         self.images = Counter(

@@ -1,4 +1,4 @@
-"""Gives each request an id, counts it in the metrics, and logs it if it is for /predict."""
+"""Gives each request an id, counts it in the metrics, and logs it if it asks for predictions."""
 
 import logging
 import re
@@ -12,11 +12,12 @@ from web.metrics import PREDICT, Metrics
 
 log = logging.getLogger(__name__)
 
+INFER = "/infer"  # the end of the paths of inference under /v2
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def add_request_log(app: flask.Flask, metrics: Metrics) -> None:
-    """Count every request to `app`, and log those for /predict."""
+    """Count every request to `app`, and log those for predictions."""
 
     @app.before_request
     def begin() -> None:
@@ -35,7 +36,7 @@ def add_request_log(app: flask.Flask, metrics: Metrics) -> None:
         endpoint = rule.rule if rule else "none"
         more = flask.g.get("log_fields", {})  # the code of an error, or the times and the number of images
         metrics.count_request(endpoint, flask.g.get("model", ""), response.status_code, seconds, more.get("images", 0))
-        if endpoint.startswith(PREDICT):
+        if endpoint.startswith(PREDICT) or endpoint.endswith(INFER):
             fields = {"status": response.status_code, "ms": round(1000 * seconds, 1), "request": flask.g.request_id}
             path = printable(flask.request.path, 100)
             log.info("%s: %d %s in %.1f ms, request %s", path, response.status_code, more.get("code", "OK"),

@@ -10,7 +10,8 @@ files, as are those of unknown size: chunked or compressed.
 import io
 import math
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 import flask
@@ -49,14 +50,44 @@ def uploads(request: flask.Request) -> list[IO[bytes]]:
 
     Raises MissingImage, BadRequest, TooLarge, UnsupportedMediaType, StorageFull.
     """
+    with body_errors():
+        body, in_memory, reservation = begin_reading(request)
+        if in_memory:
+            return images_in_memory(request, read(request, int(size_if_known(request))), reservation)
+        return images(request, body, new_file)
+
+
+def whole_request(request: flask.Request) -> tuple[IO[bytes], int, NewStream]:
+    """Return the body of `request` as a stream, its size, and what makes more streams for its contents.
+
+    The caller closes them. Raises BadRequest, TooLarge, UnsupportedMediaType, StorageFull.
+    """
+    with body_errors(), ExitStack() as on_error:
+        body, in_memory, reservation = begin_reading(request)
+        if in_memory:
+            data = read(request, int(size_if_known(request)))
+            return UploadInMemory(reservation, data), len(data), lambda: UploadInMemory(reservation)
+        stream = on_error.enter_context(new_file())
+        shutil.copyfileobj(body, stream, CHUNK)
+        stream.flush()
+        on_error.pop_all()
+        return stream, stream.tell(), new_file
+
+
+def begin_reading(request: flask.Request) -> tuple[IO[bytes], bool, Reservation | None]:
+    """Return the body as a stream, whether to keep it in memory, and the memory that was reserved for it."""
+    body = decompressed_body(request)
+    size = size_if_known(request)
+    reservation = reserve(int(size)) if SMALL < size <= LARGEST_IN_MEMORY else None
+    return body, size <= SMALL or bool(reservation), reservation
+
+
+@contextmanager
+def body_errors() -> Iterator[None]:
+    """Turn the errors of reading and storing a body into TooLarge and StorageFull."""
     try:
-        body = decompressed_body(request)
-        size = size_if_known(request)
-        reservation = reserve(int(size)) if SMALL < size <= LARGEST_IN_MEMORY else None
-        if size <= SMALL or reservation:
-            return images_in_memory(request, read(request, int(size)), reservation)
         with storage_errors():  # only the disk can raise OSError here: Werkzeug turns a lost client into another error
-            return images(request, body, new_file)
+            yield
     except RequestEntityTooLarge:
         limit = megabytes(settings.MAX_UPLOAD_BYTES)
         raise TooLarge(f"A request may have at most {limit}, so send a smaller image.") from None
