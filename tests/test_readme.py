@@ -22,7 +22,7 @@ def section(document: str, heading: str) -> str:
 
 
 def test_the_readme_stays_short() -> None:
-    assert README.count("\n") <= 130
+    assert README.count("\n") <= 142
 
 
 def subclasses(kind: type[ServiceError]) -> list[type[ServiceError]]:
