@@ -1,8 +1,6 @@
 """The model server's loop: takes batches from the queue, computes them, and sends the answers."""
 
 import logging
-import os
-import socket
 import time
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, faile
 from model_server import metrics
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier, Probabilities
+from model_server.systemd import READY, STOPPING, WATCHDOG, notify_systemd
 from model_server.tray import Tray
 
 log = logging.getLogger(__name__)
@@ -28,6 +27,8 @@ BROKEN = failed("The model could not classify this image; try another.")
 # Seconds to wait for more jobs while another batch is in flight. A batch takes a millisecond of CPU to take, start and
 # answer, however few images it has, so a fast model would spend its time on batches of one.
 GATHER = 0.002
+
+WATCHDOG_EVERY = 0.2  # seconds between two reports to systemd, which would cost as much as a small batch
 
 
 class Computed(NamedTuple):
@@ -56,6 +57,7 @@ class ModelServer:
         self._unsent: deque[Computed] = deque()  # the first is being sent, or waits because Redis failed
         self._spare_trays: deque[Tray] = deque()
         self._tray = self._another_tray()  # for the batch that is being taken
+        self._next_report = 0.0  # time.monotonic() of the next report to systemd
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """Signal handler: make run() finish the batches being computed, then leave."""
@@ -73,7 +75,7 @@ class ModelServer:
             except RedisError as error:
                 self.queue.log_redis_error(error, 0)
                 self._join()
-        notify_systemd("STOPPING=1")
+        notify_systemd(STOPPING)
         self._leave()
 
     def step(self) -> None:
@@ -82,7 +84,7 @@ class ModelServer:
         Raises HeartbeatExpired and RedisError, including those from sending the answers of earlier batches.
         """
         self.queue.beat()
-        notify_systemd("WATCHDOG=1")
+        self._report_alive()
         self.settle(BATCHES_AT_ONCE)
         batch = self._take(Batch(), settings.SERVER_SLEEP)
         if not batch.entries:
@@ -98,6 +100,12 @@ class ModelServer:
         self._in_flight.append(self._answering.submit(self._answer, batch, computing))
         if batch.suspect:
             self.settle()
+
+    def _report_alive(self) -> None:
+        """Report to systemd, at most every WATCHDOG_EVERY seconds, that the loop goes on."""
+        if time.monotonic() >= self._next_report:
+            self._next_report = time.monotonic() + WATCHDOG_EVERY
+            notify_systemd(WATCHDOG)
 
     def _fill_up(self, batch: Batch) -> None:
         """Wait for a free thread, or GATHER, and add the jobs that have come meanwhile.
@@ -185,12 +193,12 @@ class ModelServer:
         for pause in pauses():
             if self.stopping:
                 return
-            notify_systemd("WATCHDOG=1")  # a restart would not bring Redis back
+            self._report_alive()  # a restart would not bring Redis back
             try:
                 self._send_late()
                 self.queue.join()
                 log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
-                notify_systemd("READY=1")
+                notify_systemd(READY)
                 return
             except RedisError as error:
                 self.queue.log_redis_error(error, pause)
@@ -222,14 +230,3 @@ class ModelServer:
 def outcome_of(answer: Answer) -> str:
     """Return the label that the metrics give an answer."""
     return "unreadable" if answer is UNREADABLE else "model_failed" if answer is BROKEN else "classified"
-
-
-def notify_systemd(state: str) -> None:
-    """Send a state to systemd, such as READY=1 (sd_notify(3)); does nothing without NOTIFY_SOCKET."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
-        messenger.settimeout(1)  # never hang if systemd does not read
-        messenger.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-        messenger.send(state.encode())

@@ -1,5 +1,9 @@
 """A model server's metrics, for Prometheus at METRICS_PORT. The web has its own in web/metrics.py."""
 
+import logging
+import os
+import threading
+import time
 from collections.abc import Iterator
 
 from prometheus_client import (
@@ -15,9 +19,13 @@ from prometheus_client import (
 
 import settings
 from helpers import StartupError, model_name
+from model_server.systemd import REPLACES
+
+log = logging.getLogger(__name__)
 
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TAKE_OVER_EVERY = 0.5  # seconds between two attempts to use the port of a model server that is being replaced
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # drop the unused `_created` series
 
@@ -58,7 +66,8 @@ class WithModel(CollectorRegistry):
 def serve_metrics(number: int) -> None:
     """Serve the metrics from a thread if METRICS_PORT is set. Raises StartupError if the port is taken.
 
-    `number` is added to the port, so that the model servers of several GPUs on one host can share their settings.
+    `number` is added to the port, so that the model servers of several GPUs on one host can share their settings. A
+    model server that replaces another one takes the port over once that one has ended.
     """
     if not settings.METRICS_PORT:
         return
@@ -66,6 +75,26 @@ def serve_metrics(number: int) -> None:
     try:
         start_http_server(port, settings.METRICS_HOST, WithModel())
     except (OSError, OverflowError) as error:
+        if replaced := int(os.environ.get(REPLACES, "0")):
+            threading.Thread(target=_take_over, args=[port, replaced], daemon=True).start()
+            return
         raise StartupError(
             f"Port {port} of {settings.METRICS_HOST} can't be used ({error}): set METRICS_PORT."
         ) from None
+
+
+def _take_over(port: int, replaced: int) -> None:
+    """Serve the metrics on `port` as soon as the process `replaced` has ended."""
+    ended = False
+    while True:
+        try:
+            start_http_server(port, settings.METRICS_HOST, WithModel())
+            return
+        except OSError as error:
+            if ended:
+                log.error(
+                    "Port %d of %s can't be used (%s), so there are no metrics", port, settings.METRICS_HOST, error
+                )
+                return
+        ended = not os.path.exists(f"/proc/{replaced}")
+        time.sleep(TAKE_OVER_EVERY)

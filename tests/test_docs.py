@@ -24,6 +24,7 @@ INSTALL = "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian"
 ELSEWHERE = {
     "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
+    "MODELS=models/efficientnet": "test_serve_models.py::test_two_models_are_served_with_a_command_for_each",
     "MODELS=": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     "redis-cli del image_queue:model:": "test_monitoring.py::test_a_retired_model_is_forgotten_as_operations_says",
     "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_preprocessing_and_weights",

@@ -238,6 +238,21 @@ def test_model_is_known_for_a_day_after_its_last_heartbeat(serve: Join, redis: R
     assert models.names() == ["digits"]
 
 
+def test_model_announced_a_moment_ago_is_not_called_unknown(
+    serve: Join, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the list of models was read before, and is not yet out of date."""
+    monkeypatch.setattr("web.served_models.REFRESH_EVERY", 5.0)
+    use(monkeypatch, model="digits.keras")
+    models = ServedModels(WebQueue(), lambda model, event, times: None)
+    with pytest.raises(UnknownModel):
+        models.queue("cats")
+    serve(CATS)
+    time.sleep(0.5)  # a tenth of REFRESH_EVERY, within which the list is not read twice
+
+    assert models.queue("cats").model == "cats"
+
+
 @pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"cats": 7, "a": {"queue": 1}}', b'{"a": {"queue": "other"}}'])
 def test_invalid_list_in_redis_is_ignored_and_replaced(
     serve: Join, redis: Redis, models: ServedModels, rubbish: bytes

@@ -64,7 +64,9 @@ class ServedModels:
         """
         known, wanted = self.known(), name or self.default()
         if name and name not in known and name != self.default():
-            raise self.unknown(name)
+            known = self._known.latest() or {}  # it may have been announced just now
+            if name not in known:
+                raise self.unknown(name)
         return known.get(wanted, {})
 
     def queue(self, name: str = "") -> WebQueue:
