@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from harness import Process, answers, free_port, need, running, wait_until
+from harness import Process, answers, free_port, redis_server, running, wait_until
 from namespaces import Network
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -43,7 +43,7 @@ def run_sentinel(
         primary_host=primary[0], primary_port=primary[1],
     )  # fmt: skip
     configuration.write_text(text)
-    with running([*prefix, need("redis-server"), str(configuration), "--sentinel"], log) as process:
+    with running([*prefix, redis_server(), str(configuration), "--sentinel"], log) as process:
         yield process
 
 
@@ -68,7 +68,7 @@ class Trio:
 
     def _run(self, place: Address, options: Sequence[str], prefix: Sequence[str]) -> None:
         # Copies itself to a new replica at once, and keeps nothing on disk.
-        command = [need("redis-server"), "--port", str(place[1]), "--bind", place[0], "--save", "", "--dir",
+        command = [redis_server(), "--port", str(place[1]), "--bind", place[0], "--save", "", "--dir",
                    str(self._folder), "--repl-diskless-sync-delay", "0", "--protected-mode", "no"]  # fmt: skip
         log = self._folder / f"redis-{place[1]}"
         self.servers[place] = self._stack.enter_context(running([*prefix, *command, *options], log))

@@ -135,7 +135,7 @@ def test_programs_started_without_redis_wait_and_recover(tmp_path: Path, record_
     assert load.failures == {}
     pauses = [float(seconds) for seconds in re.findall(r"trying again in ([\d.]+) s", log.read_text())]
     assert all(longer > shorter for shorter, longer in pairwise(pauses[1:4]))
-    assert max(pauses) <= 5
+    assert max(pauses) <= 2
     record_property("figures", load.figures)
 
 

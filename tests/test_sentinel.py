@@ -1,5 +1,6 @@
 """REDIS_URL=sentinel://...: its parts, what is refused, passwords and TLS, and connections that follow the primary."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from harness import answers, free_port, run_redis, wait_until
+from harness import ROOT, answers, free_port, run_redis, wait_until
 from redis import Redis
 from sentinels import NAME, ask, client_of, fault, run_sentinel
 
@@ -273,3 +274,22 @@ def test_error_of_a_sentinel_is_logged_with_its_address(named: Named, monkeypatc
 
     assert queue.address == f"sentinel://{named.sentinel}/other"
     assert str(raised.value) == f"Sentinel {named.sentinel}: no primary is named other"
+
+
+def test_programs_of_deploy_name_the_sentinels(named: Named, first: Redis) -> None:
+    first.config_set("maxmemory", "1gb")
+    first.config_set("maxmemory-policy", "allkeys-lru")
+    serve = "import sys; sys.path.insert(0, 'deploy'); import serve_redis; print(serve_redis.redis_answers())"
+    try:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "REDIS_URL": named.url}
+        printed = [
+            subprocess.check_output([sys.executable, *command], cwd=ROOT, env=environment, text=True)
+            for command in (["deploy/check_redis.py"], ["-c", serve])
+        ]
+    finally:
+        first.config_set("maxmemory", "0")
+        first.config_set("maxmemory-policy", "noeviction")
+
+    where = named.url.removesuffix("/0")
+    assert printed[0].startswith(f"* Redis at {where} evicts keys")
+    assert printed[1] == f"* Using the Redis at {where}\nTrue\n"

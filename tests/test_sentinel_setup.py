@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from harness import ROOT, answers, free_port, make_certificates, need, running, wait_until
+from harness import ROOT, answers, free_port, make_certificates, redis_server, running, wait_until
 from queue_fixtures import ANSWER, IMAGE, answer
 from redis import Redis
 from redis.exceptions import RedisError
@@ -21,12 +21,13 @@ import settings
 from image_queue import HeartbeatExpired, ServerQueue, WebQueue
 from model_server import privileges
 
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 SECRETS = ("PASSWORD", "SENTINEL-PASSWORD", "REPLICA-PASSWORD", "OBSERVER-PASSWORD")
 
 
 def documented(heading: str) -> list[str]:
     """Return the code blocks of a section of docs/operations.md."""
-    section = (ROOT / "docs/operations.md").read_text().split(f"\n### {heading}\n")[1].split("\n### ")[0]
+    section = OPERATIONS.split(f"\n### {heading}\n")[1].split("\n### ")[0]
     return re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 
 
@@ -61,7 +62,7 @@ class Documented:
             text = text.replace(f"/etc/redis/{name}.pem", self.files[name])
         file = self.folder / f"{port}.conf"
         file.write_text(f"bind 127.0.0.1\ndir {self.folder}\n{text}")
-        self.stack.enter_context(running([need("redis-server"), str(file), *options], self.folder / f"{port}.log"))
+        self.stack.enter_context(running([redis_server(), str(file), *options], self.folder / f"{port}.log"))
 
     def admin(self, port: int) -> Redis:
         options: dict[str, Any] = {"username": "admin", "password": "admin", "socket_timeout": 5, "protocol": 2}
@@ -81,7 +82,7 @@ class Documented:
         return False
 
     def url(self) -> str:
-        [url] = re.findall(r"^    REDIS_URL=(sentinels:.*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+        [url] = re.findall(r"^    REDIS_URL=(sentinels:.*)$", OPERATIONS, re.MULTILINE)
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.sentinels)
         return str(url).replace("10.0.0.1,10.0.0.2,10.0.0.3", hosts).replace("/etc/ssl/redis-ca.pem", self.files["ca"])
 
@@ -202,3 +203,16 @@ def test_an_image_crosses_the_replication_link_once(
         each = (sent() - before) / 10
 
     assert 200_000 < each < 210_000
+
+
+def test_documented_sizes_of_the_buffers_are_the_rate_times_seconds() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+)mb \| (\d+)mb (\d+)mb 60 \|$", OPERATIONS, re.MULTILINE)
+
+    for images, rate, backlog, hard, soft in [map(int, row) for row in rows]:
+        assert rate == images // 5
+        assert (backlog, hard, soft) == (10 * rate, 30 * rate, 15 * rate)
+    assert len(rows) == 4
+    assert (
+        "repl-backlog-size 200mb\nclient-output-buffer-limit replica 600mb 300mb 60\n"
+        in documented("Redis that fails over")[0]
+    )
