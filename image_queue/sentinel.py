@@ -14,7 +14,7 @@ DEFAULT_PORT = 26379
 # A Sentinel has little to do, and usually another one can answer. With longer limits, a host that is cut off would hold
 # up a fail-over.
 SENTINEL_LIMIT = 1.0  # seconds to connect to a Sentinel, and again for its answer
-CHECK_EVERY = 5.0  # seconds between checks whether the primary of an open connection is still the one
+CHECK_EVERY = 1.0  # seconds between checks whether open connections still lead to the primary
 CHECK_AGAIN = 30.0  # seconds until the next check if no Sentinel answers, because a check holds up a command
 
 URL = re.compile(

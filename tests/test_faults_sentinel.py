@@ -37,6 +37,7 @@ def fail_over(service: Service, trio: Trio, fault: Callable[[], object], record:
     wait_until(trio.is_ready, "a fail-over can happen", 60)
     with Load(service.url) as load:
         load.wait_for(100)
+        usual = max(outcome.seconds for outcome in load.outcomes)  # on a busy machine this is not zero
         begun = time.monotonic()
         took = trio.seconds_to_another_primary(fault)
         wait_until(lambda: time.monotonic() > begun + seconds, "the fault is over", seconds + 1)
@@ -45,7 +46,7 @@ def fail_over(service: Service, trio: Trio, fault: Callable[[], object], record:
     longest = max(outcome.seconds for outcome in load.outcomes)
     record("figures", f"{load.figures}; another primary after {took:.1f} s")
     assert load.failures == {}
-    assert longest < took + MARGIN
+    assert longest < took + MARGIN + usual
 
 
 def test_a_primary_killed_behind_sentinels_loses_nothing(
