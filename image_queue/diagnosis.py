@@ -79,13 +79,20 @@ CLOSED = "closed the connection, so check its log; if it requires TLS, begin RED
 CLOSED_OVER_TLS = (
     "closed the connection, so check its log; if it requires a client certificate, set ssl_certfile in REDIS_URL"
 )
+REPLICA = "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"
 PRIMARY_DOWN = "does not answer, so wait until its Sentinels name another primary, or start it"
+FAIL_OVER = "changes its primary, so wait for the fail-over to end"
 PRIMARY_DOWN_OVER_TLS = f"{PRIMARY_DOWN}; if it has no TLS, begin REDIS_URL with sentinel://"
 # What some texts become, by the scheme of REDIS_URL.
 BY_SCHEME = {
     "rediss": {NO_ANSWER: NO_ANSWER_OVER_TLS, CLOSED: CLOSED_OVER_TLS},
-    "sentinel": {NO_ANSWER: PRIMARY_DOWN, CLOSED: CLOSED.replace("rediss", "sentinels")},
-    "sentinels": dict.fromkeys([NO_ANSWER, NO_ANSWER_OVER_TLS], PRIMARY_DOWN_OVER_TLS) | {CLOSED: CLOSED_OVER_TLS},
+    "sentinel": {NO_ANSWER: PRIMARY_DOWN, REPLICA: FAIL_OVER, CLOSED: CLOSED.replace("rediss", "sentinels")},
+    "sentinels": {
+        NO_ANSWER: PRIMARY_DOWN_OVER_TLS,
+        NO_ANSWER_OVER_TLS: PRIMARY_DOWN_OVER_TLS,
+        REPLICA: FAIL_OVER,
+        CLOSED: CLOSED_OVER_TLS,
+    },
 }
 NO_CONNECTION_LEFT = "has no connection left, so raise its maxclients"
 
@@ -94,7 +101,7 @@ Faults = tuple[tuple[type[Exception], str, str], ...]
 # What is wrong, by the type of an error and a part of its text. The first match counts.
 FAULTS: Faults = (
     (RedisError, "NOREPLICAS", "rejects writes because it has too few replicas, so check its log"),
-    (NotPrimary, "", "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"),
+    (NotPrimary, "", REPLICA),
     (AuthenticationError, "Authentication required", "requires a password, so set it in REDIS_URL"),
     (AuthenticationError, "without any password", "has no password, so remove the one in REDIS_URL"),
     (AuthenticationError, "", "rejects the password, so check the user and the password in REDIS_URL"),

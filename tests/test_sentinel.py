@@ -261,7 +261,7 @@ def test_primary_that_is_a_replica_or_does_not_answer_is_reported(
 
     named.name(named.servers[0])
     first.replicaof("127.0.0.1", str(named.servers[1][1]))
-    assert fault().startswith("is a read-only replica, so wait for the fail-over to end")
+    assert fault().startswith("changes its primary, so wait for the fail-over to end")
 
 
 def test_error_of_a_sentinel_is_logged_with_its_address(named: Named, monkeypatch: pytest.MonkeyPatch) -> None:
