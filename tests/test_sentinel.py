@@ -293,3 +293,10 @@ def test_programs_of_deploy_name_the_sentinels(named: Named, first: Redis) -> No
     where = named.url.removesuffix("/0")
     assert printed[0].startswith(f"* Redis at {where} evicts keys")
     assert printed[1] == f"* Using the Redis at {where}\nTrue\n"
+
+
+def test_reads_are_not_served_by_a_replica_that_the_sentinel_names(named: Named, first: Redis) -> None:
+    first.replicaof("127.0.0.1", str(named.servers[1].port))
+
+    with pytest.raises(NotPrimary, match="which is a replica"):
+        connect().get("key")
