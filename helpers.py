@@ -105,10 +105,11 @@ def json_lines() -> logging.Formatter:
     return JsonFormatter("{levelname}{message}", style="{", rename_fields=names, timestamp="time")
 
 
-def pauses(first: float = 0.1, longest: float = 5.0) -> Iterator[float]:
+def pauses(first: float = 0.1, longest: float = 2.0) -> Iterator[float]:
     """Yield the seconds to wait between attempts, doubling up to `longest`.
 
-    Each is shortened at random by up to a fifth, so that processes that lost the same Redis do not all retry at once.
+    `longest` is short, because a fail-over may end just after a pause begins. Each is shortened at random by up to a
+    fifth, so that processes that lost the same Redis do not all retry at once.
     """
     pause = first
     while True:

@@ -141,8 +141,11 @@ sections["Redis"] = []
 REDIS_HOST = _text("REDIS_HOST", "localhost", r"[^\s/@]+", "a host name or an address", "The host that Redis runs on.")
 REDIS_PORT = _integer("REDIS_PORT", 6379, (1, 65535), "", "The port of Redis.")
 REDIS_DB = _integer("REDIS_DB", 0, (0, 1_000_000), "", "The number of the Redis database.")
-REDIS_URL = _text("REDIS_URL", "", r"|(redis|rediss|unix)://\S+", "a URL that begins with redis://, rediss:// or unix://",
-    "Replaces the three above: `redis://user:password@host:port/db`, `rediss://` for TLS, or `unix:///path?db=0`.")
+REDIS_URL = _text("REDIS_URL", "", r"|(redis|rediss|unix|sentinel|sentinels)://\S+",
+    "a URL that begins with redis://, rediss://, unix://, sentinel:// or sentinels://",
+    "Replaces the three above: `redis://user:password@host:port/db`, `rediss://` for TLS, `unix:///path?db=0`, or "
+    "`sentinel://user:password@host:port,host:port/name/db` for Sentinels and the name of their primary, "
+    "`sentinels://` for TLS.")
 IMAGE_QUEUE = _text("IMAGE_QUEUE", "image_queue", r"[\w.-]+", "a name of letters, digits, '_', '.' and '-'",
     "The Redis list of waiting jobs, and the prefix of other keys.")
 

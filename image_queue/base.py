@@ -81,8 +81,10 @@ class ImageQueue:
 
     @property
     def address(self) -> str:
-        """The address of Redis for messages, without the password."""
+        """The address of Redis for messages, or of its Sentinels, without the passwords."""
         at = self.pool.connection_kwargs
+        if "sentinels" in at:
+            return str(at["sentinels"])
         return cast(str, at.get("path")) or f"{at.get('host')}:{at.get('port')}"
 
     @property

@@ -2,24 +2,30 @@
 
 A fail-over behind one name (a virtual IP, a load balancer, a Kubernetes Service) turns the old primary into a replica
 and often leaves connections to it open. So a connection to a replica counts as broken, and its replacement resolves the
-name again.
+name again, or asks the Sentinels.
 """
 
 import re
+from socket import socket
 from typing import Any, cast
 
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
-from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, ResponseError
+from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
 import settings
+from image_queue.sentinel import FORM, Address, Sentinels, read_url
 
 # A connection counts as dead if a reply is this many seconds overdue; the reply to a blocking poll is due when the poll
 # ends. Without a limit a cut cable would never be noticed; with less than a second a busy Redis would count as dead.
 SOCKET_GRACE = 5
+# The same behind Sentinels, and the limit on connecting there and on each reply until the connection is ready. They are
+# shorter because the wait for an old primary that is frozen or cut off adds to the time of a fail-over.
+SENTINEL_GRACE = 3
+HANDSHAKE_LIMIT = 2
 MAX_CONNECTIONS = 10_000  # of one process, unless Redis reports a limit
 CLOSE_SURPLUS_EVERY = 5.0  # seconds
 
@@ -27,7 +33,7 @@ Info = dict[str, Any]
 
 
 class NotPrimary(ConnectionError):
-    """Redis is a replica, which accepts no writes. After a fail-over the old primary is one too."""
+    """Redis accepts no writes: it is a replica, as an old primary is after a fail-over, or has too few replicas."""
 
 
 class PrimaryConnectionBase(AbstractConnection):
@@ -38,7 +44,7 @@ class PrimaryConnectionBase(AbstractConnection):
         try:
             return super().read_response(*args, **kwargs)
         except ResponseError as error:
-            if not _is_from_replica(error):
+            if not _shows_another_primary(error):
                 raise
             self.disconnect()  # type: ignore[no-untyped-call]
             raise NotPrimary(str(error)) from error
@@ -58,10 +64,13 @@ class PrimaryConnectionBase(AbstractConnection):
         return True
 
 
-def _is_from_replica(error: ResponseError) -> bool:
-    # The error of a failed EXEC quotes the reason. UNBLOCKED ends a blocking command when a primary becomes a replica.
+def _shows_another_primary(error: ResponseError) -> bool:
+    """Return whether there may be another primary: this Redis is a replica, or a primary without enough replicas.
+
+    The error of a failed EXEC quotes the reason. UNBLOCKED ends a blocking command when a primary becomes a replica.
+    """
     return isinstance(error, ReadOnlyError | MasterDownError) or bool(
-        re.search(r"because of: READONLY|^UNBLOCKED .*instance state changed", str(error))
+        re.search(r"because of: READONLY|^UNBLOCKED .*instance state changed|NOREPLICAS", str(error))
     )
 
 
@@ -77,7 +86,69 @@ class PrimaryUnixConnection(PrimaryConnectionBase, UnixDomainSocketConnection):
     """A PrimaryConnectionBase over a Unix socket."""
 
 
-CONNECTIONS = {"redis": PrimaryConnection, "rediss": PrimarySSLConnection, "unix": PrimaryUnixConnection}
+class SentinelConnectionBase(PrimaryConnectionBase, Connection):
+    """A connection that asks the Sentinels where to connect to, and breaks when they name another primary."""
+
+    def __init__(self, sentinels: Sentinels, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._sentinels = sentinels
+
+    def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
+        """Connect to the primary. Raises PrimaryNotFound, NotPrimary and the errors of redis-py."""
+        if self._sock:
+            return
+        self.host, self.port = self._sentinels.primary()
+        try:
+            super().connect_check_health(*args, **kwargs)
+            self._check_role()
+        except RedisError:
+            self._sentinels.distrust()
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise
+        cast(socket, self._sock).settimeout(self.socket_timeout)
+
+    def _connect(self) -> Any:
+        patience, self.socket_timeout = self.socket_timeout, HANDSHAKE_LIMIT
+        try:
+            return super()._connect()  # type: ignore[no-untyped-call]
+        finally:
+            self.socket_timeout = patience
+
+    def _check_role(self) -> None:
+        # Not ROLE, because the service's user may run INFO anyway.
+        self.send_command("INFO", "replication", check_health=False)  # type: ignore[no-untyped-call]
+        if b"role:master" not in bytes(self.read_response()):  # a model server's parser returns a view
+            raise NotPrimary(f"the Sentinels name {self.host}:{self.port}, which is a replica")
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the next reply. Raises NotPrimary and the errors of redis-py."""
+        try:
+            return super().read_response(*args, **kwargs)
+        except NotPrimary:
+            self._sentinels.distrust()
+            raise
+
+    def check_health(self) -> None:
+        """Check before a command that this is still the primary, which redis-py does not. Raises NotPrimary.
+
+        An old primary that only the Sentinels can't reach would otherwise keep its connections, and so its jobs.
+        """
+        if self._sentinels.moved_from(Address(self.host, self.port)):
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise NotPrimary(f"the Sentinels name another primary than {self.host}:{self.port}")
+        super().check_health()  # type: ignore[no-untyped-call]
+
+
+class SentinelConnection(SentinelConnectionBase):
+    """A SentinelConnectionBase over TCP."""
+
+
+class SentinelSSLConnection(SentinelConnectionBase, SSLConnection):
+    """A SentinelConnectionBase over TLS."""
+
+
+CONNECTIONS = {"redis": PrimaryConnection, "rediss": PrimarySSLConnection, "unix": PrimaryUnixConnection,
+               "sentinel": SentinelConnection, "sentinels": SentinelSSLConnection}  # fmt: skip
 
 
 class QueuePool(ConnectionPool):
@@ -139,15 +210,24 @@ def connect() -> Redis:
 
 
 def _pool_by_url(options: dict[str, Any]) -> QueuePool:
-    if settings.REDIS_URL.startswith("unix:"):
+    scheme = settings.REDIS_URL.partition(":")[0]
+    behind_sentinels = scheme.startswith("sentinel")
+    options["connection_class"] = CONNECTIONS[scheme]
+    if scheme == "unix":
         del options["socket_keepalive"]
-    options["connection_class"] = CONNECTIONS[settings.REDIS_URL.partition(":")[0]]
     try:
-        pool: QueuePool = QueuePool.from_url(settings.REDIS_URL, **options)
+        if behind_sentinels:
+            sentinels, from_url = read_url(settings.REDIS_URL)
+            options["socket_timeout"] += SENTINEL_GRACE - SOCKET_GRACE
+            options |= {"socket_connect_timeout": HANDSHAKE_LIMIT, "sentinels": sentinels} | from_url
+            pool = QueuePool(**options)
+        else:
+            pool = QueuePool.from_url(settings.REDIS_URL, **options)
         pool.connection_class(**pool.connection_kwargs)  # does not connect, but raises for an unknown option
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RedisError):
         # Do not show the error: if the password contains a /, the error quotes part of it.
-        settings.refuse("REDIS_URL", settings.REDIS_URL, "a URL as in docs/operations.md, special characters as %2F")
+        allowed = FORM if behind_sentinels else "a URL as in docs/operations.md, special characters as %2F"
+        settings.refuse("REDIS_URL", settings.REDIS_URL, allowed)
     return pool
 
 

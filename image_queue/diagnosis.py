@@ -22,6 +22,7 @@ from redis.exceptions import (
 import settings
 from image_queue.connection import MAX_CONNECTIONS, Info, NotPrimary
 from image_queue.errors import UnusableRedis
+from image_queue.sentinel import PrimaryNotFound, UnknownPrimary
 
 OLDEST_REDIS = 7  # the first with script flags, which allow taking and answering jobs when Redis is out of memory
 # One process may use a tenth of maxclients, which leaves connections for the other web processes, the model servers and
@@ -40,7 +41,7 @@ def why_unusable(info: Info) -> str:
     if mode == "cluster" or info.get("cluster_enabled") == 1:
         return "is a Redis Cluster, which spreads a queue over servers, so use a Redis with cluster mode off"
     if mode == "sentinel":
-        return "is a Sentinel, which holds no data, so point REDIS_* at the primary that it monitors"
+        return "is a Sentinel, which holds no data, so begin REDIS_URL with sentinel:// and add the primary's name"
     if not number or int(number[0]) < OLDEST_REDIS:
         return f"is version {version}, but {OLDEST_REDIS} or newer is needed"
     return ""
@@ -78,12 +79,29 @@ CLOSED = "closed the connection, so check its log; if it requires TLS, begin RED
 CLOSED_OVER_TLS = (
     "closed the connection, so check its log; if it requires a client certificate, set ssl_certfile in REDIS_URL"
 )
-OVER_TLS = {NO_ANSWER: NO_ANSWER_OVER_TLS, CLOSED: CLOSED_OVER_TLS}  # replaced when REDIS_URL has TLS
+REPLICA = "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"
+PRIMARY_DOWN = "does not answer, so wait until its Sentinels name another primary, or start it"
+FAIL_OVER = "changes its primary, so wait for the fail-over to end"
+PRIMARY_DOWN_OVER_TLS = f"{PRIMARY_DOWN}; if it has no TLS, begin REDIS_URL with sentinel://"
+# What some texts become, by the scheme of REDIS_URL.
+BY_SCHEME = {
+    "rediss": {NO_ANSWER: NO_ANSWER_OVER_TLS, CLOSED: CLOSED_OVER_TLS},
+    "sentinel": {NO_ANSWER: PRIMARY_DOWN, REPLICA: FAIL_OVER, CLOSED: CLOSED.replace("rediss", "sentinels")},
+    "sentinels": {
+        NO_ANSWER: PRIMARY_DOWN_OVER_TLS,
+        NO_ANSWER_OVER_TLS: PRIMARY_DOWN_OVER_TLS,
+        REPLICA: FAIL_OVER,
+        CLOSED: CLOSED_OVER_TLS,
+    },
+}
 NO_CONNECTION_LEFT = "has no connection left, so raise its maxclients"
 
+Faults = tuple[tuple[type[Exception], str, str], ...]
+
 # What is wrong, by the type of an error and a part of its text. The first match counts.
-FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
-    (NotPrimary, "", "is a read-only replica, so wait for the fail-over to end, or point REDIS_* at the primary"),
+FAULTS: Faults = (
+    (RedisError, "NOREPLICAS", "rejects writes because it has too few replicas, so check its log"),
+    (NotPrimary, "", REPLICA),
     (AuthenticationError, "Authentication required", "requires a password, so set it in REDIS_URL"),
     (AuthenticationError, "without any password", "has no password, so remove the one in REDIS_URL"),
     (AuthenticationError, "", "rejects the password, so check the user and the password in REDIS_URL"),
@@ -103,7 +121,6 @@ FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
     (OutOfMemoryError, "", "has no memory left, so raise its maxmemory"),
     (BusyLoadingError, "", "is still loading its data, so wait until it has finished"),
     (RedisError, "MISCONF", "rejects writes because it can't save them to disk, so check its log"),
-    (RedisError, "NOREPLICAS", "rejects writes because it has too few replicas, so check its log"),
     (RedisError, "max number of clients", NO_CONNECTION_LEFT),
     (MaxConnectionsError, "", NO_CONNECTION_LEFT),
     (ClusterDownError, "", CLUSTER),
@@ -114,6 +131,19 @@ FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
 )  # fmt: skip
 
 
+# The same for an error of a Sentinel. Other errors are as above.
+SENTINEL_FAULTS: Faults = (
+    (UnknownPrimary, "", "knows no primary of this name, so check the name in REDIS_URL"),
+    (AuthenticationError, "Authentication required", "requires a password, so set sentinel_password in REDIS_URL"),
+    (AuthenticationError, "without any password", "has no password, so remove sentinel_password from REDIS_URL"),
+    (AuthenticationError, "",
+     "rejects the password, so check sentinel_username and sentinel_password in REDIS_URL"),
+    (ResponseError, "unknown command", "is a Redis and no Sentinel, so check the port, or use redis:// in REDIS_URL"),
+)  # fmt: skip
+SENTINEL_DOWN = "does not answer, so start the Sentinels, or check their addresses in REDIS_URL"
+SENTINEL_DOWN_OVER_TLS = "does not answer over TLS, so start the Sentinels, or check their addresses and their TLS"
+
+
 def fault_of(error: Exception) -> str:
     """Return what is wrong with Redis and what to do about it.
 
@@ -121,6 +151,16 @@ def fault_of(error: Exception) -> str:
     """
     if isinstance(error, UnusableRedis):
         return error.fault
-    matching = (fault for kind, text, fault in FAULTS if isinstance(error, kind) and text in str(error))
-    fault = next(matching, NO_ANSWER)
-    return OVER_TLS.get(fault, fault) if settings.REDIS_URL.startswith("rediss:") else fault
+    scheme = settings.REDIS_URL.partition(":")[0]
+    changes = BY_SCHEME.get(scheme, {})
+    if isinstance(error, PrimaryNotFound):
+        down = SENTINEL_DOWN_OVER_TLS if scheme == "sentinels" else SENTINEL_DOWN
+        changes = changes | dict.fromkeys([NO_ANSWER, NO_ANSWER_OVER_TLS], down)
+        fault = _first(SENTINEL_FAULTS + FAULTS, error.cause)
+        return f"can't be found, because the Sentinel at {error.sentinel} {changes.get(fault, fault)}"
+    fault = _first(FAULTS, error)
+    return changes.get(fault, fault)
+
+
+def _first(faults: Faults, error: Exception) -> str:
+    return next((fault for kind, text, fault in faults if isinstance(error, kind) and text in str(error)), NO_ANSWER)

@@ -41,15 +41,20 @@ def need_root() -> None:
 def make_base(folder: Path) -> Path:
     """Make a minimal system of the same release as this machine, with packages from the same mirror."""
     need_root()
-    release = re.findall(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)[0]
-    targets = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
-    pairs = [line.split() for line in subprocess.check_output(targets, text=True).splitlines()]
-    mirror = next((uri for name, uri in pairs if name == release), "")
+    release, mirror = release_and_mirror()
     command = [need("debootstrap"), "--variant=minbase", release, str(folder), *([mirror] if mirror else [])]
     made = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert made.returncode == 0, made.stdout[-2000:]
     configure(folder)
     return folder
+
+
+def release_and_mirror() -> tuple[str, str]:
+    """Return the name of this machine's release, and the address of its packages; "" if apt does not know one."""
+    release = re.findall(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)[0]
+    targets = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
+    pairs = [line.split() for line in subprocess.check_output(targets, text=True).splitlines()]
+    return release, next((uri for name, uri in pairs if name == release), "")
 
 
 def configure(root: Path) -> None:

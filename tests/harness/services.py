@@ -41,10 +41,15 @@ class Service:
         return label
 
 
+def redis_server() -> str:
+    """Return the path of the Redis to test with: TEST_REDIS_SERVER, or the one that is installed. Raises Missing."""
+    installed = next(filter(shutil.which, ("redis-server", "valkey-server")), "redis-server")
+    return os.environ.get("TEST_REDIS_SERVER") or need(installed)
+
+
 def run_redis(log: Path, port: int, *options: str) -> AbstractContextManager[Process]:
     """Run a Redis that keeps nothing on disk. Does not wait until it answers."""
-    server = next(filter(shutil.which, ("redis-server", "valkey-server")), "redis-server")
-    command = [need(server), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(log.parent)]
+    command = [redis_server(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(log.parent)]
     return running([*command, *options], log)
 
 
