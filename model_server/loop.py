@@ -1,8 +1,6 @@
 """The model server's loop: takes batches from the queue, computes them, and sends the answers."""
 
 import logging
-import os
-import socket
 import time
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, faile
 from model_server import metrics
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier, Probabilities
+from model_server.health import health, notify_systemd
 from model_server.tray import Tray
 
 log = logging.getLogger(__name__)
@@ -73,6 +72,7 @@ class ModelServer:
             except RedisError as error:
                 self.queue.log_redis_error(error, 0)
                 self._join()
+        health.left()
         notify_systemd("STOPPING=1")
         self._leave()
 
@@ -82,7 +82,7 @@ class ModelServer:
         Raises HeartbeatExpired and RedisError, including those from sending the answers of earlier batches.
         """
         self.queue.beat()
-        notify_systemd("WATCHDOG=1")
+        health.step()
         self.settle(BATCHES_AT_ONCE)
         batch = self._take(Batch(), settings.SERVER_SLEEP)
         if not batch.entries:
@@ -180,17 +180,18 @@ class ModelServer:
 
     def _join(self) -> None:
         """Finish what is in flight, send unsent answers, and write a new heartbeat; wait for Redis if needed."""
+        health.left()
         while self._in_flight:
             self._in_flight.popleft().exception()  # only wait: _send_late() sends the answers
         for pause in pauses():
             if self.stopping:
                 return
-            notify_systemd("WATCHDOG=1")  # a restart would not bring Redis back
+            health.step()  # a restart would not bring Redis back
             try:
                 self._send_late()
                 self.queue.join()
                 log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
-                notify_systemd("READY=1")
+                health.joined()
                 return
             except RedisError as error:
                 self.queue.log_redis_error(error, pause)
@@ -222,14 +223,3 @@ class ModelServer:
 def outcome_of(answer: Answer) -> str:
     """Return the label that the metrics give an answer."""
     return "unreadable" if answer is UNREADABLE else "model_failed" if answer is BROKEN else "classified"
-
-
-def notify_systemd(state: str) -> None:
-    """Send a state to systemd, such as READY=1 (sd_notify(3)); does nothing without NOTIFY_SOCKET."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
-        messenger.settimeout(1)  # never hang if systemd does not read
-        messenger.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-        messenger.send(state.encode())

@@ -18,7 +18,8 @@ from stand_in_model import MEAN, MeanClassifier, push
 
 from image_queue import ServerQueue
 from model_server.classifier import Classifier
-from model_server.loop import ModelServer, notify_systemd
+from model_server.health import notify_systemd
+from model_server.loop import ModelServer
 
 SILENCE = 2.0  # seconds; an idle model server reports four times a second
 
