@@ -70,7 +70,7 @@ class SilentHandler(WSGIRequestHandler):
         """Log nothing."""
 
 
-metrics_page = make_wsgi_app(WithModel())  # type: ignore[no-untyped-call]
+metrics_page: Callable[..., Iterable[bytes]] = make_wsgi_app(WithModel())
 
 
 def pages(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -94,7 +94,7 @@ def serve_metrics(number: int) -> None:
     host, port = settings.METRICS_HOST, settings.METRICS_PORT + number
     try:
         server_class = type("Server", (ThreadingWSGIServer,), {"address_family": address_family(host, port)})
-        server = make_server(host, port, pages, server_class, SilentHandler)
+        server: ThreadingWSGIServer = make_server(host, port, pages, server_class, SilentHandler)
     except (OSError, OverflowError) as error:
         raise StartupError(f"Port {port} of {host} can't be used ({error}): set METRICS_PORT.") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

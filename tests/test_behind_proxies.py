@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import requests
@@ -19,7 +20,7 @@ from harness import ROOT, Missing, connect, free_port, run_apache, wait_until
 from redis import Redis
 
 IMAGE = (ROOT / "models/digits/three.png").read_bytes()
-SHAPE = {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32", "IMAGE_CHANS": "3"}  # so that the web need not learn it
+SHAPE: dict[str, Any] = {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32", "IMAGE_CHANS": "3"}
 
 
 def post_nothing(url: str, forwarded: str) -> int:
@@ -75,8 +76,9 @@ def health_error(port: str, **environment: str) -> str:
 @pytest.mark.slow("waits for the deadline of requests")
 def test_busy_web_is_healthy(redis: Redis) -> None:
     """With all threads waiting for a model server, /livez is answered only when a request ends."""
-    queue, limit = f"queue-{free_port()}", {"REQUEST_TIMEOUT": "7"}
-    site = {"IMAGE_QUEUE": queue, "APACHE_DEFINES": "WEB_PROCESSES=1 WEB_THREADS=1"}
+    queue = f"queue-{free_port()}"
+    limit: dict[str, Any] = {"REQUEST_TIMEOUT": "7"}
+    site: dict[str, Any] = {"IMAGE_QUEUE": queue, "APACHE_DEFINES": "WEB_PROCESSES=1 WEB_THREADS=1"}
     with run_apache(**site, **SHAPE, **limit) as url, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(requests.post, f"{url}/predict", data=IMAGE, timeout=60)
         wait_until(lambda: redis.llen(queue) == 1, "the image is in the queue")
