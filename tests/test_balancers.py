@@ -167,7 +167,7 @@ def admin(folder: Path, command: str) -> str:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(folder / "admin.sock"))
         connection.sendall(f"{command}\n".encode())
-        return connection.recv(65536).decode()
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
 
 @pytest.mark.timeout(120)
@@ -177,8 +177,10 @@ def test_drained_host_loses_nothing(redis: Redis, tmp_path: Path, record_propert
     server = model_server(tmp_path / "log", IMAGE_QUEUE=queue)
     with balanced("haproxy", IMAGE_QUEUE=queue) as service, server, Load(service.url) as load:
         load.wait_for(150)
-        for backend in ("ready", "live"):
-            assert admin(service.folder, f"set server {backend}/one state drain").strip() == ""
+        [command] = re.findall(r'echo "(set server .*)"', (ROOT / "docs/scaling.md").read_text())
+        assert admin(service.folder, command).strip() == ""
+        drained = [line for line in admin(service.folder, "show stat").splitlines() if ",DRAIN" in line]
+        assert len(drained) == 2
         os.kill(apache_of(service.hosts[0]), signal.SIGWINCH)
         wait_until(lambda: not responds(service.hosts[0]), "the host accepts no more requests")
         load.wait_for(150)
