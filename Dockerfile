@@ -51,5 +51,5 @@ VOLUME /var/cache/keras-rest-api
 # Healthy once it has a heartbeat. A large model takes minutes to load, and longer if its weights must be downloaded.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=20m \
     CMD [".venv/bin/python", "deploy/container_health.py", "model"]
-# Becomes run_model_server.py. If MODEL is not set, it chooses a model first.
+# Becomes the launcher of run_model_server.py. If neither MODEL nor MODELS is set, it chooses a model first.
 CMD [".venv/bin/python", "deploy/default_model.py", "--gpu", "0"]

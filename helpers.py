@@ -40,8 +40,8 @@ def model_name(model: str) -> str:
 
 def default_model() -> str:
     """Return the name of the model that `/predict` asks, as far as the settings say; "" if they name none."""
-    chosen = [*settings.models(), settings.env.str("MODEL", "")]
-    return settings.DEFAULT_MODEL or model_name(chosen[0])
+    listed = settings.models()
+    return settings.DEFAULT_MODEL or model_name(listed[0] if listed else os.environ.get("MODEL", ""))
 
 
 def base64_encode_image(a: Pixels) -> str:

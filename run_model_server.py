@@ -29,6 +29,7 @@ from model_server.health import health
 from model_server.loop import ModelServer
 from model_server.privileges import give_up_root
 from model_server.startup import load_model
+from model_server.systemd import STATUS, notify_systemd
 from web.image_preparation import TooLarge, open_image, prepare_image
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,12 @@ def classify_process() -> None:
 
 
 def choose_model(given: str | None) -> None:
-    """Set MODEL to the model `given`, which may also be the name of one of MODELS. Without it, to the first of MODELS.
+    """Set MODEL to the model `given`, which may also be the name of one of MODELS. Without it, to their default.
 
     IMAGE_* and LABELS are the default model's, so another model does without them.
     """
     listed = {model_name(each): each for each in settings.models()}
-    chosen = listed.get(given, given) if given else next(iter(listed.values()), None)
+    chosen = listed.get(given, given) if given else listed.get(default_model(), next(iter(listed.values()), None))
     settings.MODEL = chosen or settings.MODEL
     if default_model() not in ("", model_name(settings.MODEL)):
         settings.LABELS = ""
@@ -108,7 +109,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classify the images on the queue. Its settings are in settings.py.")
     known = (
         "a name in keras.applications, the path of a .keras or .h5 file, or the name of one of MODELS "
-        "(default: the first of MODELS, otherwise MODEL)"
+        "(default: DEFAULT_MODEL or the first of MODELS, otherwise MODEL)"
     )
     parser.add_argument("--model", help=known)
     parser.add_argument("--gpu", type=int, metavar="N", help="compute only on this GPU; the first is 0")
@@ -139,6 +140,7 @@ def main() -> int:
             classify_process()
     except StartupError as error:
         log.error("%s", error)
+        notify_systemd(f"{STATUS}{error}")
         return EXIT_INVALID
     return EXIT_STOPPED
 

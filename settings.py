@@ -239,7 +239,7 @@ LOG_FORMAT = _one_of("LOG_FORMAT", "text", ["text", "json"], "How both programs 
 
 sections["bin/serve only"] = []
 PORT = _integer("PORT", 8080, (1, 65535), "", "The port that Apache listens on.")
-MODEL_SERVERS = _integer("MODEL_SERVERS", 1, (1, 64), "", "How many model servers to run.")
+MODEL_SERVERS = _integer("MODEL_SERVERS", 1, (1, 64), "", "How many model servers to run for each model.")
 # fmt: on
 
 

@@ -3,6 +3,7 @@
 
     simple_request.py photo.jpg
     simple_request.py photo.jpg more.png a/folder --json
+    simple_request.py three.png --model digits
     cat photo.jpg | simple_request.py -
 
 Exit code: 0 if all images were answered, 1 if some were not, 2 for bad arguments.
@@ -12,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,10 +68,18 @@ class ClientError(Exception):
     """The message is one sentence that tells the user what to do."""
 
 
-def full_address(url: str) -> str:
-    """Return the URL, with the path /predict if it has none."""
+def full_address(url: str, model: str | None) -> str:
+    """Return the URL, with the path /predict if it has none, followed by the name of the model if one is given."""
     parts = urlsplit(url)
-    return url if parts.path.strip("/") else parts._replace(path="/predict").geturl()
+    path = parts.path if parts.path.strip("/") else "/predict"
+    return parts._replace(path=f"{path.rstrip('/')}/{model}" if model else path).geturl()
+
+
+def model_name(text: str) -> str:
+    """Return the name of a model."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        raise argparse.ArgumentTypeError("must be the name of a model: letters, digits, '_', '.' and '-'")
+    return text
 
 
 def api_key(text: str) -> str:
@@ -139,11 +149,11 @@ def read(image: Path) -> bytes:
         raise ClientError(f"Cannot read {image} ({error.strerror}): give the path of an image.") from error
 
 
-def post(session: requests.Session, image: bytes, url: str, timeout: float) -> requests.Response:
-    """Send the image as the form field `image`."""
+def post(session: requests.Session, image: bytes, url: str, model: str | None, timeout: float) -> requests.Response:
+    """Send the image as the form field `image` to the model, or to the default model."""
     try:
         # Following a redirect would turn the POST into a GET and hide that the URL is wrong.
-        return session.post(full_address(url), files={"image": image}, timeout=timeout, allow_redirects=False)
+        return session.post(full_address(url, model), files={"image": image}, timeout=timeout, allow_redirects=False)
     except requests.Timeout as error:
         raise Unreachable(f"No answer from {url} in {timeout:g} s: try later or raise --timeout.") from error
     except ValueError as error:  # every exception of requests about an invalid URL is a ValueError
@@ -188,7 +198,7 @@ def ask_all(options: argparse.Namespace) -> bool:
     with session_with_retries(options.retries, options.api_key) as session:
         for image in images(options.image):
             try:
-                found = predictions(post(session, read(image), options.url, options.timeout))
+                found = predictions(post(session, read(image), options.url, options.model, options.timeout))
                 show(image, found, as_json=options.json, named=named)
             except Unreachable:
                 raise
@@ -206,6 +216,7 @@ def main() -> int:
     parser.add_argument("image", nargs="*", type=Path, default=[IMAGE_PATH],
                         help=f"files, folders of images, or - for standard input (default: {IMAGE_PATH})")  # fmt: skip
     parser.add_argument("--url", default=KERAS_REST_API_URL, help="default: %(default)s")
+    parser.add_argument("--model", type=model_name, metavar="NAME", help="default: the service's default model")
     parser.add_argument("--timeout", type=float, default=120, help="seconds of silence before giving up (%(default)s)")
     parser.add_argument("--retries", type=int, default=3,
                         help="most retries after an answer with Retry-After (%(default)s)")  # fmt: skip

@@ -5,10 +5,12 @@
     stress_test.py --interval 0        500 threads that send at the same instant
     stress_test.py --concurrency 32    32 clients, each sending its next request after its last answer
     stress_test.py --image photos --plot load.png    send a folder's images in turn, and draw a chart of the latencies
+    stress_test.py --model digits,lite    send to these models in turn, and print the figures of each
 
-A request counts as answered if its status is 200 and its JSON says success. Its latency includes connecting (once for
-each client of --concurrency) and receiving the whole answer. Percentiles are nearest-rank: p95 is the smallest latency
-that at least 95% of the answered requests did not exceed. Each request is printed on one line, with the number of its
+A request counts as answered if its status is 200 and its JSON says success. With --model, the header X-Model must name
+the model too; otherwise the request counts as failed with wrong_model. Its latency includes connecting (once for each
+client of --concurrency) and receiving the whole answer. Percentiles are nearest-rank: p95 is the smallest latency that
+at least 95% of the answered requests did not exceed. Each request is printed on one line, with the number of its
 thread. With --concurrency, a thread sends many requests, so the number is that of the request.
 
 Exit code: 0 if all were answered, 1 if some were not, 2 for bad arguments, 130 after Ctrl-C.
@@ -68,6 +70,7 @@ class Result:
     status: int | None
     code: str | None
     batch: int | None = None  # images in the batch that the service computed, including this one
+    model: str = ""  # that was asked for, empty without --model
 
     @property
     def failure(self) -> str:
@@ -82,7 +85,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Figures:
-    """The summary of a run; `unfinished` requests had neither an answer nor an error when it ended."""
+    """The summary of a run; `unfinished` requests had neither an answer nor an error when it ended.
+
+    `by_model` has the figures of each model if there are several.
+    """
 
     requests: int
     answered: int
@@ -92,6 +98,7 @@ class Figures:
     duration_s: float
     throughput_per_s: float
     latency_ms: dict[str, float] | None
+    by_model: dict[str, "Figures"] = field(default_factory=dict)
 
 
 def percentile(ascending: Sequence[float], percent: int) -> float:
@@ -110,8 +117,8 @@ def seconds_until_last(results: Sequence[Result], start: float) -> float:
     return max((result.started_s + result.latency_s for result in results), default=start) - start
 
 
-def summarize(results: Sequence[Result], asked: int) -> Figures:
-    """Return the figures of a run that should send `asked` requests."""
+def summarize(results: Sequence[Result], asked: int, models: Sequence[str] = ()) -> Figures:
+    """Return the figures of a run that should send `asked` requests, to `models` in turn."""
     answered = [result for result in results if result.code is None]
     failures = Counter(result.failure for result in results if result.code is not None)
     ascending = sorted(result.latency_s * 1000 for result in answered)
@@ -127,19 +134,36 @@ def summarize(results: Sequence[Result], asked: int) -> Figures:
         duration_s=seconds_until_last(results, start),
         throughput_per_s=len(answered) / answering_s if answering_s > 0 else 0.0,
         latency_ms={name: percentile(ascending, percent) for name, percent in RANKS.items()} if answered else None,
+        by_model=figures_by_model(results, asked, models) if len(set(models)) > 1 else {},
     )
+
+
+def figures_by_model(results: Sequence[Result], asked: int, models: Sequence[str]) -> dict[str, Figures]:
+    """Return the figures of each model."""
+    turns = Counter(models[number % len(models)] for number in range(asked))
+    return {
+        model: summarize([result for result in results if result.model == model], turns[model])
+        for model in dict.fromkeys(models)
+    }
 
 
 def summary_lines(figures: Figures) -> Iterator[str]:
     """Yield the lines of the printed summary."""
-    yield f"[INFO] {figures.requests} requests: {figures.answered} answered, {figures.failed} failed" + (
+    yield from (f"[INFO] {line}" for line in texts(figures))
+    for model, its_figures in figures.by_model.items():
+        yield from (f"[INFO] {model}: {line}" for line in texts(its_figures))
+
+
+def texts(figures: Figures) -> Iterator[str]:
+    """Yield the figures, one text for each line."""
+    yield f"{figures.requests} requests: {figures.answered} answered, {figures.failed} failed" + (
         f", {figures.unfinished} unfinished" if figures.unfinished else ""
     )
-    yield from (f"[INFO] failed: {count} x {name}" for name, count in figures.failures.items())
-    yield f"[INFO] duration: {figures.duration_s:.2f} s"
-    yield f"[INFO] throughput: {figures.throughput_per_s:.1f} answered requests/s until the last answer"
+    yield from (f"failed: {count} x {name}" for name, count in figures.failures.items())
+    yield f"duration: {figures.duration_s:.2f} s"
+    yield f"throughput: {figures.throughput_per_s:.1f} answered requests/s until the last answer"
     if figures.latency_ms:
-        yield "[INFO] latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in figures.latency_ms.items())
+        yield "latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in figures.latency_ms.items())
 
 
 def as_json(figures: Figures, results: Sequence[Result]) -> str:
@@ -183,12 +207,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
 # --- one request --------------------------------------------------------------------------------------------
 
 
-def answer_code(response: requests.Response) -> str | None:
-    """Return None if the answer says success, otherwise the error code."""
+def answer_code(response: requests.Response, model: str = "") -> str | None:
+    """Return None if the answer says success and is from `model`, unless that is empty; otherwise the error code."""
     try:
         answer = json.loads(response.content)
         if response.status_code == requests.codes.ok and answer["success"] is True:
-            return None
+            return "wrong_model" if model and response.headers.get("X-Model") != model else None
         return " ".join(str(answer["error"]["code"]).split())  # on one line
     except ValueError:
         return "not_json"
@@ -219,33 +243,45 @@ def fault_code(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The requests that the threads send in turn. They are encoded before the run, so that the threads only send."""
+    """The requests that the threads send in turn. They are encoded before the run, so that the threads only send.
+
+    `models` are asked in turn. It has an empty name if the address has none, and the service takes its default model.
+    """
 
     encoded: Sequence[requests.PreparedRequest]
     timeout: float
     environment: dict[str, Any]
+    models: Sequence[str] = ("",)
 
     @classmethod
-    def prepare(cls, address: str, images: Sequence[bytes], timeout: float, key: str = "") -> "Target":
+    def prepare(
+        cls, address: str, images: Sequence[bytes], timeout: float, key: str = "", models: Sequence[str] = ("",)
+    ) -> "Target":
         """Encode the requests, and read proxies and certificates from the environment, as requests.post does."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with requests.Session() as session:
             encoded = [
-                session.prepare_request(requests.Request("POST", address, files={"image": image}, headers=headers))
+                session.prepare_request(requests.Request("POST", url, files={"image": image}, headers=headers))
                 for image in images
+                for url in (address_of(address, model) for model in models)
             ]
             environment = session.merge_environment_settings(encoded[0].url or address, {}, False, None, None)
-        return cls(encoded, timeout, dict(environment))
+        return cls(encoded, timeout, dict(environment), models)
+
+    def model(self, thread: int) -> str:
+        """Return the name of the model that a request asks for."""
+        return self.models[thread % len(self.models)]
 
     def post(self, session: requests.Session, thread: int) -> Result:
         """Send one request and return its result, even after an error."""
-        started = time.perf_counter()
+        model, started = self.model(thread), time.perf_counter()
         try:
             response = self.send(session, thread)
             latency = time.perf_counter() - started
-            return Result(thread, started, latency, response.status_code, answer_code(response), batch_size(response))
+            code, batch = answer_code(response, model), batch_size(response)
+            return Result(thread, started, latency, response.status_code, code, batch, model)
         except Exception as error:
-            return Result(thread, started, time.perf_counter() - started, None, fault_code(error))
+            return Result(thread, started, time.perf_counter() - started, None, fault_code(error), model=model)
 
     def send(self, session: requests.Session, thread: int) -> requests.Response:
         """Return the complete answer. Redirects are not followed, because that would turn the POST into a GET."""
@@ -323,7 +359,7 @@ class StressTest:
 
     def not_sent(self, thread: int, code: str) -> None:
         """Count a request that could not be sent."""
-        self.inbox.put(Result(thread, time.perf_counter(), 0.0, None, code))
+        self.inbox.put(Result(thread, time.perf_counter(), 0.0, None, code, model=self.target.model(thread)))
 
     def send_one(self, session: requests.Session, thread: int) -> None:
         """Send one request on a new connection."""
@@ -443,6 +479,20 @@ def address(text: str) -> str:
     return full
 
 
+def address_of(address: str, model: str) -> str:
+    """Return the address with the name of the model at the end of its path, unless the name is empty."""
+    parts = urlsplit(address)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{model}").geturl() if model else address
+
+
+def model_names(text: str) -> list[str]:
+    """Return names of models that are separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names):
+        raise argparse.ArgumentTypeError(f"must be names of models, separated by commas, not {text!r}")
+    return names
+
+
 def api_key(text: str) -> str:
     """Return the key without whitespace around it, such as the newline of a file."""
     key = text.strip()
@@ -488,6 +538,8 @@ def command_line() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--url", type=address, default=KERAS_REST_API_URL, help="default: %(default)s")
+    add("--model", type=model_names, default=[""], metavar="NAME[,NAME...]",
+        help="models to send to in turn, a name given twice counts twice (the default model)")  # fmt: skip
     add("--image", type=image_files, default=str(IMAGE_PATH), help="a file or folder; default: %(default)s")
     add("--requests", type=count, default=NUM_REQUESTS, help="total number of requests (%(default)s)")
     add("--interval", type=interval, default=SLEEP_COUNT, help="seconds between starts (%(default)s)")
@@ -514,12 +566,12 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters of an answer
     threading.stack_size(STACK_BYTES)
     allow_open_files(min(options.requests, options.concurrency or options.requests) + SPARE_FILES)
-    target = Target.prepare(options.url, options.image, options.timeout, options.api_key)
+    target = Target.prepare(options.url, options.image, options.timeout, options.api_key, options.model)
     with tqdm(total=options.requests, unit="request") as bar:
         test = StressTest(target, options.requests, bar)
         signal.signal(signal.SIGINT, test.stop)
         test.run(options.interval, options.concurrency)
-    figures = summarize(test.results, options.requests)
+    figures = summarize(test.results, options.requests, options.model)
     print(*summary_lines(figures), sep="\n")
     if options.plot:
         plot(test.results, options.plot)

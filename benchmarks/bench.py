@@ -21,6 +21,7 @@ import model_parts
 import overhead_parts
 import queue_parts
 import report
+import several_models
 from measure import Bench
 from system import Missing, directory
 from tqdm import tqdm
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "intake": queue_parts.intake,
     "scaling": queue_parts.scaling,
     "servers": queue_parts.servers,
+    "models": several_models.models,
     "precision": model_parts.precision,
     "start": model_parts.start,
 }

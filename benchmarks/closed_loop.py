@@ -1,8 +1,9 @@
 """Clients in a closed loop, cheap enough to run on the cores under test: one process, plain sockets.
 
-    closed_loop.py URL IMAGE CLIENTS SECONDS
+    closed_loop.py URL IMAGE CLIENTS SECONDS [MODEL...]
 
-Each client keeps its connection open and sends its next request when the last one is answered. A request costs 0.2 ms
+Each client keeps its connection open and sends its next request when the last one is answered. With several models it
+asks them in turn, and an answer of another model counts as failed. A request costs 0.2 ms
 of CPU here, and 2 ms from 64 threads with `requests`, as in tests/load.py. The first fifth of the time is warm-up and
 does not count. Prints a line of JSON; latencies are in ms.
 """
@@ -11,6 +12,8 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import urlsplit
@@ -24,35 +27,40 @@ LIMIT = 120.0  # seconds for an answer
 WARM_UP = 0.2  # share of the time
 
 
-def request(host: str, image: bytes) -> bytes:
-    """Return a POST of `image` to /predict, as sent by curl -F."""
+def request(host: str, image: bytes, model: str = "") -> bytes:
+    """Return a POST of `image` to /predict or /predict/MODEL, as sent by curl -F."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="image"\r\n\r\n'
     body = head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+    path = f"/predict/{model}" if model else "/predict"
     return (
-        f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode() + body
 
 
-async def answer(reader: asyncio.StreamReader) -> tuple[bool, bool]:
-    """Read a response; return whether it is a prediction, and whether Apache closes the connection afterwards."""
+async def answer(reader: asyncio.StreamReader, model: str) -> tuple[bool, bool]:
+    """Read a response; return whether it is a prediction of `model`, and whether Apache closes the connection."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     length = int(head.split("content-length:")[1].split("\r\n")[0])
     body = await reader.readexactly(length)
-    return head.startswith("http/1.1 200 ") and json.loads(body)["success"] is True, "connection: close" in head
+    right = head.startswith("http/1.1 200 ") and json.loads(body)["success"] is True
+    return right and (not model or f"\nx-model: {model.lower()}\r" in head), "connection: close" in head
 
 
-async def client(host: str, data: bytes, until: float, ends: list[tuple[float, float]], failures: list[str]) -> None:
-    """Send one request after another until `until`; append (end, latency) in seconds to `ends`."""
+async def client(
+    host: str, turns: Iterator[tuple[str, bytes]], until: float, ends: list[tuple[float, float]], failures: list[str]
+) -> None:
+    """Send the requests of `turns`, each with its model, until `until`; append (end, latency) in seconds to `ends`."""
     name, _, port = host.partition(":")
     reader = writer = None
     while time.perf_counter() < until:
+        model, data = next(turns)
         started = time.perf_counter()
         try:
             if writer is None or reader is None:
                 reader, writer = await asyncio.open_connection(name, int(port))
             writer.write(data)
-            right, last = await asyncio.wait_for(answer(reader), LIMIT)
+            right, last = await asyncio.wait_for(answer(reader, model), LIMIT)
         except (OSError, EOFError, ValueError, LookupError, TimeoutError) as error:
             failures.append(repr(error))
             if writer:
@@ -68,17 +76,19 @@ async def client(host: str, data: bytes, until: float, ends: list[tuple[float, f
         writer.close()
 
 
-async def closed_loop(url: str, image: bytes, clients: int, seconds: float) -> dict[str, float]:
-    """Return the figures of `clients` in a closed loop for `seconds`."""
+async def closed_loop(
+    url: str, image: bytes, clients: int, seconds: float, models: Sequence[str] = ("",)
+) -> dict[str, float]:
+    """Return the figures of `clients` in a closed loop for `seconds`, who ask these models in turn."""
     host = urlsplit(url).netloc
-    data = request(host, image)
+    turns = cycle([(model, request(host, image, model)) for model in models])
     ends: list[tuple[float, float]] = []
     failures: list[str] = []
     begun = time.perf_counter()
     cpu = time.process_time()
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
-            group.create_task(client(host, data, begun + seconds, ends, failures))
+            group.create_task(client(host, turns, begun + seconds, ends, failures))
     cpu = time.process_time() - cpu
     everything = len(ends) + len(failures)
     # Leave out the warm-up, and the answers after the end, when fewer and fewer clients are still sending.
@@ -103,8 +113,9 @@ def summary(counted: list[tuple[float, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Run the load named on the command line."""
-    url, image, clients, seconds = sys.argv[1:]
-    print(json.dumps(asyncio.run(closed_loop(url, Path(image).read_bytes(), int(clients), float(seconds)))))
+    url, image, clients, seconds, *models = sys.argv[1:]
+    loop = closed_loop(url, Path(image).read_bytes(), int(clients), float(seconds), models or [""])
+    print(json.dumps(asyncio.run(loop)))
 
 
 if __name__ == "__main__":

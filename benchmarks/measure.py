@@ -39,10 +39,12 @@ class Bench:
         """Return the path of an image of images.py."""
         return str(file_of(name, self.scratch))
 
-    def load(self, url: str, image: str, clients: int, seconds: float | None = None) -> Figures:
-        """Return the throughput and latencies of clients in a closed loop."""
-        self.show(f"{clients} clients, {image}")
-        words = [url, self.image(image), str(clients), str(seconds or self.seconds)]
+    def load(
+        self, url: str, image: str, clients: int, seconds: float | None = None, models: tuple[str, ...] = ()
+    ) -> Figures:
+        """Return the throughput and latencies of clients in a closed loop, who ask these models in turn."""
+        self.show(" ".join([f"{clients} clients, {image}", *models]))
+        words = [url, self.image(image), str(clients), str(seconds or self.seconds), *models]
         return dict(child("closed_loop.py", *words))
 
     def load_with_costs(self, ours: Measured, image: str, clients: int, seconds: float | None = None) -> Figures:

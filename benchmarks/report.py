@@ -14,6 +14,7 @@ LOADS = {
     "tutorial": "The tutorial's design",
     "plumbing": "Plumbing",
     "mosec": "The costless model, beside mosec",
+    "models": "Three models, alone and in a mix",
 }
 PROGRAMS = ("web", "Apache", "Redis", "model server", "mosec")
 BUNDLED = {

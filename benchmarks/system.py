@@ -40,7 +40,8 @@ from harness import (
 
 # Re-exported for the benchmark programs, so that only this file puts tests/ on the path.
 __all__ = ["AS_INSTALLED", "ROOT", "START_LIMIT", "Missing", "Process", "Serve", "command_line", "descendants",
-           "free_port", "need", "resident_bytes", "responds", "run_serve", "running", "wait_until"]  # fmt: skip
+           "free_port", "need", "resident_bytes", "responds", "run_apache", "run_serve", "running",
+           "wait_until"]  # fmt: skip
 
 TICKS = os.sysconf("SC_CLK_TCK")  # of CPU time in a second
 WEB_PROCESSES = max(2, os.cpu_count() or 1)  # as in bin/serve

@@ -33,11 +33,15 @@ def web_lives() -> bool:
 
 
 def model_serves() -> bool:
-    """Whether a model server of this host has a heartbeat. Its name begins with the host name."""
-    from image_queue import ImageQueue  # noqa: PLC0415 - slow to import, and the web's check must be quick
+    """Whether a model server of this host has a heartbeat, for any model. Its name begins with the host name."""
+    import settings  # noqa: PLC0415 - slow to import, and the web's check must be quick
+    from image_queue import ImageQueue  # noqa: PLC0415
 
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
-    return any(re.fullmatch(rf"{re.escape(host)}-\w+-\d+\.\w+", name) for name in ImageQueue().live_servers())
+    queue = ImageQueue()
+    heartbeat = re.compile(rf"{re.escape(settings.IMAGE_QUEUE)}(:[\w.-]+)?:server:{re.escape(host)}-\w+-\d+\.\w+")
+    keys = queue.redis.scan_iter(f"{settings.IMAGE_QUEUE}:*server:{host}-*", count=1000)
+    return any(heartbeat.fullmatch(key.decode()) for key in keys)
 
 
 CHECKS = {"web": web_lives, "model": model_serves}

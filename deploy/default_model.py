@@ -1,6 +1,6 @@
 """The model to serve if MODEL is not set: ResNet50 if its ImageNet weights are available, otherwise the bundled model.
 
-bin/serve and bin/install call choose(). A container runs this program, which becomes the model server:
+bin/serve and bin/install call choose(). A container runs this program, which becomes the launcher of the model server:
 
     default_model.py [OPTION...]    the options of run_model_server.py
 
@@ -104,13 +104,14 @@ def one_line(text: str) -> str:
 
 
 def main() -> None:
-    """Choose a model if MODEL is unset or empty, then become the model server."""
+    """Choose a model if neither MODEL nor MODELS is set, then become the launcher of the model server."""
     # The first process of a container ignores a signal unless it has a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     os.chdir(APP_ROOT)
-    if not os.environ.get("MODEL"):
+    if not (os.environ.get("MODEL") or settings.models()):
         os.environ["MODEL"] = choose()
-    os.execv(sys.executable, [sys.executable, "run_model_server.py", *sys.argv[1:]])  # noqa: S606 - needs no shell
+    launcher = [sys.executable, "-m", "model_server.launcher", *sys.argv[1:]]
+    os.execv(sys.executable, launcher)  # noqa: S606 - needs no shell
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ On Ctrl-C or SIGTERM, Apache answers the requests in flight (DRAIN_LIMIT), then 
 """
 
 import http.client
+import json
 import math
 import os
 import shlex
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -31,11 +32,14 @@ if __name__ == "__main__":  # Ctrl-C during the imports needs no cleanup and no 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import default_model  # noqa: E402
+import serve_models  # noqa: E402
 import serve_processes  # noqa: E402
 import serve_redis  # noqa: E402
 
+import helpers  # noqa: E402
 import settings  # noqa: E402
 from helpers import StartupError, available_cores  # noqa: E402
+from image_queue import REFRESH_EVERY  # noqa: E402
 from model_server import model_checks  # noqa: E402
 
 WORKERS = 640  # the most requests in flight, in all web processes together
@@ -57,11 +61,13 @@ def main() -> None:
     socket.setdefaulttimeout(ASK_LIMIT)
     serve_processes.become_subreaper()
     port = free_port()
-    check_model()
+    models = serve_models.chosen()
+    check_models(models)
     own_redis = not serve_redis.redis_answers()
     environment = {
         **os.environ,
         **absolute_paths(),
+        "MODELS": ",".join(models.values()),
         "APP_ROOT": str(APP_ROOT),
         "APP_PORT": str(port),
         "APACHE_DEFINES": apache_sizes(),
@@ -72,14 +78,14 @@ def main() -> None:
         "MODEL_SERVERS": str(settings.MODEL_SERVERS),
         "AS_NOBODY": AS_NOBODY if os.geteuid() == 0 else "",
     }
-    if not environment.get("MODEL"):
+    if not models and not environment.get("MODEL"):
         environment["MODEL"] = default_model.choose()
-    with run_directory() as directory, supervised(environment, directory) as supervisor:
+    with run_directory() as directory, supervised(environment, directory, list(models)) as supervisor:
         if own_redis:
             wait_for_own_redis(directory, supervisor)
         start_programs(directory, supervisor)
-        wait_until_ready(port, directory, supervisor)
-        announce(port)
+        wait_until_ready(port, directory, supervisor, models)
+        announce(port, models)
         watch(directory, supervisor)
 
 
@@ -120,12 +126,16 @@ def absolute_paths() -> dict[str, str]:
     return {name: str(path.resolve()) for name, path in named.items() if path.is_file()}
 
 
-def check_model() -> None:
-    """Raise StartupError, before anything is started, if MODEL or one of its files is invalid."""
+def check_models(models: dict[str, str]) -> None:
+    """Raise StartupError, before anything is started, if a model or one of its files is invalid."""
     for name, path in absolute_paths().items():
         setattr(settings, name, path)
-    with chdir(APP_ROOT):  # where the model server runs
-        model_checks.check()
+    labels = settings.LABELS
+    with chdir(APP_ROOT):  # where the model servers run
+        for name, model in models.items() or [(helpers.default_model(), settings.MODEL)]:
+            settings.MODEL = model
+            settings.LABELS = labels if name == helpers.default_model() else ""  # they are the default model's
+            model_checks.check()
 
 
 def apache_sizes() -> str:
@@ -147,9 +157,10 @@ def run_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def supervised(environment: dict[str, str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+def supervised(environment: dict[str, str], directory: Path, models: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Run supervisor, which starts Redis if needed. At the end, stop it and everything that it runs."""
     serve_redis.write_configuration(directory)
+    serve_processes.write_model_servers(directory, models)
     process = subprocess.Popen(
         # setpriv makes the kernel end supervisor if we are killed.
         ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "supervisor.supervisord", "-c", SUPERVISOR],
@@ -193,16 +204,18 @@ def start_programs(directory: Path, supervisor: subprocess.Popen[bytes]) -> None
             time.sleep(0.05)
 
 
-def wait_until_ready(port: int, directory: Path, supervisor: subprocess.Popen[bytes]) -> None:
-    """Wait until /readyz of our Apache answers 200. Raises StartupError if a program fails or time runs out."""
+def wait_until_ready(port: int, directory: Path, supervisor: subprocess.Popen[bytes], models: Collection[str]) -> None:
+    """Wait until our Apache says that all models are ready. Raises StartupError if a program fails or time runs out."""
     deadline = time.monotonic() + START_LIMIT
-    while not (serve_processes.apache_is_up(directory) and ready(port)):
+    while not (serve_processes.apache_is_up(directory) and ready(port, models)):
         check_supervisor(supervisor)
         for name in serve_processes.given_up(directory):
             raise StartupError(f"{name} does not start; the lines above say why.")
         if time.monotonic() > deadline:
             raise StartupError(f"not ready after {START_LIMIT} seconds.")
         time.sleep(0.1)
+    if models:
+        time.sleep(REFRESH_EVERY)  # until then the other web processes may not know every model
 
 
 def watch(directory: Path, supervisor: subprocess.Popen[bytes]) -> NoReturn:
@@ -223,21 +236,23 @@ def check_supervisor(supervisor: subprocess.Popen[bytes]) -> None:
         raise StartupError(f"supervisor has ended with exit code {code}.")
 
 
-def ready(port: int) -> bool:
-    """Whether /readyz answers 200."""
+def ready(port: int, models: Collection[str]) -> bool:
+    """Whether /readyz answers 200, and says that each of these models is ready."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-            return True
-    except (OSError, http.client.HTTPException):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+            about = json.load(answer).get("models", {}) if models else {}
+            return all(about.get(name, {}).get("ready") for name in models)
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
-def announce(port: int) -> None:
-    """Print a command to paste. It reads the key from a variable, since this output may go to a log."""
+def announce(port: int, models: Collection[str]) -> None:
+    """Print commands to paste, one for each model. They read the key from a variable, since this may go to a log."""
     image = shlex.quote(os.path.relpath(APP_ROOT / "images/cat.jpg"))
     key = ' -H "Authorization: Bearer $API_KEY"' if settings.API_KEYS else ""
-    print(f"* Ready on port {port}. Try:\n\n    curl{key} -F image=@{image} http://localhost:{port}/predict\n\n"
-          "* Ctrl-C stops everything", flush=True)  # fmt: skip
+    pages = ["predict", *(f"predict/{name}" for name in models if name != helpers.default_model())]
+    commands = "".join(f"    curl{key} -F image=@{image} http://localhost:{port}/{page}\n" for page in pages)
+    print(f"* Ready on port {port}. Try:\n\n{commands}\n* Ctrl-C stops everything", flush=True)
 
 
 if __name__ == "__main__":

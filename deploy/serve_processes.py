@@ -16,9 +16,12 @@ from xmlrpc.client import ServerProxy
 from serve_redis import ENDING
 from supervisor.xmlrpc import SupervisorTransport
 
+import settings
+
 KILL_LIMIT = 5  # seconds between SIGTERM and SIGKILL
 UNREACHABLE = (OSError, RpcError, http.client.HTTPException)  # while supervisor does not answer
 PR_SET_CHILD_SUBREAPER = 36
+MODEL_SERVER = Path(__file__).with_name("supervisor") / "model-server.conf"
 
 
 def control(directory: Path) -> Any:
@@ -45,6 +48,20 @@ def is_given_up(program: dict[str, Any]) -> bool:
     """Whether a program failed too often, or is a model server that ended by itself. supervisor restarts all others."""
     ended_by_itself = program["statename"] == "EXITED" and program["exitstatus"] in (0, 2)
     return program["statename"] == "FATAL" or (ended_by_itself and program["group"] == "model-server")
+
+
+def write_model_servers(directory: Path, models: list[str]) -> None:
+    """Write the part of supervisor's configuration that runs the servers of these models; [] if MODEL is served.
+
+    The servers get the numbers of GPUs in turn; run_model_server.py starts again from the first GPU after the last.
+    """
+    template = MODEL_SERVER.read_text()
+    programs = {f"model-server-{name}": f"--model {name}" for name in models} or {"model-server": ""}
+    parts = [f"[group:model-server]\nprograms = {','.join(programs)}\npriority = 2\n"]
+    for number, (name, options) in enumerate(programs.items()):
+        part = template.replace("@PROGRAM@", name).replace("@OPTIONS@", options)
+        parts.append(part.replace("@FIRST_GPU@", str(number * settings.MODEL_SERVERS)))
+    (directory / "model-servers.conf").write_text("\n".join(parts))
 
 
 def apache_is_up(directory: Path) -> bool:

@@ -33,11 +33,16 @@ class Refreshed(Generic[Value]):
             self._refresh(self._seconds if overdue > self._seconds else 0.0)
         return self.cached
 
-    def _refresh(self, patience: float) -> None:
+    def latest(self) -> Value:
+        """Return the value as it was at most a tenth of `seconds` ago."""
+        self._refresh(self._seconds, 0.9 * self._seconds)
+        return self.cached
+
+    def _refresh(self, patience: float, early: float = 0.0) -> None:
         if not self._refreshing.acquire(timeout=patience):
             return
         try:
-            if time.monotonic() >= self._next:
+            if time.monotonic() >= self._next - early:
                 with suppress(RedisError):
                     value = self._read()
                     self.cached = self.cached if value is None else value

@@ -16,7 +16,8 @@ from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, faile
 from model_server import metrics
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier, Probabilities
-from model_server.health import health, notify_systemd
+from model_server.health import health
+from model_server.systemd import READY, STOPPING, WATCHDOG, notify_systemd
 from model_server.tray import Tray
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ BROKEN = failed("The model could not classify this image; try another.")
 # Seconds to wait for more jobs while another batch is in flight. A batch takes a millisecond of CPU to take, start and
 # answer, however few images it has, so a fast model would spend its time on batches of one.
 GATHER = 0.002
+
+WATCHDOG_EVERY = 0.2  # seconds between two reports to systemd, which would cost as much as a small batch
 
 
 class Computed(NamedTuple):
@@ -55,6 +58,7 @@ class ModelServer:
         self._unsent: deque[Computed] = deque()  # the first is being sent, or waits because Redis failed
         self._spare_trays: deque[Tray] = deque()
         self._tray = self._another_tray()  # for the batch that is being taken
+        self._next_report = 0.0  # time.monotonic() of the next report to systemd
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """Signal handler: make run() finish the batches being computed, then leave."""
@@ -73,7 +77,7 @@ class ModelServer:
                 self.queue.log_redis_error(error, 0)
                 self._join()
         health.left()
-        notify_systemd("STOPPING=1")
+        notify_systemd(STOPPING)
         self._leave()
 
     def step(self) -> None:
@@ -82,7 +86,7 @@ class ModelServer:
         Raises HeartbeatExpired and RedisError, including those from sending the answers of earlier batches.
         """
         self.queue.beat()
-        health.step()
+        self._report_alive()
         self.settle(BATCHES_AT_ONCE)
         batch = self._take(Batch(), settings.SERVER_SLEEP)
         if not batch.entries:
@@ -98,6 +102,13 @@ class ModelServer:
         self._in_flight.append(self._answering.submit(self._answer, batch, computing))
         if batch.suspect:
             self.settle()
+
+    def _report_alive(self) -> None:
+        """Note that the loop goes on, and report it to systemd, at most every WATCHDOG_EVERY seconds."""
+        health.step()
+        if time.monotonic() >= self._next_report:
+            self._next_report = time.monotonic() + WATCHDOG_EVERY
+            notify_systemd(WATCHDOG)
 
     def _fill_up(self, batch: Batch) -> None:
         """Wait for a free thread, or GATHER, and add the jobs that have come meanwhile.
@@ -186,12 +197,13 @@ class ModelServer:
         for pause in pauses():
             if self.stopping:
                 return
-            health.step()  # a restart would not bring Redis back
+            self._report_alive()  # a restart would not bring Redis back
             try:
                 self._send_late()
                 self.queue.join()
                 log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
                 health.joined()
+                notify_systemd(READY)
                 return
             except RedisError as error:
                 self.queue.log_redis_error(error, pause)

@@ -1,7 +1,10 @@
 """A model server's metrics and health checks at METRICS_PORT. The web has its own in web/metrics.py, web/health.py."""
 
+import logging
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -21,9 +24,13 @@ from prometheus_client.exposition import ThreadingWSGIServer
 import settings
 from helpers import StartupError, model_name
 from model_server.health import health
+from model_server.systemd import REPLACES
+
+log = logging.getLogger(__name__)
 
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TAKE_OVER_EVERY = 0.5  # seconds between two attempts to use the port of a model server that is being replaced
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # drop the unused `_created` series
 
@@ -87,19 +94,44 @@ def pages(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]
 def serve_metrics(number: int) -> None:
     """Serve the metrics and the health checks from a thread if METRICS_PORT is set. Raises StartupError.
 
-    `number` is added to the port, so that the model servers of several GPUs on one host can share their settings.
+    `number` is added to the port, so that the model servers of several GPUs on one host can share their settings. A
+    model server that replaces another one takes the port over once that one has ended.
     """
     if not settings.METRICS_PORT:
         return
-    host, port = settings.METRICS_HOST, settings.METRICS_PORT + number
+    port = settings.METRICS_PORT + number
     try:
-        server_class = type("Server", (ThreadingWSGIServer,), {"address_family": address_family(host, port)})
-        server: ThreadingWSGIServer = make_server(host, port, pages, server_class, SilentHandler)
+        _serve(port)
     except (OSError, OverflowError) as error:
-        raise StartupError(f"Port {port} of {host} can't be used ({error}): set METRICS_PORT.") from None
+        if replaced := int(os.environ.get(REPLACES, "0")):
+            threading.Thread(target=_take_over, args=[port, replaced], daemon=True).start()
+            return
+        raise StartupError(
+            f"Port {port} of {settings.METRICS_HOST} can't be used ({error}): set METRICS_PORT."
+        ) from None
+
+
+def _serve(port: int) -> None:
+    """Serve on `port` from a thread. Raises OSError and OverflowError if the port can't be used."""
+    host = settings.METRICS_HOST
+    [(family, *_), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    server_class = type("Server", (ThreadingWSGIServer,), {"address_family": family})  # IPv4 or IPv6
+    server: ThreadingWSGIServer = make_server(host, port, pages, server_class, SilentHandler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
-def address_family(host: str, port: int) -> socket.AddressFamily:
-    """Return whether `host` has an IPv4 or an IPv6 address. Raises OSError."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+def _take_over(port: int, replaced: int) -> None:
+    """Serve the metrics on `port` as soon as the process `replaced` has ended."""
+    ended = False
+    while True:
+        try:
+            _serve(port)
+            return
+        except OSError as error:
+            if ended:
+                log.error(
+                    "Port %d of %s can't be used (%s), so there are no metrics", port, settings.METRICS_HOST, error
+                )
+                return
+        ended = not os.path.exists(f"/proc/{replaced}")
+        time.sleep(TAKE_OVER_EVERY)

@@ -59,7 +59,7 @@ def check() -> None:
         whole_model(path)
         file = model_file.read(path.with_suffix(".json"))
         if file.weights:
-            raise file.invalid("weights", file.weights, "left out, since the model's file has its weights")
+            raise file.invalid("weights", file.weights, "left out, as the model's file has them")
         model_file.labels_of(file, settings.LABELS)
         return
     if settings.MODEL not in application_names():

@@ -40,9 +40,13 @@ def load() -> tuple[Any, Preprocess, Facts]:
     """Return the model at the path MODEL, its preprocessing, and the facts about it. Raises StartupError."""
     path = Path(settings.MODEL)
     file = model_file.read(path.with_suffix(".json"))
-    version = version_of([path, file.path, labels_file(file)])
+    files = [path, file.path, labels_file(file)]
+    version = version_of(files)
     labels, labels_from = model_file.labels_of(file, settings.LABELS)
     model = one_to_one(load_file(path, "MODEL"), f"MODEL={settings.MODEL}")
+    if version_of(files) != version:
+        log.info("* Loading the model again, because its files have changed meanwhile")
+        return load()
     shape = input_shape(model, file)
     activation = last_activation(model)
     top = file.top or DEFAULT_TOP

@@ -10,6 +10,7 @@ import pwd
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import settings
@@ -17,7 +18,7 @@ from helpers import StartupError
 
 log = logging.getLogger(__name__)
 
-PR_SET_NO_NEW_PRIVS = 38  # prctl.h
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 2, 38  # prctl.h
 UNPRIVILEGED = ("www-data", "nobody")
 TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")  # options of REDIS_URL
 
@@ -31,6 +32,7 @@ def give_up_root() -> None:
     if os.geteuid() != 0:
         return
     _read_ahead()
+    parent, last_signal = os.getppid(), _signal_at_end_of_parent()
     try:
         user = _unprivileged_user()
         os.setgroups([])
@@ -39,10 +41,25 @@ def give_up_root() -> None:
     except OSError as error:
         message = f"Root can't become {UNPRIVILEGED[0]} ({error}): start the model server as another user."
         raise StartupError(message) from None
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl:
+    if prctl := _prctl():
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # programs that this process starts can't become root either
+        # The kernel forgets this when the user changes. Without it, a model server would outlive a killed launcher.
+        prctl(PR_SET_PDEATHSIG, last_signal, 0, 0, 0)
+        if last_signal and os.getppid() != parent:  # the launcher ended while this was not set
+            os.kill(os.getpid(), last_signal)
     log.info("Root has become %s", user.pw_name)
+
+
+def _prctl() -> Any:
+    return getattr(ctypes.CDLL(None), "prctl", None)
+
+
+def _signal_at_end_of_parent() -> int:
+    """Return the number of the signal that the kernel sends to this process when its parent ends; 0 if none."""
+    number = ctypes.c_int(0)
+    if prctl := _prctl():
+        prctl(PR_GET_PDEATHSIG, ctypes.byref(number), 0, 0, 0)
+    return number.value
 
 
 def _read_ahead() -> None:

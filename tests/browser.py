@@ -122,7 +122,7 @@ class Browser:
 
     def console(self) -> list[str]:
         """The console's messages since the last call, except those about errors from /predict."""
-        refused = re.compile(r"\S+/predict - Failed to load resource")
+        refused = re.compile(r"\S+/predict(/\S+)? - Failed to load resource")
         return [entry["message"] for entry in self.log("browser") if not refused.match(entry["message"])]
 
 
@@ -160,7 +160,7 @@ def shares(service: Service, image: Path) -> list[str]:
     return [f"{each['label']}\n{each['probability'] * 100:.1f}%" for each in found]
 
 
-# Stands in for a slow service: /predict answers once `release` is called.
+# Stands in for a slow service: /predict, with or without a model, answers once `release` is called.
 HELD = """
 const real = window.fetch;
 let open;
@@ -168,27 +168,41 @@ const gate = new Promise((resolve) => (open = resolve));
 window.release = open;
 window.asked = 0;
 window.fetch = async (address, ...rest) => {
-  if (address === "predict") window.asked++, await gate;
+  if (/^predict\\b/.test(address)) window.asked++, await gate;
   return real(address, ...rest);
 };
 """
 
 
-def server(**about: Any) -> dict[str, Any]:
-    return {"model": "lite", "classes": 1000, "description": IMAGENET} | about
+def about(**more: Any) -> dict[str, Any]:
+    """What /stats says about a model that is running."""
+    return {"classes": 1000, "description": IMAGENET, "version": "0123456789ab", "ready": True} | more
 
 
-def stats(images: int, **more: Any) -> dict[str, Any]:
-    """A body of /stats with batches of 3 or 4. A tenth of the images took 0.1 to 0.2 s, the others 0.05 to 0.1 s."""
+def stats(images: int, models: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """A body of /stats with two servers for each running model; the first of `models` is the default model.
+
+    The batches had 3 or 4 images. A tenth of the images took 0.1 to 0.2 s, the others 0.05 to 0.1 s.
+    """
+    models = {"lite": about()} if models is None else models
+    running = [name for name, about in models.items() if isinstance(about, dict) and about.get("ready")]
+    return {
+        "queue_length": 1234, "requests": {"200": images}, **counters(images),
+        "model_servers": {f"{name}-{i}": {"model": name} for name in running for i in range(2)},
+        "default_model": next(iter(models), ""), "models": models,
+    } | more  # fmt: skip
+
+
+def counters(images: int) -> dict[str, Any]:
+    """The part of /stats that counts images, for all models or for one."""
     slow = images // 10
     latency = {"0.05": 0, "0.1": images - slow, "0.2": images, "+Inf": images}
     batches = {"1": 0, "2": 0, "4": images, "32": images, "+Inf": images}
     return {
-        "queue_length": 1234, "model_servers": {"a": {"model": "ResNet50"}, "b": {"model": "ResNet50"}},
-        "requests": {"200": images}, "images": images,
+        "images": images,
         "latency": {"sum": images * 0.08, "count": images, "buckets": latency},
         "batch_size": {"sum": images * 3.5, "count": images, "buckets": batches},
-    } | more  # fmt: skip
+    }
 
 
 # Stands in for /stats: each poll gets window.answer, which a test may change.
@@ -198,4 +212,30 @@ window.polls = 0;
 window.answer = %s;
 window.fetch = (address, ...rest) => address !== "stats" ? real(address, ...rest)
   : (window.polls++, Promise.resolve(new Response(JSON.stringify(window.answer))));
+"""
+
+# Stands in for a service with several models: /predict/NAME answers with the label "seen by NAME" once `release` is
+# called. `posted` has the addresses.
+EACH_MODEL = """
+{
+  const others = window.fetch;
+  const gate = new Promise((resolve) => (window.release = resolve));
+  window.posted = [];
+  window.fetch = async (address, ...rest) => {
+    if (!/^predict\\b/.test(address)) return others(address, ...rest);
+    window.posted.push(address);
+    await gate;
+    const name = address.split("/")[1] ?? "lite";
+    const predictions = [{ label: `seen by ${name}`, probability: 0.9 }];
+    return new Response(JSON.stringify({ success: true, predictions }), { headers: { "X-Model": name } });
+  };
+}
+"""
+
+# Sends the photos for any model to the default one.
+TO_DEFAULT = """
+{
+  const others = window.fetch;
+  window.fetch = (address, ...rest) => others(address.replace(/^predict\\/.*/, "predict"), ...rest);
+}
 """

@@ -34,7 +34,7 @@ class Reply(NamedTuple):
     """An answer of the fake service.
 
     Content-Length counts `missing` bytes that are never sent; if `silent`, the connection then stays open.
-    `retry_after` is the value of that header.
+    `retry_after` and `model` are the values of the headers Retry-After and X-Model.
     """
 
     status: int
@@ -42,6 +42,7 @@ class Reply(NamedTuple):
     missing: int = 0
     silent: bool = False
     retry_after: str = ""
+    model: str = ""
 
 
 def as_reply(status: int, answer: object) -> Reply:
@@ -134,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(reply.body) + reply.missing))
         if reply.retry_after:
             self.send_header("Retry-After", reply.retry_after)
+        if reply.model:
+            self.send_header("X-Model", reply.model)
         self.end_headers()
         self.wfile.write(reply.body)
         if reply.silent:

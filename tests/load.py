@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -33,11 +33,16 @@ class Known:
     data: bytes
     answer: tuple[tuple[str, float], ...]
 
-    def is_right(self, body: Any) -> bool:
-        got = [(each["label"], each["probability"]) for each in body["predictions"]]
-        return [label for label, _ in got] == [label for label, _ in self.answer] and all(
-            abs(mine - theirs) < TOLERANCE for (_, mine), (_, theirs) in zip(got, self.answer, strict=True)
-        )
+    def is_right(self, body: Any, _version: str = "") -> bool:
+        """Whether the JSON of a response has the right answer."""
+        return same_answer(body, self.answer)
+
+
+def same_answer(body: Any, answer: tuple[tuple[str, float], ...]) -> bool:
+    got = [(each["label"], each["probability"]) for each in body["predictions"]]
+    return [label for label, _ in got] == [label for label, _ in answer] and all(
+        abs(mine - theirs) < TOLERANCE for (_, mine), (_, theirs) in zip(got, answer, strict=True)
+    )
 
 
 @cache
@@ -77,39 +82,41 @@ class Outcome:
     code: str
     message: str
     retry_after: bool
+    version: str  # of the model, as the header says
 
     @property
     def right(self) -> bool:
         return self.status == 200 and not self.code
 
 
-def ask(url: str, image: Known, **options: Any) -> Outcome:
+def ask(url: str, image: Known, page: str = "/predict", **options: Any) -> Outcome:
     """Post one image on a new connection, like curl."""
     started = time.monotonic()
-    status, message, retry_after = 0, "", False
+    status, message, retry_after, version = 0, "", False, ""
     try:
-        response = requests.post(f"{url}/predict", files={"image": image.data}, **{"timeout": TIMEOUT, **options})
+        response = requests.post(f"{url}{page}", files={"image": image.data}, **{"timeout": TIMEOUT, **options})
         status, retry_after = response.status_code, "Retry-After" in response.headers
-        body = response.json()
+        body, version = response.json(), response.headers.get("X-Model-Version", "")
         if status == 200:
-            code = "" if image.is_right(body) else "wrong answer"
+            code = "" if image.is_right(body, version) else "wrong answer"
         else:
             code, message = body["error"]["code"], body["error"]["message"]
     except Exception as error:
         code = repr(error)[:200]
-    return Outcome(started, time.monotonic() - started, status, code, message, retry_after)
+    return Outcome(started, time.monotonic() - started, status, code, message, retry_after, version)
 
 
 class Load:
     """Clients in a closed loop: each sends its next image when the last one is answered."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, images: Sequence[Known] = (), page: str = "/predict", clients: int = CLIENTS) -> None:
         self.url = url
+        self.page = page
         self.outcomes: list[Outcome] = []
         self._stopping = threading.Event()
-        images = known_images()
+        images = images or known_images()
         self._threads = [
-            threading.Thread(target=self._send, args=[images[i::CLIENTS]], daemon=True) for i in range(CLIENTS)
+            threading.Thread(target=self._send, args=[images[i::clients]], daemon=True) for i in range(clients)
         ]
 
     def __enter__(self) -> "Load":
@@ -123,10 +130,10 @@ class Load:
             thread.join(TIMEOUT)
         assert not any(thread.is_alive() for thread in self._threads)
 
-    def _send(self, images: list[Known]) -> None:
+    def _send(self, images: Sequence[Known]) -> None:
         number = 0
         while not self._stopping.is_set():
-            self.outcomes.append(ask(self.url, images[number % len(images)]))
+            self.outcomes.append(ask(self.url, images[number % len(images)], self.page))
             number += 1
 
     def wait_for(self, more: int, seconds: float = 120) -> None:

@@ -115,6 +115,23 @@ def test_decoding_and_the_webs_other_work_are_compared_with_plain_pillow() -> No
     assert values["decode and resize / plain Pillow, png-screenshot"] == pytest.approx(0.4)
 
 
+def test_a_mix_of_models_is_compared_with_each_alone_in_turn() -> None:
+    rows = {"a": {"per_s": 100.0}, "b": {"per_s": 50.0}, "mix": {"per_s": 60.0}}  # a and b in turn: 66.7
+
+    values = values_of(FIGURES | {"models": rows})
+
+    assert values["three models in a mix / each alone in turn"] == pytest.approx(0.9)
+
+
+def test_an_answer_of_another_model_counts_as_failed(service: Service) -> None:
+    image = str(ROOT / "models/digits/three.png")
+
+    right, wrong = (system.child("closed_loop.py", service.url, image, "2", "0.5", model) for model in ("digits", "x"))
+
+    assert (right["failed"], right["requests"] > 0) == (0, True)
+    assert wrong["failed"] == wrong["requests"] > 0
+
+
 def test_queues_are_compared_with_redis_benchmark_and_with_one_server() -> None:
     intake = {
         "server": {"per_s": 4000.0, "cpu_ms": {"model server": 0.12, "Redis": 0.1}},

@@ -42,6 +42,35 @@ def test_the_path_predict_is_added_only_to_a_url_without_a_path(
 
 @for_both
 @pytest.mark.parametrize(
+    ("given", "posted"),
+    [("", "/predict/digits"), ("/predict/", "/predict/digits"), ("/prefix/predict?a=b", "/prefix/predict/digits?a=b")],
+)
+def test_the_name_of_a_model_is_added_to_the_path(
+    serve: Serve, image: Path, script: str, given: str, posted: str
+) -> None:
+    # given
+    service = serve(always(OK._replace(model="digits")))
+    arguments = [image] if script == "simple_request.py" else ["--image", image, "--requests", 1]
+
+    # when
+    done = run(ROOT / script, *arguments, "--url", service.url + given, "--model", "digits")
+
+    # then
+    assert done.returncode == 0
+    assert service.paths == [posted]
+
+
+@for_both
+@pytest.mark.parametrize("name", ["", "a/b", "../v2", "a b", "?a"])
+def test_a_name_that_no_model_can_have_is_rejected(unused_url: str, script: str, name: str) -> None:
+    done = run(ROOT / script, "--url", unused_url, "--model", name)
+
+    assert done.returncode == 2
+    assert "argument --model: must be " in done.stderr
+
+
+@for_both
+@pytest.mark.parametrize(
     ("arguments", "variable", "sent"),
     [
         ([], "", None),

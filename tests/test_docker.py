@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from chroot import need_root
 from container_images import ALL
 from harness import ROOT, Process, Service, free_port, need, run_redis, running, wait_until
 from redis import Redis
+
+from helpers import model_name
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
@@ -326,6 +329,47 @@ def test_shorter_request_timeout_needs_no_other_setting_in_compose() -> None:
     bare = {"PATH": os.environ["PATH"], **defaults(SERVICES["web"], REQUEST_TIMEOUT="2")}
 
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=bare, text=True) == "1.0 1.0\n"
+
+
+def test_compose_models_has_a_model_server_for_each_model() -> None:
+    """The first is served by the service `model`, each other one by a service of its name."""
+    services = yaml.safe_load((ROOT / "compose.models.yaml").read_text())["services"]
+    [listed] = {each["environment"]["MODELS"] for each in services.values()}
+    first, *others = [model_name(each) for each in listed.split(",")]
+
+    assert services.keys() == {"web", "model", *others}
+    assert [each for each in listed.split(",") if not (ROOT / each).is_file()] == []
+    for name in others:
+        assert services[name]["extends"] == {"file": "compose.yaml", "service": "model"}
+        command = services[name]["command"]
+        assert command == [".venv/bin/python", "-m", "model_server.launcher", "--model", name, "--gpu", "0"]
+    assert "command" not in services["model"]
+    chosen = "from helpers import default_model; print(default_model())"
+    given = {"PATH": os.environ["PATH"], **defaults(SERVICES["model"]), **services["model"]["environment"]}
+    printed = subprocess.check_output([sys.executable, "-c", chosen], cwd=ROOT, env=given, text=True)
+    assert printed.strip() == first
+
+
+@pytest.mark.parametrize(
+    ("prefix", "host", "healthy"),
+    [
+        ("image_queue", "here", True),
+        ("image_queue:digits", "here", True),
+        ("image_queue:digits", "elsewhere", False),
+        ("another_queue", "here", False),
+        ("image_queue:taken", "here-2", False),
+    ],
+)
+def test_container_is_healthy_while_a_server_of_any_model_beats_there(
+    redis: Redis, prefix: str, host: str, healthy: bool
+) -> None:
+    name = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+    redis.set(f"{prefix}:server:{host.replace('here', name)}-0a1b2c-0.1234abcd", "{}", ex=60)
+    check = [sys.executable, "deploy/container_health.py", "model"]
+
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode == 0) is healthy, done.stderr
 
 
 def test_stop_grace_period_is_longer_than_a_request() -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,9 @@ INSTALL = "test_install.py::test_install_upgrade_and_remove_in_a_bare_debian"
 ELSEWHERE = {
     "bin/serve": "test_serve.py::test_it_serves_the_bundled_model_and_ctrl_c_leaves_nothing",
     "MODEL=path/to/name.keras bin/serve": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
+    "MODELS=models/efficientnet": "test_serve_models.py::test_two_models_are_served_with_a_command_for_each",
+    "MODELS=": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
+    "redis-cli del image_queue:model:": "test_monitoring.py::test_a_retired_model_is_forgotten_as_operations_says",
     "MODEL=": "test_classifier.py::test_a_keras_classifier_gets_its_preprocessing_and_weights",
     ".venv/bin/python run_model_server.py --model": "test_docs.py::test_the_tutorial_leads_from_training_to_answers",
     ".venv/bin/python run_model_server.py --gpu": "test_model_server.py::test_each_model_server_gets_a_gpu_of_its_own",
@@ -148,22 +152,31 @@ def bin_serve(command: str, port: int, log: Path) -> Iterator[Process]:
         yield process
 
 
-@pytest.mark.alone("trains a model and writes into the project's folder")
-@pytest.mark.timeout(600)
+def of_section(heading: str) -> list[str]:
+    """The commands of a section of the tutorial."""
+    return commands(TUTORIAL.split(f"\n## {heading}\n")[1].split("\n## ")[0])
+
+
+@pytest.mark.alone("trains a model twice and writes into the project's folder")
+@pytest.mark.timeout(900)
 def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Path) -> None:
-    """Runs every command except the first, and except those in PRODUCTION, which need another machine."""
-    listed = commands(TUTORIAL.split(DIGITS)[0])
+    """Runs every command except the first, and except those of section 8, which need another machine."""
     [program] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
     (folder / "train_shapes.py").write_text(program, encoding="utf-8")
     port = free_port()
     url = f"http://localhost:{port}"
-    first, train, check, serve, *asking, stress = [each for each in listed if not each.startswith(PRODUCTION)]
+    [first], [train], [check] = (of_section(each) for each in ("1. Install", "2. Train", "3. Check"))
+    [serve, *asking], [stress] = of_section("4. Serve"), of_section("5. Measure")
 
     right = float(run(train, url).rpartition("right:")[2])
     checked = run(check, url)
     with bin_serve(serve, port, tmp_path / "serve"):
         answers = [run(command, url) for command in asking]
         stressed = run(stress, url)
+    [serve_both, *asking_both] = of_section("6. A second model")
+    with bin_serve(serve_both, port, tmp_path / "serve-both"):
+        answers_of_both = [run(command, url) for command in asking_both]
+        replace_under_load(url, port)
 
     assert first == "bin/serve"
     assert right > 0.95
@@ -171,17 +184,49 @@ def test_the_tutorial_leads_from_training_to_answers(folder: Path, tmp_path: Pat
     assert answers[0].startswith('{"predictions":[{"label":"triangle","probability":')
     assert re.findall(r"^1\. (\w+)", answers[1], re.MULTILINE) == ["circle", "square", "triangle"]
     assert "200 answered, 0 failed" in stressed
+    assert answers_of_both[0] == answers[0]
+    assert answers_of_both[1].startswith('{"predictions":[{"label":"3","probability":0.9')
+    assert re.findall(r"^1\. (\d)", answers_of_both[2], re.MULTILINE) == ["5", "7", "3", "2"]
+    for line in (
+        "200 requests: 200 answered",
+        "shapes: 100 requests: 100 answered",
+        "digits: 100 requests: 100 answered",
+    ):
+        assert f"[INFO] {line}, 0 failed" in answers_of_both[3]
 
 
-PRODUCTION = ("bin/install", "cp models/", "systemctl ")
-DIGITS = "\n## 8. Another example: handwritten digits\n"
+def replace_under_load(url: str, port: int) -> None:
+    """Run the commands of the section about a new version, the stress test beside the reload."""
+    change, train, check, stress, reload, look = of_section("7. A new version without a lost request")
+    before = version(run(look, url))
+    for command in (change, train, check):
+        run(command, url)
+    assert version(run(look, url)) == before  # although the file has changed
+
+    with ThreadPoolExecutor(1) as pool:
+        stressed = pool.submit(run, stress, url)
+        run(f"PORT={port} {reload}", url)
+        after = version(run(look, url))
+
+    assert after != before
+    assert "5000 requests: 5000 answered, 0 failed" in stressed.result()
+
+
+def version(printed: str) -> str:
+    """The version that an answer names, as `curl -i` prints it."""
+    [found] = re.findall(r"^X-Model-Version: ([0-9a-f]{12})\r?$", printed, re.MULTILINE)
+    assert "X-Model: shapes" in printed
+    return str(found)
+
+
+DIGITS = "9. Another example: handwritten digits"
 # Not run: the tests already have these packages, and training takes 14 minutes.
 TRAINING = (".venv/bin/pip install", ".venv/bin/python models/train_digits.py")
 
 
 def test_the_model_reads_the_tutorial_digits(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The pictures are drawn again, into another folder. The tests' service has the model of the MODEL= command."""
-    serve, curl, ask, *training, draw = commands(TUTORIAL.split(DIGITS)[1])
+    serve, curl, ask, *training, draw = of_section(DIGITS)
     monkeypatch.setattr(make_samples, "IMAGES", tmp_path)
     assert Path(os.environ["MODEL"]) == ROOT / re.findall("MODEL=(.*) bin/serve", serve)[0]
 

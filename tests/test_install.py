@@ -295,3 +295,71 @@ def test_copy_replaces_changed_files_removes_dropped_and_keeps_others(
     assert (target / "same.py").stat().st_mtime_ns == untouched
     assert (target / "settings.py").read_text() == "new"
     assert {path.name for path in target.iterdir()} == {"settings.py", "same.py", "own.keras", ".installed-files"}
+
+
+FAKES = """
+TARGET={0}; NOTES=$TARGET/.installed; WANTS=$TARGET/wants
+as_account() {{ "$@"; }}
+with_systemd() {{ true; }}
+nvidia-smi() {{ printf '{1}'; }}
+systemctl() {{ # keeps the units as files, and lists in the file `asked` what is done to those that run
+    case "$1" in
+        enable) touch "$WANTS/$3.service" ;;
+        disable) rm "$WANTS/$3.service" ;;
+        *) echo "$*" >>$TARGET/asked ;;
+    esac
+}}
+enable_model_servers
+disable_model_servers
+"""
+TWO_GPUS = "GPU 0: x\\nGPU 1: x\\n"
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with what bin/install needs to decide which model servers run."""
+    for folder in ("wants", ".venv/bin", "deploy"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("settings.py", "helpers.py", "deploy/serve_models.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "image_queue", tmp_path / "image_queue")
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / ".installed").touch()
+    return tmp_path
+
+
+def units(installed: Path, models: str, gpus: str = "") -> set[str]:
+    """Which model servers are enabled after bin/install with these MODELS on a machine with these GPUs."""
+    (installed / ".env").write_text(f"MODELS={models}\n")
+    done = run(FAKES.format(installed, gpus))
+    assert done.returncode == 0, done.stderr
+    return {re.sub(r"model-server@(.*)\.service", r"\1", path.name) for path in (installed / "wants").iterdir()}
+
+
+def test_install_enables_a_model_server_for_each_gpu_or_each_model(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MODEL")
+    assert units(installed, "") == {"0"}
+    assert units(installed, "", TWO_GPUS) == {"0", "1"}
+    (installed / "wants/model-server@mine.service").touch()  # enabled by hand
+
+    assert units(installed, "ResNet50,models/dig.its.keras", TWO_GPUS) == {"ResNet50", "dig.its", "mine"}
+    assert (installed / "asked").read_text().splitlines() == ["stop model-server@0", "stop model-server@1"]
+    assert units(installed, "ResNet50,VGG16", TWO_GPUS) == {"ResNet50", "VGG16", "mine"}
+    assert units(installed, "ResNet50", TWO_GPUS) == {"0", "1", "mine"}
+
+
+@pytest.mark.parametrize(
+    ("models", "reason"), [("a/x.h5,b/x.h5", "two models named x"), ("0.keras", "named 0: rename")]
+)
+def test_install_refuses_models_that_make_no_unit(installed: Path, models: str, reason: str) -> None:
+    (installed / ".env").write_text(f"MODELS={models}\n")
+
+    done = run(FAKES.format(installed, ""))
+
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert reason in line
+    assert list((installed / "wants").iterdir()) == []

@@ -1,6 +1,8 @@
 """The JSON file beside a model, and the error for an invalid one."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from own_model import LABELS, SMALL, pixels_of, save_model
 
 import settings
 from helpers import StartupError
-from model_server import classifier
+from model_server import classifier, model_checks
 
 
 def load(monkeypatch: pytest.MonkeyPatch, path: Path, **values: Any) -> classifier.Classifier:
@@ -72,6 +74,8 @@ WRONG = [
     ({"width": 96.5}, "width=96.5 is invalid: it must be a whole number"),
     ({"height": 0}, "height=0 is invalid: it must be a whole number"),
     ({"height": None}, "height=null is invalid: it must be a whole number"),
+    ({"weights": "imagenet"}, "weights=imagenet is invalid: it must be left out, as the model's file has them."),
+    ({"weights": "best"}, "weights=best is invalid: it must be imagenet, random, or the name of a .h5 or .keras file"),
     ({"channels": 2}, "channels=2 is invalid: it must be 3 (RGB) or 1 (gray)."),
     ({"channels": True}, "channels=true is invalid: it must be 3 (RGB) or 1 (gray)."),
     ({"width": 100}, "width=100 is invalid: it must be 96, which is what the model takes, or left out."),
@@ -121,7 +125,7 @@ def test_the_model_server_ends_with_code_2_and_that_line(tmp_path: Path) -> None
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].endswith(
         f"{tmp_path}/own.json: tpo=3 is invalid: the keys are width, height, channels, preprocessing, labels, top, "
-        "description."
+        "weights, description."
     )
     assert "Traceback" not in ended.stderr
 
@@ -147,3 +151,71 @@ def test_a_keras_classifier_has_its_own_size(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(settings, name, value)
 
     assert classifier.load().shape == (240, 240, 3)
+
+
+# models/<name>.json for a model of keras.applications
+
+
+def application(monkeypatch: pytest.MonkeyPatch, folder: Path, facts: object) -> None:
+    """Let VGG16 be the model, with these facts in the folder of the models."""
+    monkeypatch.setattr(model_checks, "APPLICATION_FILES", folder)
+    monkeypatch.setattr(settings, "MODEL", "VGG16")
+    monkeypatch.setattr(settings, "MODEL_WEIGHTS", "imagenet")
+    (folder / "VGG16.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("facts", "weights"),
+    [({}, "imagenet"), ({"top": 3}, "imagenet"), ({"weights": "random"}, "random"), ({"weights": "my.h5"}, "my.h5")],
+)
+def test_an_application_takes_the_weights_that_its_file_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, facts: dict[str, object], weights: str
+) -> None:
+    application(monkeypatch, tmp_path, facts)
+    (tmp_path / "my.h5").write_bytes(model_checks.HDF5)
+
+    model_checks.check()
+
+    assert Path(model_checks.application_weights(model_checks.application_file("VGG16"))).name == weights
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ({"weights": "nowhere.h5"}, "nowhere.h5 does not exist: it must be imagenet, random, or a weights file"),
+        ({"preprocessing": "tf"}, "preprocessing=tf is invalid: it must be left out, since VGG16 has its own."),
+        ({"labels": "nowhere.txt"}, "labels=nowhere.txt is invalid"),
+    ],
+)
+def test_an_invalid_file_of_an_application_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, facts: dict[str, object], line: str
+) -> None:
+    application(monkeypatch, tmp_path, facts)
+
+    with pytest.raises(StartupError) as refusal:
+        model_checks.check()
+
+    assert line in str(refusal.value)
+
+
+# The version
+
+
+def test_the_version_changes_with_each_file_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = save_model(tmp_path / "own.keras", facts={"labels": "own.txt", "top": 1})
+    (tmp_path / "own.txt").write_text("\n".join(LABELS))
+
+    def version() -> str:
+        return str(load(monkeypatch, path).about["version"])
+
+    versions = [version()]
+    assert version() == versions[0]
+    (tmp_path / "own.txt").write_text("\n".join(reversed(LABELS)))
+    versions.append(version())
+    (tmp_path / "own.json").write_text(json.dumps({"labels": "own.txt", "top": 2}))
+    versions.append(version())
+    save_model(path, facts={"labels": "own.txt", "top": 2}, gain=0.2)  # other weights
+    versions.append(version())
+
+    assert len(set(versions)) == 4
+    assert all(re.fullmatch("[0-9a-f]{12}", each) for each in versions)

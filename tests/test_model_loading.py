@@ -3,18 +3,20 @@
 import errno
 import json
 import logging
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
 import numpy as np
 import pytest
 import sample_models as models
-from harness import wait_until
+from harness import ROOT, wait_until
 from PIL import Image
 from redis import Redis
 from samples import colors, saved
@@ -22,8 +24,9 @@ from samples import colors, saved
 import run_model_server
 import settings
 from image_queue import ServerQueue, WebQueue
-from model_server import check, classifier, pipeline
+from model_server import check, classifier, model_loading, pipeline
 from model_server.loop import ModelServer
+from model_server.model_version import version_of
 from run_web_server import create_app
 
 PICTURE = Image.fromarray(colors(1, (40, 30)))
@@ -301,3 +304,29 @@ def test_a_model_that_fails_for_every_image_is_refused(
     line = refused(models.build("plain", folder))
 
     assert line.endswith("can't be computed with images of 20x16 (Negative dimension size).")
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_loaded_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise its answers would name the version that was there before."""
+    path = tmp_path / "digits.keras"
+    for file in ROOT.glob("models/digits.*"):
+        shutil.copy(file, tmp_path)
+    labels, load_file = tmp_path / "digits.labels.txt", model_loading.load_file
+    loaded: list[object] = []
+
+    def change_and_load(*arguments: Any) -> Any:
+        if not loaded:
+            labels.write_text("\n".join("abcdefghij"))
+        loaded.append(arguments)
+        return load_file(*arguments)
+
+    monkeypatch.setattr(settings, "MODEL", str(path))
+    monkeypatch.setattr(model_loading, "load_file", change_and_load)
+
+    _, _, facts = model_loading.load()
+
+    assert len(loaded) == 2
+    assert facts.labels == list("abcdefghij")
+    assert facts.version == version_of([path, path.with_suffix(".json"), labels])

@@ -1,14 +1,28 @@
 """Several models in one service: queues, names, the default model, the list of models."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import requests
-from harness import ROOT, Service, assert_error, free_port, run_apache, running, wait_until
+from harness import (
+    ROOT,
+    Service,
+    assert_error,
+    free_port,
+    resident_bytes,
+    run_apache,
+    running,
+    wait_until,
+    web_processes,
+)
 from queue_fixtures import ANSWER, IMAGE, answer, ask_in_background, die, in_background
 from redis import Redis
 
@@ -224,6 +238,21 @@ def test_model_is_known_for_a_day_after_its_last_heartbeat(serve: Join, redis: R
     assert models.names() == ["digits"]
 
 
+def test_model_announced_a_moment_ago_is_not_called_unknown(
+    serve: Join, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the list of models was read before, and is not yet out of date."""
+    monkeypatch.setattr("web.served_models.REFRESH_EVERY", 5.0)
+    use(monkeypatch, model="digits.keras")
+    models = ServedModels(WebQueue(), lambda model, event, times: None)
+    with pytest.raises(UnknownModel):
+        models.queue("cats")
+    serve(CATS)
+    time.sleep(0.5)  # a tenth of REFRESH_EVERY, within which the list is not read twice
+
+    assert models.queue("cats").model == "cats"
+
+
 @pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"cats": 7, "a": {"queue": 1}}', b'{"a": {"queue": "other"}}'])
 def test_invalid_list_in_redis_is_ignored_and_replaced(
     serve: Join, redis: Redis, models: ServedModels, rubbish: bytes
@@ -255,6 +284,7 @@ def test_lost_redis_leaves_the_models_known(serve: Join, redis: Redis, models: S
 
 # The whole service
 
+PHOTO = (ROOT / "images/photographer.png").read_bytes()
 THREE = (ROOT / "models/digits/three.png").read_bytes()
 
 
@@ -356,3 +386,89 @@ def test_figures_are_counted_by_model(two_models: Service) -> None:
     assert 'keras_rest_api_requests_total{endpoint="/predict/<name>",model="figures",status="200"}' in text
     assert 'keras_rest_api_model_servers{model="figures"} 1.0' in text
     assert 'keras_rest_api_queue_length{model="digits"} 0.0' in text
+
+
+@pytest.mark.slow("1,000 requests to three models")
+def test_a_thousand_requests_to_three_models_get_their_own_answers(
+    redis_port: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Each model has labels of its own, so an answer of another one, or of a mixed batch, has a wrong label."""
+    names = ["first", "second", "third"]
+    paths = [copy_of_digits(tmp_path, name, [f"{name} {digit}" for digit in range(10)]) for name in names]
+    where: Any = {"IMAGE_QUEUE": f"queue-{free_port()}", "MODELS": ",".join(map(str, paths))}
+    images = {digit: (ROOT / f"models/digits/{name}.png").read_bytes() for digit, name in ((3, "three"),)}
+    images[7] = (ROOT / "models/digits/seven.jpg").read_bytes()
+
+    def wrong(number: int) -> str:
+        name, digit = names[number % 3], (3, 7)[number % 2]
+        answer = requests.post(f"{url}/predict/{name}", files={"image": images[digit]}, timeout=60)
+        label = answer.json()["predictions"][0]["label"]
+        return "" if (label, answer.headers["X-Model"]) == (f"{name} {digit}", name) else answer.text
+
+    with ExitStack() as stack:
+        servers = []
+        for name in names:
+            command = [sys.executable, "run_model_server.py", "--model", name]
+            servers.append(stack.enter_context(running(command, tmp_path / f"{name}.log", **where)))
+        url = stack.enter_context(run_apache(wait=True, log=tmp_path / "apache", **where))
+        for server in servers:
+            server.wait_for_log("* Joined the queue")
+        wait_until(lambda: set(state(url)) == set(names), "all models are known")
+        with ThreadPoolExecutor(32) as pool:
+            assert list(filter(None, pool.map(wrong, range(1000)))) == []
+
+    batches = [sum(server.batches) for server in servers]
+    assert batches == [334, 333, 333]  # each server got its own images only
+    record_property("batches", str([len(server.batches) for server in servers]))
+
+
+@pytest.mark.slow("starts two web processes three times")
+def test_ten_models_take_less_than_2_mb_in_a_web_process(redis_port: int, tmp_path: Path) -> None:
+    """The process is asked for all models and for its metrics, after it has served photos, as any that is in use."""
+
+    def grown(count: int) -> float:
+        queue = f"queue-{free_port()}"
+        keys = {"IMAGE_QUEUE": queue, "APACHE_DEFINES": "WEB_PROCESSES=1 WEB_THREADS=20"}
+        names = [f"model{number}" for number in range(count)]
+        code = ANSWERING.format(models=names)
+        with (
+            running([sys.executable, "-c", code], tmp_path / f"{count}.log", **keys) as servers,
+            run_apache(log=tmp_path / f"apache-{count}", **keys) as url,  # type: ignore[arg-type]
+        ):
+            servers.wait_for_log("all joined")
+            wait_until(
+                lambda: set(requests.get(f"{url}/stats", timeout=9).json()["models"]) == {*names}, "all are known"
+            )
+            for _ in range(20):
+                assert requests.post(f"{url}/predict/{names[0]}", PHOTO, timeout=60).status_code == 200
+            for name in [*names, *names]:
+                assert requests.post(f"{url}/predict/{name}", THREE, timeout=60).status_code == 200
+                requests.get(f"{url}/metrics", timeout=60)
+            [process] = web_processes(url)
+            return resident_bytes(process) / 2**20
+
+    ones, tens = zip(*((grown(1), grown(11)) for _ in range(3)), strict=True)
+    assert median(tens) - median(ones) < 2, (ones, tens)
+
+
+# Model servers that answer without a model, all in one process.
+ANSWERING = """
+import sys, threading, time
+from image_queue import ServerQueue
+names = {models!r}
+servers = [ServerQueue({{"model": name, "weights": name, "version": "1", "shape": [32, 32, 3], "classes": 10,
+                       "description": 100 * "d"}}, 60) for name in names]
+def serve(server):
+    while True:
+        server.beat()
+        batch = server.take(8, 0.2)
+        if batch.entries:
+            predictions = [{{"label": "3", "probability": 1.0}}]
+            answer = {{"predictions": predictions, "model": server.about["model"], "version": "1", "batch": 1}}
+            server.answer(batch.jobs, [answer] * len(batch.jobs), batch.entries)
+for server in servers:
+    server.join()
+    threading.Thread(target=serve, args=[server], daemon=True).start()
+print("all joined", flush=True)
+time.sleep(600)
+"""

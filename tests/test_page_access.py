@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from axe_core_python.selenium import Axe
-from browser import LINE, SEVEN, STAND_IN, THREE, Browser, server, shares, stats
+from browser import LINE, SEVEN, STAND_IN, THREE, TO_DEFAULT, Browser, about, counters, shares, stats
 from harness import Service, wait_until
 from selenium.webdriver.common.by import By
 
@@ -60,8 +60,8 @@ def test_a_phone_scrolls_only_down_and_can_take_a_photo(service: Service, browse
     photo.write_bytes(SEVEN.read_bytes())
     text.write_text("No image.")
     browser.size(360, phone=True)
-    about = server(model="efficientnet_lite0" * 5)
-    browser.before_the_page(STAND_IN % json.dumps(stats(123_456_789, model_servers={"a": about})))
+    models = {"efficientnet_lite0" * 5: about(**counters(0)), "digits": about(), "b" * 80: {}}
+    browser.before_the_page(STAND_IN % json.dumps(stats(123_456_789, models)) + TO_DEFAULT)
     browser.open(service.url)
     browser.script("document.querySelector('#key-form').hidden = false")
     browser.choose(photo, text)

@@ -156,21 +156,22 @@ def test_results_are_copied_as_json_and_as_csv(service: Service, browser: Browse
     assert copied["success"] is False
     error = assert_error(service.post(nothing.read_bytes()), 400, "bad_image")
     assert copied["results"][0] == {
-        "file": "LICENSE", "success": False, "error": {"code": "bad_image", "message": error}
+        "file": "LICENSE", "model": "digits", "success": False, "error": {"code": "bad_image", "message": error}
     }  # fmt: skip
     assert [each["file"] for each in copied["results"][1:]] == HOSTILE
     assert copied["results"][1]["success"] is True
+    assert copied["results"][1]["model"] == "digits"
     labels = [each["label"] for each in predictions]
     assert [each["label"] for each in copied["results"][1]["predictions"]] == labels
 
     text = copy(browser, "csv")
     rows = list(csv.reader(io.StringIO(text, newline="")))
-    assert rows[0][:6] == ["file", "label", "probability", "error", "label_2", "probability_2"]
-    assert {len(row) for row in rows} == {12}
-    assert rows[1][:4] == ["LICENSE", "", "", error]
+    assert rows[0][:6] == ["file", "label", "probability", "error", "model", "label_2"]
+    assert {len(row) for row in rows} == {13}
+    assert rows[1][:5] == ["LICENSE", "", "", error, "digits"]
     guarded = [f"'{name}" for name in HOSTILE[:5]] + HOSTILE[5:]
     assert [row[0] for row in rows[2:]] == guarded
-    assert rows[2][1:4] == ["7", str(copied["results"][1]["predictions"][0]["probability"]), ""]
+    assert rows[2][1:5] == ["7", str(copied["results"][1]["predictions"][0]["probability"]), "", "digits"]
     assert text.endswith("\r\n")
 
 
@@ -194,7 +195,7 @@ def test_without_a_clipboard_results_can_be_selected_or_saved(
 
     [area] = wait_until(lambda: browser.all("#export-text"), "the text is there")
     text = area.get_property("value")
-    assert text.startswith("file,label,probability,error,label_2")
+    assert text.startswith("file,label,probability,error,model,label_2")
     assert browser.chrome.switch_to.active_element == area
     assert browser.script("return String(getSelection())") == text
     [link] = browser.all("#save")

@@ -2,11 +2,10 @@
 
 import json
 import re
-from typing import Any
 
 import pytest
 import requests
-from browser import IMAGENET, STAND_IN, THREE, Browser, server, shares, stats
+from browser import IMAGENET, STAND_IN, THREE, Browser, about, shares, stats
 from harness import ROOT, Service, wait_until
 from selenium.webdriver.common.keys import Keys
 
@@ -18,42 +17,43 @@ RECOGNIZES = f"Recognizes {IMAGENET}. Model: lite."
 
 
 @pytest.mark.parametrize(
-    ("servers", "text", "samples"),
+    ("said", "text", "samples"),
     [
-        ([server(), server()], RECOGNIZES, True),
+        (about(), RECOGNIZES, True),
+        (about(description="birds of the Alps."), "Recognizes birds of the Alps. Model: lite.", False),
+        (about(description=None), "Recognizes 1,000 classes. Model: lite.", False),
+        ({"ready": True}, "Recognizes what its model was trained for. Model: lite.", False),
         (
-            [server(description="birds of the Alps.", model="birds")],
-            "Recognizes birds of the Alps. Model: birds.",
+            about(description=["a"], classes="x", version=7),
+            "Recognizes what its model was trained for. Model: lite.",
             False,
         ),
-        ([server(), server(description="birds", model="b")], f"{RECOGNIZES} Recognizes birds. Model: b.", False),
-        ([server(description=None)], "Recognizes 1,000 classes. Model: lite.", False),
-        ([{}], "Recognizes what its model was trained for.", False),
-        ([server(description=["a"], classes="x", model=7)], "Recognizes what its model was trained for.", False),
-        ([server(description="<b>ImageNet</b>")], "Recognizes <b>ImageNet</b>. Model: lite.", True),
+        (about(description="<b>ImageNet</b>"), "Recognizes <b>ImageNet</b>. Model: lite.", True),
+        (about(ready=False), "No model is running right now, so photos wait until one is.", False),
+        ("nonsense", "No model is running right now, so photos wait until one is.", False),
     ],
 )
-def test_samples_are_offered_only_if_all_models_know_imagenet(
-    service: Service, browser: Browser, servers: list[dict[str, Any]], text: str, samples: bool
+def test_samples_are_offered_only_if_the_model_runs_and_knows_imagenet(
+    service: Service, browser: Browser, said: object, text: str, samples: bool
 ) -> None:
-    alive = {f"server-{i}": about for i, about in enumerate(servers)}
-    browser.before_the_page(STAND_IN % json.dumps(stats(10, model_servers=alive)))
+    browser.before_the_page(STAND_IN % json.dumps(stats(10, {"lite": said})))
     browser.open(service.url)
 
     wait_until(lambda: browser.text("#model") == text, text)
     assert bool(browser.all("#samples")) == samples
     assert any("/samples/" in url for url in browser.requested()) == samples
+    assert browser.all("#choice, #figures-choice") == []
 
 
 def test_the_page_says_whether_a_model_is_running(service: Service, browser: Browser) -> None:
-    browser.before_the_page(STAND_IN % json.dumps(stats(10, model_servers={})))
+    browser.before_the_page(STAND_IN % json.dumps(stats(10, {})))
     browser.open(service.url)
     wait_until(lambda: browser.text("#model").startswith("No model is running"), "the page says that none is running")
     browser.script("answer = arguments[0]; document.dispatchEvent(new Event('visibilitychange'))",
-                   stats(10, model_servers={}, queue_length=None))  # fmt: skip
+                   stats(10, {}, queue_length=None))  # fmt: skip
     wait_until(lambda: "can't reach its queue" in browser.text("#model"), "the page says that Redis is down")
 
-    browser.script("answer = arguments[0]", stats(10, model_servers={"a": server()}))
+    browser.script("answer = arguments[0]", stats(10))
 
     wait_until(lambda: browser.text("#model") == RECOGNIZES, "the page notices the model by itself")
 
@@ -66,7 +66,7 @@ def test_the_page_says_what_the_running_model_recognizes(service: Service, brows
 
 
 def test_samples_can_be_classified_by_keyboard(service: Service, browser: Browser) -> None:
-    browser.before_the_page(STAND_IN % json.dumps(stats(10, model_servers={"a": server()})))
+    browser.before_the_page(STAND_IN % json.dumps(stats(10)))
     browser.open(service.url)
     buttons = wait_until(lambda: browser.all("#samples button"), "the samples are there")
     assert len(buttons) == len(SAMPLES) >= 2
@@ -116,7 +116,7 @@ def test_the_figures_cover_the_last_minute_and_reset_on_a_restart(service: Servi
     browser.open_figures()
     wait_until(lambda: browser.text("#window"), "figures since the start")
     assert browser.text("#window") == "Times and batches of 1,000 images since the service was started."
-    assert (browser.text("#queue"), browser.text("#servers"), browser.text("#models")) == ("1,234", "2", "ResNet50")
+    assert (browser.text("#queue"), browser.text("#servers"), browser.text("#models")) == ("1,234", "2", "lite")
 
     browser.script("answer = arguments[0]", stats(1100))
     wait_until(lambda: browser.text("#window").endswith("of 100 images in the last minute."), "figures of a minute")
@@ -126,7 +126,7 @@ def test_the_figures_cover_the_last_minute_and_reset_on_a_restart(service: Servi
     assert browser.texts("#batches li") == ["0\n1", "0\n2", "100\n3\u20134", "0\n5\u201332"]
     assert float(browser.text("#rate")) > 5
 
-    browser.script("answer = arguments[0]", stats(20, queue_length=None, model_servers={}))
+    browser.script("answer = arguments[0]", stats(20, {}, queue_length=None))
     wait_until(
         lambda: browser.text("#window").endswith("of 20 images since the service was started."),
         "the figures are reset",

@@ -178,7 +178,7 @@ def tcp_sockets() -> list[list[str]]:
 
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
-MAY_BE_ROOT = r"deploy/serve\.py|supervisor\.supervisord|^\S*apache2 "
+MAY_BE_ROOT = r"deploy/serve\.py|model_server\.launcher|supervisor\.supervisord|^\S*apache2 "
 
 
 @pytest.mark.slow("starts bin/serve")

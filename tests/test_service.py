@@ -246,7 +246,7 @@ def test_request_without_model_server_is_504_with_reason(without_server: tuple[S
 
     message = assert_error(without_server[0].post(PNG), 504, "timeout")
 
-    assert "no model server is alive" in message
+    assert "no model server for digits is alive" in message
     assert 2 <= time.monotonic() - started < 3
 
 

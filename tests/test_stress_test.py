@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -426,3 +427,62 @@ def test_a_bad_chart_or_folder_is_rejected_before_the_test(
 
     assert done.returncode == 2
     assert_one_line(done.stderr, reason)
+
+
+def each_model(service: FakeService, number: int) -> Reply:
+    """Answer for the model in the path, except that every tenth answer is from another one."""
+    model = service.paths[number - 1].removeprefix("/predict/")
+    return OK._replace(model="another" if number % 10 == 0 else model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_models_are_asked_in_turn_and_reported_one_by_one(serve: Serve, image: Path, mode: tuple[str, str]) -> None:
+    # given
+    service = serve(each_model)
+
+    # when
+    done = stress(service.url, image, "--requests", 40, "--model", "digits,lite,digits,birds", *mode)
+
+    # then
+    assert done.code == 1
+    asked = {"digits": 20, "lite": 10, "birds": 10}
+    assert Counter(service.paths) == {f"/predict/{name}": count for name, count in asked.items()}
+    by_model = done.figures["by_model"]
+    assert {name: its["requests"] for name, its in by_model.items()} == asked
+    assert sum(its["failures"].get("200 wrong_model", 0) for its in by_model.values()) == 4
+    assert done.summary[:2] == ["[INFO] 40 requests: 36 answered, 4 failed", "[INFO] failed: 4 x 200 wrong_model"]
+    lite = by_model["lite"]
+    assert f"[INFO] lite: 10 requests: {lite['answered']} answered, {lite['failed']} failed" in done.summary
+    assert f"[INFO] lite: latency: p50 {lite['latency_ms']['p50']:.0f} ms" in " ".join(done.summary)
+    for entry in done.figures["results"]:
+        assert entry["model"] == ["digits", "lite", "digits", "birds"][entry["thread"] % 4]
+
+
+def test_each_model_gets_each_image_of_a_folder(serve: Serve, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    service = serve(each_model)
+
+    stress(service.url, tmp_path, "--requests", 8, "--model", "digits,lite", "--concurrency", 1)
+
+    sent = [(path, b"a.png" in body) for path, body in zip(service.paths, service.bodies, strict=True)]
+    assert Counter(sent) == {(f"/predict/{name}", first): 2 for name in ("digits", "lite") for first in (True, False)}
+
+
+def test_one_model_has_no_figures_of_its_own_and_must_name_itself(serve: Serve, image: Path) -> None:
+    service = serve(always(OK))
+
+    done = stress(service.url, image, "--requests", 2, "--model", "digits", "--interval", 0)
+
+    assert done.figures["failures"] == {"200 wrong_model": 2}
+    assert done.figures["by_model"] == {}
+    assert not [line for line in done.summary if "digits" in line]
+
+
+def test_requests_that_were_not_sent_count_for_their_model() -> None:
+    results = [Result(0, 1.0, 0.1, 200, None, model="a"), Result(1, 1.0, 0.0, None, "no_thread", model="b")]
+
+    figures = summarize(results, 5, ["a", "b"])
+
+    counts = {name: (its.requests, its.answered, its.failed) for name, its in figures.by_model.items()}
+    assert counts == {"a": (3, 1, 0), "b": (2, 0, 1)}

@@ -27,6 +27,7 @@ from web.served_models import ServedModels, State
 log = logging.getLogger(__name__)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 240)
+STAGE_SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)  # fewer: each model has three such histograms
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FILE_SIZE = 2**18  # bytes: what the series of ten models take
 PREDICT, CLASSIFIED = "/predict", "classified"  # label values
@@ -37,6 +38,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = share_values()  # before the first metric is created
+        # Descriptions are short, because prometheus_client keeps a copy for each series, and each model has 70.
         self.requests = Counter(
             "keras_rest_api_requests",
             "Responses by path, model and HTTP status.",
@@ -45,7 +47,7 @@ class Metrics:
         )
         self.duration = Histogram(
             "keras_rest_api_request_duration_seconds",
-            "Time for a response with predictions, from the request's headers to the response.",
+            "Seconds for a response with predictions.",
             ["model"], buckets=SECONDS, registry=None,
         )  # fmt: skip
         self.images = Counter(
@@ -53,11 +55,11 @@ class Metrics:
             ["model", "outcome"], registry=None,
         )  # fmt: skip
         self.stages = Histogram(
-            "keras_rest_api_stage_seconds", "Time of a classified image in each stage: prepare, queue, compute.",
-            ["model", "stage"], buckets=SECONDS, registry=None,
+            "keras_rest_api_stage_seconds", "Seconds of an image in a stage.",
+            ["model", "stage"], buckets=STAGE_SECONDS, registry=None,
         )  # fmt: skip
         self.batches = Histogram(
-            "keras_rest_api_batch_size", "Size of the batch of each classified image.", ["model"], buckets=IMAGES,
+            "keras_rest_api_batch_size", "Batch size of each image.", ["model"], buckets=IMAGES,
             registry=None,
         )  # fmt: skip
         self.jobs = Counter(

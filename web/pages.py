@@ -36,7 +36,7 @@ def swagger() -> Path:
 
 
 SCRIPTS = (
-    "page.js", "basics.js", "card.js", "export.js", "figures.js", "folders.js", "key.js", "model.js", "request.js",
+    "page.js", "basics.js", "card.js", "export.js", "figures.js", "folders.js", "key.js", "models.js", "request.js",
     "results.js", "service.js",
 )  # fmt: skip
 # Photos that the page offers as samples if the model knows the ImageNet classes.

@@ -64,16 +64,14 @@ class ServedModels:
         """
         known, wanted = self.known(), name or self.default()
         if name and name not in known and name != self.default():
-            raise self.unknown(name)
+            known = self._known.latest() or {}  # it may have been announced just now
+            if name not in known:
+                raise self.unknown(name)
         return known.get(wanted, {})
 
     def queue(self, name: str = "") -> WebQueue:
         """Return the queue of a model, by default the default one's. Raises UnknownModel, RedisDown."""
-        key = str(self.about(name).get("queue", settings.IMAGE_QUEUE))
-        model = name or self.default()
-        if (model, key) not in self._queues:
-            self._queues[model, key] = self._base.of(model, key, partial(self._count, model))
-        return self._queues[model, key]
+        return self._queue(name or self.default(), self.about(name))
 
     def servers(self, name: str = "") -> dict[str, About]:
         """Return the heartbeats of a model's live servers, by the server's name. Raises RedisError, UnknownModel."""
@@ -82,9 +80,15 @@ class ServedModels:
 
     def states(self) -> dict[str, State]:
         """Return the state of each known model, and of the default one. Raises RedisError."""
-        live = self._base.live_servers_by_queue()
-        queues = [self.queue(name) for name in {*self.names(), self.default()}]
+        live, known = self._base.live_servers_by_queue(), self.known()
+        queues = [self._queue(name, known.get(name, {})) for name in {*known, self.default()}]
         return {queue.model: self._state(queue, live.get(queue.key, {})) for queue in queues}
+
+    def _queue(self, model: str, about: About) -> WebQueue:
+        key = str(about.get("queue", settings.IMAGE_QUEUE))
+        if (model, key) not in self._queues:
+            self._queues[model, key] = self._base.of(model, key, partial(self._count, model))
+        return self._queues[model, key]
 
     def _state(self, queue: WebQueue, live: dict[str, About]) -> State:
         servers = {server: about for server, about in live.items() if self._serves(about, queue)}

@@ -6,21 +6,27 @@ import { keyWanted } from "./key.js";
 const LONG = 8; // seconds after which the page explains the wait
 const PREVIEW = 304; // pixels of the longer side; previews of the full 12 megapixels would fill a phone's memory
 
-// Returns the card of an image; the caller adds its element to the page. `state` is waiting, sent, answered or failed.
-// `signal` cancels the preview and the request.
-export function makeCard(file, signal) {
+// Returns the card of an image for a model; the caller adds its element to the page. `state` is waiting, sent, answered or
+// failed. `signal` cancels the preview and the request.
+export function makeCard(file, model, signal) {
   const element = $("result").content.firstElementChild.cloneNode(true);
   const name = file.name || "image";
   part(element, "h3").textContent = name;
   part(element, ".file-size").textContent = bytes(file.size);
   part(element, ".more").setAttribute("aria-label", `Details of ${name}`);
   part(element, ".more").onclick = () => toggle(element);
-  const card = { file, name, element, signal, state: "waiting", sentAt: 0, answer: null };
+  const card = { file, name, model, element, signal, state: "waiting", sentAt: 0, answer: null };
+  showModel(card);
   showPreview(card);
   return card;
 }
 
 const part = (element, selector) => element.querySelector(selector);
+
+// The page shows this only if the service has several models.
+function showModel(card) {
+  part(card.element, ".by").textContent = card.model && `Model: ${card.model}`;
+}
 
 function toggle(element) {
   const open = element.classList.toggle("open");
@@ -96,6 +102,8 @@ export function showAgain(card) {
 }
 
 export function showPredictions(card, measured) {
+  card.model = card.answer.model || card.model;
+  showModel(card);
   part(card.element, ".wait").hidden = true;
   part(card.element, ".bars").replaceChildren(...card.answer.predictions.map(bar));
   part(card.element, ".took").textContent = tookText(card.answer.timing, measured);

@@ -4,23 +4,24 @@ import { $, plural, say } from "./basics.js";
 
 const FORMULA = /^(\s*[=+\-@＝＋－＠]|[\t\r\n])/; // the start of a cell that a spreadsheet may run as a formula
 
-// Returns the JSON that the service answers to several images, plus the name of each file.
+// Returns the JSON that the service answers to several images, plus the names of each file and its model.
 function asJson(cards) {
-  const results = cards.map(({ name, answer: { predictions, error } }) =>
-    predictions ? { file: name, success: true, predictions } : { file: name, success: false, error }
+  const results = cards.map(({ name, model, answer: { predictions, error } }) =>
+    predictions ? { file: name, model, success: true, predictions } : { file: name, model, success: false, error }
   );
   return `${JSON.stringify({ success: results.every((each) => each.success), results }, null, 2)}\n`;
 }
 
-// Returns a line for each image in the format of RFC 4180: the best label comes before the error, the other labels after it.
+// Returns a line for each image in the format of RFC 4180: the best label comes before the error and the
+// model, the other labels after them.
 function asCsv(cards) {
   const most = Math.max(1, ...cards.map(({ answer }) => answer.predictions?.length ?? 0));
   const others = Array.from({ length: most - 1 }, (_, i) => [`label_${i + 2}`, `probability_${i + 2}`]);
-  const head = ["file", "label", "probability", "error", ...others.flat()];
-  const rows = cards.map(({ name, answer: { predictions = [], error } }) => {
+  const head = ["file", "label", "probability", "error", "model", ...others.flat()];
+  const rows = cards.map(({ name, model, answer: { predictions = [], error } }) => {
     const [best = ["", ""], ...rest] = predictions.map(({ label, probability }) => [label, probability]);
     const empty = Array(2 * (most - 1) - 2 * rest.length).fill("");
-    return [name, ...best, error?.message ?? "", ...rest.flat(), ...empty];
+    return [name, ...best, error?.message ?? "", model, ...rest.flat(), ...empty];
   });
   return [head, ...rows].map((row) => `${row.map(cell).join(",")}\r\n`).join("");
 }

@@ -1,14 +1,16 @@
-// Sends one image to /predict and reads the answer.
+// Sends one image to the service and reads the answer.
 
 import { currentKey } from "./key.js";
+import { addressOf } from "./models.js";
 
 const ANSWER_LIMIT = 300_000; // milliseconds, above the longest REQUEST_TIMEOUT
 
-// Returns {key, predictions, timing} or {key, status, error: {code, message}, retry, wait}. `key` is the API key that was
-// sent; `retry` says whether to offer another try, `wait` after how many seconds.
-export async function ask(file, name, signal) {
+// Returns {key, predictions, model, timing} or {key, status, error: {code, message}, retry, wait}. `key` is the API key that
+// was sent, `model` the name of the model that answered; `retry` says whether to offer another try, `wait` after how many
+// seconds.
+export async function ask({ file, name, model, signal }) {
   const key = currentKey();
-  const answer = (await unreadable(file)) ?? (await post(file, name, key, signal));
+  const answer = (await unreadable(file)) ?? (await post(file, name, addressOf(model), key, signal));
   return { key, ...answer };
 }
 
@@ -24,13 +26,13 @@ async function unreadable(file) {
 
 const failure = (code, message, retry = false) => ({ error: { code, message }, retry, wait: 0 });
 
-async function post(file, name, key, signal) {
+async function post(file, name, address, key, signal) {
   const body = new FormData();
   body.append("image", file, name);
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   try {
     const limit = AbortSignal.any([signal, AbortSignal.timeout(ANSWER_LIMIT)]);
-    return await understand(await fetch("predict", { method: "POST", body, headers, signal: limit }), key);
+    return await understand(await fetch(address, { method: "POST", body, headers, signal: limit }), key);
   } catch (error) {
     if (error.name === "TimeoutError") return failure("timeout", "There was no answer within 5 minutes, so try again.", true);
     return failure("unreachable", "The service can't be reached, so check your network and try again.", true);
@@ -40,7 +42,8 @@ async function post(file, name, key, signal) {
 async function understand(response, key) {
   const body = await response.json().catch(() => ({}));
   if (response.ok && body.predictions) {
-    return { predictions: body.predictions, timing: timings(response.headers.get("Server-Timing")) };
+    const model = response.headers.get("X-Model") ?? "";
+    return { predictions: body.predictions, model, timing: timings(response.headers.get("Server-Timing")) };
   }
   const unknown = { code: "unknown", message: `The service answered with status ${response.status}, so try again later.` };
   const error = body.error ?? unknown;

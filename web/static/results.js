@@ -4,6 +4,7 @@ import { $, labelText, notice, number, percent, plural, say } from "./basics.js"
 import { makeCard, offerAgain, showAgain, showError, showPredictions, showWaiting } from "./card.js";
 import { closeExport, copy } from "./export.js";
 import { askForKey, currentKey, keyWanted, onKey } from "./key.js";
+import { chosenModel, several } from "./models.js";
 import { ask } from "./request.js";
 import { poll } from "./service.js";
 
@@ -18,9 +19,9 @@ let senders = 0; // running calls of sendImages
 let clock = 0;
 let stop = new AbortController(); // cancels the requests of all cards
 
-// Adds the files. `remark` is added to the notice.
+// Adds the files, for the model that is chosen now. `remark` is added to the notice.
 export function classifyAll(files, remark = "") {
-  const added = files.slice(0, MOST - cards.length).map((file) => makeCard(file, stop.signal));
+  const added = files.slice(0, MOST - cards.length).map((file) => makeCard(file, chosenModel(), stop.signal));
   const full = added.length < files.length ? fullText(files.length - added.length) : "";
   notice(`${full} ${remark}`.trim());
   if (!added.length) return;
@@ -58,7 +59,7 @@ async function classify(card) {
   card.sentAt = performance.now();
   card.element.setAttribute("aria-busy", "true");
   showWaiting(card);
-  const answer = await ask(card.file, card.name, card.signal);
+  const answer = await ask(card);
   if (card.signal.aborted) return;
   card.element.removeAttribute("aria-busy");
   if (answer.status === 401 && answer.key !== currentKey()) return sendAgain(card); // another key was entered meanwhile
@@ -71,13 +72,13 @@ async function classify(card) {
 }
 
 function fail(card) {
-  const { status, key, retry, wait } = card.answer;
+  const { status, key, retry, wait, error } = card.answer;
   showError(card);
   if (status === 401) {
     askForKey(key);
     waiting.forEach(showWaiting); // they now wait for the key
   } else if (retry) offerAgain(card, wait, () => again([card]));
-  if (status >= 500) poll(); // the line about the model may have changed
+  if (status >= 500 || error.code === "unknown_model") poll(); // what the page says about the models may have changed
 }
 
 function sendAgain(card) {
@@ -148,7 +149,8 @@ function announce(card) {
   } else if (card.state === "failed") say("alert", `${card.name}: ${card.answer.error.message}`);
   else {
     const [best] = card.answer.predictions;
-    say("status", `${card.name} shows ${labelText(best)}, ${percent(best.probability)}.`);
+    const by = several() ? ` Model: ${card.model}.` : "";
+    say("status", `${card.name} shows ${labelText(best)}, ${percent(best.probability)}.${by}`);
   }
 }
 

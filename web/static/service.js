@@ -1,19 +1,19 @@
-// Polls /stats until the model is known, and while the figures are open.
+// Polls /stats until the chosen model is running, and while the figures are open.
 
 import { $ } from "./basics.js";
 import { POLL, addSample, forgetFigures, showState } from "./figures.js";
-import { showModel } from "./model.js";
+import { onChoice, showModels } from "./models.js";
 
-const MODEL_POLL = 3_000; // milliseconds between polls until the model is known
+const MODEL_POLL = 3_000; // milliseconds between polls until the chosen model is running
 const LIMIT = 5_000; // milliseconds that a poll may take
 
 let timer = 0;
-let known = false; // whether the model is known
+let ready = false; // whether the chosen model is running
 
 export async function poll() {
   clearTimeout(timer);
   const stats = await fetchStats();
-  known = showModel(stats);
+  ready = showModels(stats);
   if ($("live").open) showFigures(stats);
   planNext();
 }
@@ -22,7 +22,7 @@ export async function poll() {
 function planNext() {
   clearTimeout(timer);
   const { open } = $("live");
-  if (!document.hidden && (open || !known)) timer = setTimeout(poll, open ? POLL : MODEL_POLL);
+  if (!document.hidden && (open || !ready)) timer = setTimeout(poll, open ? POLL : MODEL_POLL);
 }
 
 function showFigures(stats) {
@@ -45,6 +45,8 @@ $("live").ontoggle = () => {
   forgetFigures();
   planNext();
 };
+
+onChoice(poll);
 
 document.addEventListener("visibilitychange", () => {
   clearTimeout(timer);
