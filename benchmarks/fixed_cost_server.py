@@ -16,7 +16,7 @@ import numpy as np
 
 import run_model_server
 import settings
-from helpers import USUAL_SHAPE
+from helpers import USUAL_SHAPE, model_name
 
 ONE = np.ones(1, np.float32)
 SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
@@ -28,7 +28,7 @@ class Sleeper:
     shape = settings.image_shape(USUAL_SHAPE)
     slowest = SECONDS
     batch_size = settings.BATCH_SIZE
-    about = {"model": "sleeper", "weights": "none"}  # noqa: RUF012
+    about = {"model": model_name(settings.MODEL), "weights": "none"}  # noqa: RUF012 - so it has the default queue
 
     def warm_up(self) -> None:
         """Do nothing: there is nothing to compile."""

@@ -99,5 +99,5 @@ def test_a_gray_model_of_another_size_needs_only_its_path(redis_port: int, tmp_p
             dict(zip(LABELS, map(float, expected), strict=True)), abs=1e-4
         )
     assert np.ptp(plain, axis=0).max() > 1e-2  # so that a mix-up would be noticed
-    assert metadata["inputs"][0]["shape"] == [-1, *SMALL]
+    assert [each["shape"] for each in metadata["inputs"] if each["name"] == "pixels"] == [[-1, *SMALL]]
     assert server["shape"] == list(SMALL)
