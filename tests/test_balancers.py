@@ -195,7 +195,7 @@ def test_requests_wait_while_no_host_is_ready(redis: Redis, tmp_path: Path) -> N
     queue = f"queue-{free_port()}"
     image = known_images()[0]
     with balanced("haproxy", IMAGE_QUEUE=queue) as service:
-        wait_until(lambda: ",DOWN," in admin(service.folder, "show stat -1 4 -1"), "no host is ready")
+        wait_until(lambda: admin(service.folder, "show stat ready 4 -1").count(",DOWN,") == 2, "no host is ready")
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask, service.url, image)
             with model_server(tmp_path / "log", IMAGE_QUEUE=queue):
