@@ -31,7 +31,8 @@ ENV APP_PORT=8080 RUN_DIR=/run/keras-rest-api APACHE_DEFINES="WEB_PROCESSES=4 WE
 EXPOSE 8080
 # On this signal Apache accepts no new requests, answers those in flight, and ends.
 STOPSIGNAL SIGWINCH
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
+# The check itself ends REQUEST_TIMEOUT + 10 s after it begins; the longest REQUEST_TIMEOUT is 240 s.
+HEALTHCHECK --interval=10s --timeout=260s --start-period=30s \
     CMD [".venv/bin/python", "deploy/container_health.py", "web"]
 CMD ["deploy/apache/run-private"]
 
@@ -39,7 +40,8 @@ FROM base AS model
 ARG REQUIREMENTS=requirements/service.txt
 COPY requirements requirements
 RUN .venv/bin/pip install --no-cache-dir --no-input -r ${REQUIREMENTS} -c requirements/constraints.txt
-RUN useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin keras-rest-api \
+# A fixed number, which deploy/kubernetes names.
+RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin keras-rest-api \
     && install -d -o keras-rest-api -g keras-rest-api /var/cache/keras-rest-api
 COPY . .
 USER keras-rest-api

@@ -25,6 +25,7 @@ from image_queue import ImageQueue, ServerQueue
 from model_server import metrics, model_checks
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.check import check
+from model_server.health import health
 from model_server.loop import ModelServer
 from model_server.privileges import give_up_root
 from model_server.startup import load_model
@@ -51,6 +52,7 @@ def classify_process() -> None:
     log.info("* Model loaded")
     slowest = max(BATCHES_AT_ONCE * model.slowest, settings.SERVER_SLEEP)
     heartbeat = max(SHORTEST_HEARTBEAT, BATCHES_PER_HEARTBEAT * slowest)
+    health.limit = max(health.limit, 2 * heartbeat)
     metrics.ABOUT.info({name: str(model.about[name]) for name in ("model", "weights")})
     server = ModelServer(model, ServerQueue(model.about, heartbeat, metrics.count_jobs))
     signal.signal(signal.SIGTERM, server.stop)

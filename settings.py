@@ -234,9 +234,10 @@ CORS_ORIGINS = _text("CORS_ORIGINS", "", rf"|\*|{_origin}(,{_origin})*",
 
 sections["Metrics and logs"] = []
 METRICS_PORT = _integer("METRICS_PORT", 0, (0, 65535), "",
-    "The port of a model server's Prometheus metrics. `--gpu N` adds N to it. 0: no metrics.")
+    "The port of a model server's Prometheus metrics and its `/livez` and `/readyz`. `--gpu N` adds N to it. 0: "
+    "none.")
 METRICS_HOST = _text("METRICS_HOST", "127.0.0.1", r"[^\s/@]+", "an address of this host, or 0.0.0.0 for all of them",
-    "The address that serves these metrics.")
+    "The address that serves them.")
 LOG_FORMAT = _one_of("LOG_FORMAT", "text", ["text", "json"], "How both programs write their logs, one line per event.")
 
 sections["bin/serve only"] = []

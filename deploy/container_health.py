@@ -1,22 +1,35 @@
-"""The health checks of the Dockerfile. The exit code is 0 if the program in this container is healthy.
+"""The health checks of the containers. The exit code is 0 if the program in this container is healthy.
 
 container_health.py web|model
 """
 
+import json
 import os
 import re
 import socket
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# While every web thread waits for an answer, /livez waits too, for as long as the longest request. Restarting that web
+# would lose its requests.
+GRACE = 10  # seconds beyond REQUEST_TIMEOUT
+
 
 def web_lives() -> bool:
-    """Whether Apache and a web process answer. Redis does not count: restarting the web would not repair it."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{os.environ['APP_PORT']}/livez", timeout=4) as answer:
-        return bool(answer.status == 200)
+    """Whether Apache answers, within REQUEST_TIMEOUT + GRACE. Redis does not count: a restart would not repair it.
+
+    Apache's own errors for a web that is busy or starting count as an answer.
+    """
+    limit = float(os.environ.get("REQUEST_TIMEOUT") or 60) + GRACE
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{os.environ['APP_PORT']}/livez", timeout=limit).close()
+    except urllib.error.HTTPError as error:
+        return error.code in (503, 504) and json.load(error)["success"] is False
+    return True
 
 
 def model_serves() -> bool:
@@ -38,4 +51,4 @@ if __name__ == "__main__":
         healthy = CHECKS[sys.argv[1]]()
     except Exception as error:  # `docker inspect` shows this line
         sys.exit(f"{type(error).__name__}: {error}")
-    sys.exit(0 if healthy else "no heartbeat")
+    sys.exit(0 if healthy else {"web": "an error instead of /livez", "model": "no heartbeat"}[sys.argv[1]])

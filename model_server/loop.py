@@ -16,6 +16,7 @@ from image_queue import Answer, Batch, HeartbeatExpired, Job, ServerQueue, faile
 from model_server import metrics
 from model_server.batching import BATCHES_AT_ONCE
 from model_server.classifier import Classifier, Probabilities
+from model_server.health import health
 from model_server.systemd import READY, STOPPING, WATCHDOG, notify_systemd
 from model_server.tray import Tray
 
@@ -75,6 +76,7 @@ class ModelServer:
             except RedisError as error:
                 self.queue.log_redis_error(error, 0)
                 self._join()
+        health.left()
         notify_systemd(STOPPING)
         self._leave()
 
@@ -102,7 +104,8 @@ class ModelServer:
             self.settle()
 
     def _report_alive(self) -> None:
-        """Report to systemd, at most every WATCHDOG_EVERY seconds, that the loop goes on."""
+        """Note that the loop goes on, and report it to systemd, at most every WATCHDOG_EVERY seconds."""
+        health.step()
         if time.monotonic() >= self._next_report:
             self._next_report = time.monotonic() + WATCHDOG_EVERY
             notify_systemd(WATCHDOG)
@@ -188,6 +191,7 @@ class ModelServer:
 
     def _join(self) -> None:
         """Finish what is in flight, send unsent answers, and write a new heartbeat; wait for Redis if needed."""
+        health.left()
         while self._in_flight:
             self._in_flight.popleft().exception()  # only wait: _send_late() sends the answers
         for pause in pauses():
@@ -198,6 +202,7 @@ class ModelServer:
                 self._send_late()
                 self.queue.join()
                 log.info("* Joined the queue %s as %s", self.queue.key, self.queue.name)
+                health.joined()
                 notify_systemd(READY)
                 return
             except RedisError as error:

@@ -1,10 +1,13 @@
-"""A model server's metrics, for Prometheus at METRICS_PORT. The web has its own in web/metrics.py."""
+"""A model server's metrics and health checks at METRICS_PORT. The web has its own in web/metrics.py, web/health.py."""
 
 import logging
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import (
     REGISTRY,
@@ -14,11 +17,13 @@ from prometheus_client import (
     Info,
     Metric,
     disable_created_metrics,
-    start_http_server,
+    make_wsgi_app,
 )
+from prometheus_client.exposition import ThreadingWSGIServer
 
 import settings
 from helpers import StartupError, model_name
+from model_server.health import health
 from model_server.systemd import REPLACES
 
 log = logging.getLogger(__name__)
@@ -63,8 +68,31 @@ class WithModel(CollectorRegistry):
             yield metric
 
 
+class SilentHandler(WSGIRequestHandler):
+    """Logs no requests."""
+
+    timeout = 10  # seconds, so that a client that sends nothing does not keep its thread
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+metrics_page: Callable[..., Iterable[bytes]] = make_wsgi_app(WithModel())
+
+
+def pages(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    """Answer /livez, for a supervisor that restarts this process, and /readyz; the metrics at any other path."""
+    checks = {"/livez": health.why_dead, "/readyz": health.why_not_ready}
+    check = checks.get(environ.get("PATH_INFO", ""))
+    if check is None:
+        return metrics_page(environ, start)
+    reason = check()
+    start("503 Service Unavailable" if reason else "200 OK", [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{reason or 'ok'}\n".encode()]
+
+
 def serve_metrics(number: int) -> None:
-    """Serve the metrics from a thread if METRICS_PORT is set. Raises StartupError if the port is taken.
+    """Serve the metrics and the health checks from a thread if METRICS_PORT is set. Raises StartupError.
 
     `number` is added to the port, so that the model servers of several GPUs on one host can share their settings. A
     model server that replaces another one takes the port over once that one has ended.
@@ -73,7 +101,7 @@ def serve_metrics(number: int) -> None:
         return
     port = settings.METRICS_PORT + number
     try:
-        start_http_server(port, settings.METRICS_HOST, WithModel())
+        _serve(port)
     except (OSError, OverflowError) as error:
         if replaced := int(os.environ.get(REPLACES, "0")):
             threading.Thread(target=_take_over, args=[port, replaced], daemon=True).start()
@@ -83,12 +111,21 @@ def serve_metrics(number: int) -> None:
         ) from None
 
 
+def _serve(port: int) -> None:
+    """Serve on `port` from a thread. Raises OSError and OverflowError if the port can't be used."""
+    host = settings.METRICS_HOST
+    [(family, *_), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    server_class = type("Server", (ThreadingWSGIServer,), {"address_family": family})  # IPv4 or IPv6
+    server: ThreadingWSGIServer = make_server(host, port, pages, server_class, SilentHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
 def _take_over(port: int, replaced: int) -> None:
     """Serve the metrics on `port` as soon as the process `replaced` has ended."""
     ended = False
     while True:
         try:
-            start_http_server(port, settings.METRICS_HOST, WithModel())
+            _serve(port)
             return
         except OSError as error:
             if ended:

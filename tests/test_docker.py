@@ -32,8 +32,9 @@ from helpers import model_name
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
-OF_CONTAINERS = {"APACHE_DEFINES", "REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # their defaults are different there
+OF_CONTAINERS = {"REDIS_HOST", "METRICS_PORT", "METRICS_HOST"}  # their defaults are different there
 OF_BIN_SERVE = {"PORT", "MODEL_SERVERS"}
+OF_APACHE = {"APACHE_DEFINES", "TRUSTED_PROXIES"}  # no settings: deploy/apache/run-private reads them
 CAT = (ROOT / "images/cat.jpg").read_bytes()
 
 # Do what Docker does: separate mounts and host name, then run the command as the image's user, without capabilities.
@@ -266,7 +267,7 @@ def test_compose_names_existing_targets_and_publishes_only_the_web() -> None:
 def test_every_variable_of_compose_is_a_setting_with_its_default(name: str) -> None:
     code = "import settings, json; print(json.dumps({k: v for k, v in vars(settings).items() if k.isupper()}))"
     bare = [sys.executable, "-c", code]
-    ours = {key: text for key, text in defaults(SERVICES[name]).items() if key not in OF_CONTAINERS}
+    ours = {key: text for key, text in defaults(SERVICES[name]).items() if key not in OF_CONTAINERS | OF_APACHE}
 
     plain = json.loads(subprocess.check_output(bare, cwd=ROOT, env={"PATH": os.environ["PATH"]}))
     composed = json.loads(subprocess.check_output(bare, cwd=ROOT, env={"PATH": os.environ["PATH"], **ours}))
@@ -293,7 +294,7 @@ def test_every_setting_reaches_the_container_that_reads_it(name: str) -> None:
 
 
 def test_compose_passes_every_setting_except_those_of_bin_serve() -> None:
-    passed = {each for name in READ_BY for each in SERVICES[name]["environment"]} - {"APACHE_DEFINES"}
+    passed = {each for name in READ_BY for each in SERVICES[name]["environment"]} - OF_APACHE
     code = "import settings; print(*(name for name in vars(settings) if name.isupper()))"
     ours = set(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
 

@@ -39,6 +39,11 @@ ELSEWHERE = {
     "apache2ctl configtest": INSTALL,
     "sed -i": INSTALL,
     "docker compose up": "test_docker.py::test_hardened_images_answer_and_stop",
+    'echo "set server': "test_balancers.py::test_drained_host_loses_nothing",
+    "apachectl graceful-stop": "test_balancers.py::test_drained_host_loses_nothing",
+    "docker build": "test_docker.py::test_hardened_images_answer_and_stop",
+    "deploy/kubernetes/make-secret": "test_kubernetes.py::test_secret_gives_each_program_what_it_needs",
+    "kubectl apply": "test_kubernetes.py::test_kubernetes_accepts_the_manifests",
     "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")

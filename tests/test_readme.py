@@ -43,7 +43,7 @@ def test_the_errors_table_has_every_error() -> None:
 def test_the_faults_table_has_every_fault_with_its_test() -> None:
     files = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_faults*.py"))
     tests = "\n".join(re.findall(r"^def (test_\w+)", files, re.MULTILINE))
-    more = ("hostile_input", "launcher", "serve_models")
+    more = ("balancers", "hostile_input", "launcher", "serve_models")
     others = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in more)
     names = re.findall(r"\| `(\w+)` \|$", section("reliability.md", "Faults and their tests"), re.MULTILINE)
 
