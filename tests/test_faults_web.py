@@ -158,8 +158,9 @@ def test_killed_web_process_fails_only_its_own_requests(redis: Redis, victim: Se
 
 
 def heartbeats(redis: Redis, queue: str) -> set[Any]:
-    """The keys that live model servers write: their heartbeats and the shape of their images."""
-    return set(redis.keys(f"{queue}:server:*")) | set(redis.keys(f"{queue}:shape"))
+    """The keys that live model servers write: their heartbeats, the list of models and the shape of their images."""
+    patterns = (f"{queue}:{part}" for part in ("server:*", "shape", "models", "model:*"))
+    return {key for pattern in patterns for key in redis.keys(pattern)}
 
 
 def test_200_clients_without_a_model_server_get_504_in_time(
@@ -177,7 +178,7 @@ def test_200_clients_without_a_model_server_get_504_in_time(
         outcomes = [each.result() for each in asked]
 
     assert {(o.status, o.code) for o in outcomes} == {(504, "timeout")}
-    assert all("no model server is alive" in o.message for o in outcomes)
+    assert all("no model server for digits is alive" in o.message for o in outcomes)
     assert max(o.seconds for o in outcomes) < 6
     assert sorted(homepage)[len(homepage) * 95 // 100] < 0.1
     assert redis.keys(f"{queue}*") == []
