@@ -14,7 +14,7 @@ LOADS = {
     "tutorial": "The tutorial's design",
     "plumbing": "Plumbing",
     "mosec": "The costless model, beside mosec",
-    "models": "Three models, alone and in a mix",
+    "models": "Three models, alone in turn and at once",
 }
 PROGRAMS = ("web", "Apache", "Redis", "model server", "mosec")
 BUNDLED = {

@@ -47,7 +47,7 @@ def targets(figures: Figures) -> list[Target]:
         ("4 model servers / 1, 2 ms an image", "at least 3.5", _scaling("4 on one queue")),
         ("2 cells / 1, 2 ms an image", "at least 1.9", _scaling("2 cells of one")),
         ("8 model servers / 1, 20 ms an image", "at least 7.5", lambda run: run["servers"]["8"] / run["servers"]["1"]),
-        ("three models in a mix / each alone in turn", "at least 0.95", _mix),
+        ("three models at once / each alone in turn", "at least 0.95", _at_once),
         ("peak memory of the model server with ResNet50, GB", "at most 1.8", _peak_memory),
         ("throughput at 64 clients / L", "at least 0.95", _throughput_to_limit),
         ("the same for the tutorial's design", "", _tutorial_to_limit),
@@ -119,11 +119,14 @@ def _scaling(servers: str) -> Callable[[Figures], float]:
     )
 
 
-def _mix(run: Figures) -> float:
-    """Return the images/s of a mix, over those of the same images when one model is asked after the other."""
-    rates = {name: row["per_s"] for name, row in run["models"].items()}
-    mix = rates.pop("mix")
-    return float(mix / (len(rates) / sum(1 / rate for rate in rates.values())))
+def _at_once(run: Figures) -> float:
+    """Return the sum of the models' rates, each as a share of its rate alone.
+
+    If each is loaded alone for a part of the time, the shares of the time add up to 1.
+    """
+    rows = run["models"]
+    names = {row.partition(",")[0] for row in rows}
+    return float(sum(rows[f"{name}, with the others"]["per_s"] / rows[f"{name}, alone"]["per_s"] for name in names))
 
 
 def _peak_memory(run: Figures) -> float:

@@ -19,6 +19,7 @@ import measure
 import overhead_parts
 import queue_parts
 import report
+import several_models
 import system
 import targets
 
@@ -115,12 +116,12 @@ def test_decoding_and_the_webs_other_work_are_compared_with_plain_pillow() -> No
     assert values["decode and resize / plain Pillow, png-screenshot"] == pytest.approx(0.4)
 
 
-def test_a_mix_of_models_is_compared_with_each_alone_in_turn() -> None:
-    rows = {"a": {"per_s": 100.0}, "b": {"per_s": 50.0}, "mix": {"per_s": 60.0}}  # a and b in turn: 66.7
+def test_models_at_once_are_compared_with_each_alone_in_turn() -> None:
+    rates = {"a, alone": 100.0, "b, alone": 50.0, "a, with the others": 60.0, "b, with the others": 15.0}
 
-    values = values_of(FIGURES | {"models": rows})
+    values = values_of(FIGURES | {"models": {row: {"per_s": rate} for row, rate in rates.items()}})
 
-    assert values["three models in a mix / each alone in turn"] == pytest.approx(0.9)
+    assert values["three models at once / each alone in turn"] == pytest.approx(0.6 + 0.3)
 
 
 def test_an_answer_of_another_model_counts_as_failed(service: Service) -> None:
@@ -130,6 +131,18 @@ def test_an_answer_of_another_model_counts_as_failed(service: Service) -> None:
 
     assert (right["failed"], right["requests"] > 0) == (0, True)
     assert wrong["failed"] == wrong["requests"] > 0
+
+
+@pytest.mark.slow("starts three model servers")
+def test_three_models_are_measured_alone_and_at_once(tmp_path: Path) -> None:
+    with tqdm(disable=True) as progress:
+        bench = measure.Bench(tmp_path, 1.0, progress)
+        several_models.models(bench)
+
+    rows = bench.figures["models"]
+    names = ("efficientnet_lite0", "second", "third")
+    assert set(rows) == {f"{name}, {how}" for name in names for how in ("alone", "with the others")}
+    assert all(row["failed"] == 0 and row["per_s"] > 0 for row in rows.values())
 
 
 def test_queues_are_compared_with_redis_benchmark_and_with_one_server() -> None:
