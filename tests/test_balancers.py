@@ -177,10 +177,10 @@ def test_drained_host_loses_nothing(redis: Redis, tmp_path: Path, record_propert
     server = model_server(tmp_path / "log", IMAGE_QUEUE=queue)
     with balanced("haproxy", IMAGE_QUEUE=queue) as service, server, Load(service.url) as load:
         load.wait_for(150)
+        wait_until(lambda: admin(service.folder, "show stat ready 4 -1").count(",UP,") == 2, "both hosts are ready")
         [command] = re.findall(r'echo "(set server .*)"', (ROOT / "docs/scaling.md").read_text())
         assert admin(service.folder, command).strip() == ""
-        drained = [line for line in admin(service.folder, "show stat").splitlines() if ",DRAIN" in line]
-        assert len(drained) == 2
+        wait_until(lambda: admin(service.folder, "show stat").count(",DRAIN,") == 2, "the host is drained")
         os.kill(apache_of(service.hosts[0]), signal.SIGWINCH)
         wait_until(lambda: not responds(service.hosts[0]), "the host accepts no more requests")
         load.wait_for(150)

@@ -55,7 +55,8 @@ def public() -> Iterator[Path]:
 def secure_redis(public: Path) -> Iterator[SecureRedis]:
     """A Redis whose user is the one in docs/operations.md, word for word."""
     files, port = make_certificates(public), free_port()
-    [line] = re.findall(r"^ *(user keras-rest-api .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs/operations.md").read_text()
+    [line] = re.findall(r"^ *(user keras-rest-api .*~image_queue .*)$", text, re.MULTILINE)
     users = [line.replace("PASSWORD", PASSWORD), "user default off", "user admin on >admin ~* +@all"]
     (public / "redis.conf").write_text(
         f"port 0\nbind 127.0.0.1\ntls-port {port}\ntls-auth-clients no\ntls-cert-file {files['certificate']}\n"

@@ -27,7 +27,7 @@ from web.served_models import ServedModels, State
 log = logging.getLogger(__name__)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 240)
-STAGE_SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)  # fewer: each model has three such histograms
+STAGE_SECONDS = (0.01, 0.05, 0.25, 1, 2.5, 10, 30, 120)  # fewer: each model has three such histograms
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FILE_SIZE = 2**18  # bytes: what the series of ten models take
 PREDICT, CLASSIFIED = "/predict", "classified"  # label values
