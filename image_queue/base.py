@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from threading import Lock
 from typing import Any, cast
@@ -113,6 +113,24 @@ class ImageQueue:
         """Return the number of waiting jobs. Raises RedisError."""
         return self.redis.llen(self.key)
 
+    def pending_by_queue(self, queues: Iterable[str]) -> dict[str, int]:
+        """Return how many jobs each of these queues has: waiting, or in a taken list. Raises RedisError.
+
+        The taken list of a dead server counts too, since its jobs will be requeued. All lengths are read at once;
+        otherwise a job that is taken meanwhile would count twice or never.
+        """
+        queues, prefix = set(queues), f"{settings.IMAGE_QUEUE}:*taken:*"
+        taken = {key: queue_of_taken(key) for key in self.redis.scan_iter(prefix, count=1000, _type="list")}
+        lists = [(queue, queue) for queue in queues] + [item for item in taken.items() if item[1] in queues]
+        with self.redis.pipeline(transaction=True) as together:
+            for key, _ in lists:
+                together.llen(key)
+            lengths = together.execute()
+        pending = dict.fromkeys(queues, 0)
+        for (_, queue), length in zip(lists, lengths, strict=True):
+            pending[queue] += length
+        return pending
+
     def check(self) -> None:
         """Check whether this Redis is usable, and set `risks` to what may still make requests fail.
 
@@ -155,6 +173,11 @@ class ImageQueue:
 def server_of(key: bytes) -> str:
     """Return the name of the model server from the key of its taken list or heartbeat."""
     return key.decode("utf-8", "replace").rpartition(":")[2]
+
+
+def queue_of_taken(key: bytes) -> str:
+    """Return the queue that the taken list `key` belongs to; another key gives a name that no queue has."""
+    return key.decode("utf-8", "replace").rpartition(":taken:")[0]
 
 
 @cache

@@ -85,7 +85,7 @@ def test_every_document_is_linked_from_the_readme() -> None:
 def test_every_metric_is_listed_in_operations() -> None:
     metrics = [*web_metrics.Metrics().all, server_metrics.BATCHES, server_metrics.COMPUTE, server_metrics.OUTCOMES,
                server_metrics.JOBS, server_metrics.ABOUT]  # fmt: skip
-    gauges = ["redis_up", "queue_length", "model_servers"]
+    gauges = ["redis_up", "queue_length", "images_pending", "model_servers"]
     endings = {"counter": "_total", "info": "_info"}
     defined = {family.name + endings.get(family.type, "") for metric in metrics for family in metric.describe()}
 

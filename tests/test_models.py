@@ -24,12 +24,14 @@ from harness import (
     wait_until,
     web_processes,
 )
+from prometheus_client import CollectorRegistry, generate_latest
 from queue_fixtures import ANSWER, IMAGE, answer, ask_in_background, die, in_background
 from redis import Redis
 
 import settings
 from helpers import StartupError, default_model, model_name
 from image_queue import NoModelServer, QueueFull, RedisDown, ServerQueue, WebQueue, announced, queue_key
+from web.metrics import QueueCollector
 from web.served_models import ServedModels, UnknownModel
 
 pytest_plugins = ["queue_fixtures"]
@@ -165,6 +167,29 @@ def test_jobs_of_a_dead_server_stay_with_its_model(serve: Join, models: ServedMo
     assert redis.llen("image_queue:cats") == 1
     assert redis.llen("image_queue") == 0
     assert second.take(1).jobs[0].crashes == 1
+
+
+def test_pending_images_are_those_in_the_queue_and_in_all_taken_lists_of_the_model(
+    serve: Join, models: ServedModels, redis: Redis
+) -> None:
+    """Those of a dead server too, since they will be requeued."""
+    dead, live, _ = serve(CATS), serve(CATS), serve(DIGITS)
+    redis.rpush(live.key, *[f'{{"id": "{n}", "image": "", "deadline": {time.time() + 60}}}' for n in range(7)])
+    redis.rpush(f"{live.key}:limit:taken:x", "no taken list of this queue")
+    assert [len(server.take(most).jobs) for server, most in ((dead, 3), (live, 2))] == [3, 2]
+    die(dead)
+
+    text = generate_latest(registry_of(QueueCollector(models))).decode()
+
+    assert 'keras_rest_api_images_pending{model="cats"} 7.0' in text
+    assert 'keras_rest_api_images_pending{model="digits"} 0.0' in text
+    assert 'keras_rest_api_queue_length{model="cats"} 2.0' in text
+
+
+def registry_of(collector: QueueCollector) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return registry
 
 
 def test_servers_of_one_model_share_its_queue_whatever_their_version(serve: Join, models: ServedModels) -> None:

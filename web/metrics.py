@@ -171,13 +171,19 @@ class QueueCollector:
         self.models = models
 
     def collect(self) -> Iterator[Metric]:
-        """Yield each model's length of the queue and number of live model servers, or only that Redis is down."""
+        """Yield each model's queue length, pending images and live model servers, or only that Redis is down."""
         up = GaugeMetricFamily("keras_rest_api_redis_up", "Whether Redis answers and accepts writes.")
         lengths = GaugeMetricFamily("keras_rest_api_queue_length", "Images in the queue.", labels=["model"])
+        pending = GaugeMetricFamily(
+            "keras_rest_api_images_pending", "Images in the queue or in flight.", labels=["model"]
+        )
         live = GaugeMetricFamily("keras_rest_api_model_servers", "Live model servers.", labels=["model"])
         try:
             self.models.check()
-            for name, state in self.models.states().items():
+            states = self.models.states()
+            in_all = self.models.pending(states)
+            for name, state in states.items():
+                pending.add_metric([name], in_all[name])
                 lengths.add_metric([name], state.waiting)
                 live.add_metric([name], len(state.servers))
         except (RedisError, UnusableRedis):
@@ -185,7 +191,7 @@ class QueueCollector:
             yield up
             return
         up.add_metric([], 1)
-        yield from (up, lengths, live)
+        yield from (up, lengths, pending, live)
 
 
 def add_metrics_routes(app: flask.Flask, models: ServedModels, metrics: Metrics) -> None:

@@ -84,6 +84,11 @@ class ServedModels:
         queues = [self._queue(name, known.get(name, {})) for name in {*known, self.default()}]
         return {queue.model: self._state(queue, live.get(queue.key, {})) for queue in queues}
 
+    def pending(self, states: dict[str, State]) -> dict[str, int]:
+        """Return the number of images of each of these models that wait or are in flight. Raises RedisError."""
+        by_queue = self._base.pending_by_queue(state.key for state in states.values())
+        return {name: by_queue[state.key] for name, state in states.items()}
+
     def _queue(self, model: str, about: About) -> WebQueue:
         key = str(about.get("queue", settings.IMAGE_QUEUE))
         if (model, key) not in self._queues:
