@@ -35,10 +35,8 @@ class Connections:
 class ImageQueue:
     """What both sides of the queue share. WebQueue and ServerQueue add the handling of jobs."""
 
-    def __init__(
-        self, count: CountJobs = lambda event, times: None, key: str = "", connections: Connections | None = None
-    ) -> None:
-        """Use the queue `key` (default: IMAGE_QUEUE), on these `connections` or new ones.
+    def __init__(self, count: CountJobs = lambda event, times: None, key: str = "") -> None:
+        """Use the queue `key` (default: IMAGE_QUEUE).
 
         `count` is called with each event, for the metrics. The web's events are queued and retried (pushed again). A
         model server's are taken, expired, recovered (from a dead server), given_up (after too many crashes) and dropped
@@ -46,7 +44,7 @@ class ImageQueue:
         """
         self.count = count
         self.key = key or settings.IMAGE_QUEUE
-        self.connections = connections or Connections()
+        self.connections = Connections()
 
     def taken_key(self, server: str) -> str:
         """Return the key of the taken list of `server`."""

@@ -1,6 +1,5 @@
 """The list of models in Redis: what the model servers announce, so that the web needs no list of its own."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from redis import Redis
@@ -12,8 +11,6 @@ from image_queue.parsing import parse_object
 KNOWN_FOR = 86400  # seconds for which a model is known after the last heartbeat of its servers
 # Parts of the keys of the default queue; `image_queue:shape`, for example, can't also be the queue of a model "shape".
 RESERVED = {"models", "model", "shape", "taken", "server", "result", "accepted", "limit", "never"}
-
-About = Mapping[str, Any]  # what a model server says about its model
 
 
 def queue_key(name: str) -> str:
