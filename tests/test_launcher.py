@@ -62,6 +62,12 @@ class Launched:
         """How the model servers that start from now on behave."""
         behave(self.folder, **behavior)
 
+    def begin_to_replace(self) -> None:
+        """Let a second model server start that never gets ready."""
+        self.next_behaves(name="second", hangs=True)
+        self.process.send(signal.SIGHUP)
+        self.wait_for("second loads")
+
 
 def behave(folder: Path, **behavior: Any) -> None:
     (folder / "new").write_text(json.dumps(behavior))
@@ -221,9 +227,7 @@ def test_a_model_server_that_crashes_ends_the_launcher_even_during_a_replacement
     """Then the supervisor starts both again, and the new model server reads the new file."""
     with launched(tmp_path) as launcher:
         launcher.wait_for("first joins")
-        launcher.next_behaves(name="second", hangs=True)
-        launcher.process.send(signal.SIGHUP)
-        launcher.wait_for("second loads")
+        launcher.begin_to_replace()
 
         os.kill(launcher.pid_of("first"), signal.SIGKILL)
 
@@ -244,9 +248,7 @@ def test_a_killed_launcher_takes_its_model_server_along(tmp_path: Path) -> None:
 def test_other_programs_can_not_pretend_to_be_ready(tmp_path: Path) -> None:
     with launched(tmp_path) as launcher:
         launcher.wait_for("first joins")
-        launcher.next_behaves(name="second", hangs=True)
-        launcher.process.send(signal.SIGHUP)
-        launcher.wait_for("second loads")
+        launcher.begin_to_replace()
         variables = Path(f"/proc/{launcher.pid_of('second')}/environ").read_bytes().decode().split("\0")
         [address] = [each.partition("=")[2] for each in variables if each.startswith("NOTIFY_SOCKET=")]
         pretend = "from model_server.systemd import notify_systemd; notify_systemd('READY=1')"

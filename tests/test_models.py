@@ -31,6 +31,7 @@ from redis import Redis
 import settings
 from helpers import StartupError, default_model, model_name
 from image_queue import NoModelServer, QueueFull, RedisDown, ServerQueue, WebQueue, announced, queue_key
+from run_web_server import create_app
 from web.metrics import QueueCollector
 from web.served_models import ServedModels, UnknownModel
 
@@ -217,6 +218,24 @@ def test_default_model_may_be_replaced_by_one_of_another_name(
     assert (models.names(), models.default()) == (["cats"], "cats")
     with pytest.raises(UnknownModel, match="There is no model digits, so ask for another one: the models are cats"):
         models.queue("digits")
+
+
+@pytest.mark.parametrize(("path", "status"), [("/predict/digits", 503), ("/predict", 200)])
+def test_only_a_named_model_must_answer_itself(serve: Join, path: str, status: int) -> None:
+    """While the default model is replaced by cats, servers of both take images from its queue."""
+    digits, client = serve(DIGITS), create_app().test_client()
+    asked = in_background(lambda: client.post(path, data=(ROOT / "models/digits/three.png").read_bytes()))
+
+    answer(digits, digits.take(1, wait=10), ANSWER | {"model": "cats", "version": "c1"})
+
+    response = asked.result(20)
+    assert response.status_code == status
+    if status == 200:
+        assert response.headers["X-Model"] == "cats"
+    else:
+        assert response.json
+        assert response.json["error"]["code"] == "model_replaced"
+        assert response.headers["Retry-After"] == "5"
 
 
 def test_without_settings_the_first_model_is_the_default_and_others_join_beside_it(
