@@ -347,7 +347,7 @@ def two_models(redis_port: int, tmp_path_factory: pytest.TempPathFactory) -> Ite
     ):
         for server in (digits, second):
             server.wait_for_log("* Joined the queue")
-        wait_until(lambda: set(state(url)) == {"digits", "figures"}, "both models are known")
+        wait_until(lambda: both_processes_know(url, {"digits", "figures"}), "both models are known")
         yield Service(url, where["IMAGE_QUEUE"], [digits, second])
 
 
@@ -358,6 +358,11 @@ def copy_of_digits(folder: Path, name: str, labels: list[str]) -> Path:
     path.with_suffix(".labels.txt").write_text("\n".join(labels))
     path.with_suffix(".json").write_text('{"description": "numbers", "top": 2, "preprocessing": "none"}')
     return path
+
+
+def both_processes_know(url: str, names: set[str]) -> bool:
+    """Whether each of ten requests finds these models: a web process learns of a model within a second."""
+    return all(set(state(url)) == names for _ in range(10))
 
 
 def state(url: str) -> dict[str, Any]:
