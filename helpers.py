@@ -41,7 +41,7 @@ def model_name(model: str) -> str:
 def default_model() -> str:
     """Return the name of the model that `/predict` asks, as far as the settings say; "" if they name none."""
     listed = settings.models()
-    return settings.DEFAULT_MODEL or model_name(listed[0] if listed else os.environ.get("MODEL", ""))
+    return settings.DEFAULT_MODEL or model_name(listed[0] if listed else settings.given("MODEL"))
 
 
 def base64_encode_image(a: Pixels) -> str:

@@ -65,6 +65,15 @@ def _read_file() -> None:
         if found["name"]:
             _lines_of.setdefault(found["name"], []).append(number)
     env.read_env(str(_file), recurse=False)
+    for name in ("KERAS_BACKEND", "KERAS_HOME"):  # Keras reads the environment only, and environs leaves that as it is
+        if given(name):
+            os.environ[name] = given(name)
+
+
+def given(name: str) -> str:
+    """Return what the environment or `.env` sets the variable `name` to; "" if neither sets it."""
+    value: str = env.str(name, "")
+    return value
 
 
 def _read(parse: Callable[..., Any], default: _Value, valid: Callable[[_Value], object], setting: Setting) -> _Value:
@@ -84,7 +93,7 @@ def _integer(name: str, default: int, limits: tuple[int, int], unit: str, meanin
 
 def _optional(name: str, choices: Sequence[int], allowed: str, unit: str, meaning: str) -> int | None:
     """Return the number, or None if the variable is empty or missing."""
-    parse = env.int if env.str(name, "") else lambda *_: None
+    parse = env.int if given(name) else lambda *_: None
     setting = Setting(name, "", unit, meaning, f"{allowed}, or empty")
     return _read(parse, None, lambda value: value is None or value in choices, setting)
 
@@ -310,5 +319,5 @@ def warnings() -> list[str]:
     return [f"{_file} has {name} in lines {lines}: the last one counts." for name, lines in repeated.items()] + [
         f"{place} has {name}, which is not a setting and has no effect: did you mean {meant}?"
         for place, name, meant in guesses
-        if meant and not env.str(meant, "")
+        if meant and not given(meant)
     ]

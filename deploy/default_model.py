@@ -108,7 +108,7 @@ def main() -> None:
     # The first process of a container ignores a signal unless it has a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     os.chdir(APP_ROOT)
-    if not (os.environ.get("MODEL") or settings.models()):
+    if not (settings.given("MODEL") or settings.models()):
         os.environ["MODEL"] = choose()
     launcher = [sys.executable, "-m", "model_server.launcher", *sys.argv[1:]]
     os.execv(sys.executable, launcher)  # noqa: S606 - needs no shell

@@ -78,7 +78,7 @@ def main() -> None:
         "MODEL_SERVERS": str(settings.MODEL_SERVERS),
         "AS_NOBODY": AS_NOBODY if os.geteuid() == 0 else "",
     }
-    if not models and not environment.get("MODEL"):
+    if not models and not settings.given("MODEL"):
         environment["MODEL"] = default_model.choose()
     with run_directory() as directory, supervised(environment, directory, list(models)) as supervisor:
         if own_redis:

@@ -42,7 +42,7 @@ class Server:
 
     def __init__(self, options: list[str], notify_socket: str, replaces: int = 0) -> None:
         """Start it. `replaces` is the pid of the one that it is to replace."""
-        # settings has added the lines of .env to os.environ, but a new model server must read that file itself.
+        # What this process has changed in os.environ since its start may be from .env, which a new server reads itself.
         given = Path("/proc/self/environ").read_bytes().split(b"\0")
         environment = dict(each.split(b"=", 1) for each in given if b"=" in each)
         environment |= {b"NOTIFY_SOCKET": notify_socket.encode(), REPLACES.encode(): b"%d" % replaces}

@@ -298,6 +298,20 @@ def test_model_announced_a_moment_ago_is_not_called_unknown(
     assert models.queue("cats").model == "cats"
 
 
+def test_first_request_after_the_only_model_was_announced_counts_as_its(
+    serve: Join, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the settings name no model, and the list of models was empty when it was read before."""
+    monkeypatch.setattr("web.served_models.REFRESH_EVERY", 5.0)
+    use(monkeypatch)
+    models = ServedModels(WebQueue(), lambda model, event, times: None)
+    assert models.queue().model == ""
+    serve(CATS)
+    time.sleep(0.5)  # a tenth of REFRESH_EVERY, within which the list is not read twice
+
+    assert models.queue().model == "cats"
+
+
 @pytest.mark.parametrize("rubbish", [b"", b"[]", b"{", b'{"cats": 7, "a": {"queue": 1}}', b'{"a": {"queue": "other"}}'])
 def test_invalid_list_in_redis_is_ignored_and_replaced(
     serve: Join, redis: Redis, models: ServedModels, rubbish: bytes

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from chroot import copy_project
 from harness import (
     AS_INSTALLED,
     PATH,
@@ -175,6 +176,24 @@ def listeners(pid: int) -> set[str]:
 def tcp_sockets() -> list[list[str]]:
     """The rows of /proc/net/tcp and tcp6, split into columns."""
     return [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+
+
+@pytest.mark.slow("starts bin/serve")
+def test_it_serves_the_model_of_the_settings_file(
+    monkeypatch: pytest.MonkeyPatch, nothing_cached: dict[str, str], temporary: Path, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MODEL")
+    copy_project(temporary)
+    (temporary / ".venv").symlink_to(ROOT / ".venv")
+    (temporary / ".env").write_text("MODEL=models/digits.keras\n")
+
+    with running([str(temporary / "bin/serve")], tmp_path / "log", **nothing_cached) as process:
+        process.wait_for_log("* Ready on port")
+
+        assert "bundled model" not in process.log
+        three = (ROOT / "models/digits/three.png").read_bytes()
+        url = f"http://localhost:{nothing_cached['PORT']}/predict"
+        assert requests.post(url, files={"image": three}, timeout=60).json()["predictions"][0]["label"] == "3"
 
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}

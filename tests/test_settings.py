@@ -137,6 +137,24 @@ def test_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert printed == "3 16\n"
 
 
+def test_model_of_the_file_is_the_default_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODEL")
+    for name in ("settings.py", "helpers.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".env").write_text("MODEL=models/cats.keras\n")
+
+    assert run("-c", "import helpers; print(helpers.default_model())", cwd=tmp_path, env={}).stdout == "cats\n"
+
+
+def test_file_chooses_the_backend_of_keras_unless_the_environment_does(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "settings.py", tmp_path)
+    (tmp_path / ".env").write_text("KERAS_BACKEND=jax\nKERAS_HOME=/srv/keras\n")
+    show = "import os, settings; print(os.environ['KERAS_BACKEND'], os.environ['KERAS_HOME'])"
+
+    assert run("-c", show, cwd=tmp_path, env={}).stdout == "jax /srv/keras\n"
+    assert run("-c", show, cwd=tmp_path, env={"KERAS_BACKEND": "torch"}).stdout == "torch /srv/keras\n"
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     ("content", "line"),

@@ -62,16 +62,17 @@ class ServedModels:
 
         Raises UnknownModel, RedisDown.
         """
-        known, wanted = self.known(), name or self.default()
-        if name and name not in known and name != self.default():
+        known, default = self.known(), self.default()
+        if (name or default) not in known and (name != default or not default):
             known = self._known.latest() or {}  # it may have been announced just now
-            if name not in known:
+            if name and name not in known:
                 raise self.unknown(name)
-        return known.get(wanted, {})
+        return known.get(name or self.default(), {})
 
     def queue(self, name: str = "") -> WebQueue:
         """Return the queue of a model, by default the default one's. Raises UnknownModel, RedisDown."""
-        return self._queue(name or self.default(), self.about(name))
+        about = self.about(name)  # may find out which model is the default one
+        return self._queue(name or self.default(), about)
 
     def servers(self, name: str = "") -> dict[str, About]:
         """Return the heartbeats of a model's live servers, by the server's name. Raises RedisError, UnknownModel."""
