@@ -13,15 +13,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from haproxy import haproxy_command
 from harness import (
-    ROOT,
     Service,
     answers,
     apache_of,
     command_line,
     descendants,
     free_port,
-    need,
     responds,
     run_redis,
     run_service,
@@ -33,7 +32,6 @@ from redis import Redis
 
 pytestmark = pytest.mark.fault
 
-CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
 CELLS = ("one", "two", "three")
 
 
@@ -78,15 +76,9 @@ def balancer(cells: list[Cell], tmp_path: Path) -> Iterator[str]:
     """The URL of an HAProxy with the configuration of deploy/, for these cells; its log is the file haproxy.log."""
     changes = {
         "192.0.2.11:80": cells[0].address, "192.0.2.12:80": f"{cells[1].address}\n    server three {cells[2].address}",
-        "bind :80": f"bind 127.0.0.1:{(port := free_port())}", "/run/haproxy/admin.sock": f"{tmp_path}/admin.sock",
-        "log /dev/log local0": "log stdout format raw local0", "slowstart 10s": "",
+        "bind :80": f"bind 127.0.0.1:{(port := free_port())}", "slowstart 10s": "",
     }  # fmt: skip
-    text = CONFIG.read_text()
-    for old, new in changes.items():
-        assert old in text, old
-        text = text.replace(old, new)
-    (tmp_path / "haproxy.cfg").write_text(text)
-    command = [need("haproxy"), "-db", "-f", str(tmp_path / "haproxy.cfg")]
+    command = haproxy_command(tmp_path, changes)
     with running(command, tmp_path / "haproxy.log") as process:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: responds(url, "/readyz") or not process.alive, f"HAProxy answers: {process.log}")
