@@ -1,13 +1,12 @@
 """Hosts on this machine: network namespaces on one Ethernet switch, whose cables a test can cut."""
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from harness import Missing, command_line, free_port, need, wait_until
+from harness import Missing, free_port, kill_at_once, need
 
 HERE = 254  # the last number of this machine's own address in the network
 
@@ -38,11 +37,7 @@ class Host(NamedTuple):
     def lose_power(self) -> None:
         """End all its programs at once, and send no packet that tells others so."""
         self.cable("down")
-        pids = self.pids()
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen first, so that none reports the end of another
-            for pid in pids:
-                os.kill(pid, number)
-        wait_until(lambda: not any(command_line(pid) for pid in pids), "they have ended")  # a zombie has none
+        kill_at_once(self.pids())
 
 
 @contextmanager

@@ -14,7 +14,19 @@ from tempfile import TemporaryDirectory
 import pytest
 import requests
 from haproxy import admin, haproxy_command
-from harness import ROOT, Process, apache_of, descendants, free_port, need, responds, run_apache, running, wait_until
+from harness import (
+    ROOT,
+    Process,
+    apache_of,
+    descendants,
+    free_port,
+    kill_at_once,
+    need,
+    responds,
+    run_apache,
+    running,
+    wait_until,
+)
 from harness import run_model_server as model_server
 from load import Load, Record, ask, known_images
 from redis import Redis
@@ -84,9 +96,7 @@ def balanced(kind: str, **environment: str) -> Iterator[Balanced]:
 def kill_host(url: str) -> None:
     """End an Apache and its web processes at once, as when the machine loses power."""
     apache = apache_of(url)
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen first, so that none reports the end of another
-        for pid in (apache, *descendants(apache)):
-            os.kill(pid, number)
+    kill_at_once([apache, *descendants(apache)])
 
 
 @pytest.mark.timeout(120)

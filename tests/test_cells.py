@@ -3,9 +3,7 @@
 A run prints the figures for the table of faults in docs/reliability.md.
 """
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +16,9 @@ from harness import (
     Service,
     answers,
     apache_of,
-    command_line,
     descendants,
     free_port,
+    kill_at_once,
     responds,
     run_redis,
     run_service,
@@ -57,14 +55,6 @@ class Cell:
         return [apache, *descendants(apache), self.redis.popen.pid, self.service.servers[0].popen.pid]
 
 
-def kill(pids: list[int]) -> None:
-    """Kill these processes at once, as when their machine loses its power; return when they have ended."""
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen first, so that none reports the end of another
-        for pid in pids:
-            os.kill(pid, number)
-    wait_until(lambda: not any(command_line(pid) for pid in pids), "the processes have ended")  # a zombie has none
-
-
 @pytest.fixture
 def cells(tmp_path: Path) -> Iterator[list[Cell]]:
     with ExitStack() as stack, ThreadPoolExecutor(len(CELLS)) as pool:
@@ -98,7 +88,7 @@ def test_one_of_three_cells_dies_and_only_its_requests_in_flight_are_lost(
     with Load(balancer) as load:
         wait_until(lambda: min(answered(log).values()) > 30, "each cell has answered some requests", 120)
         pids, killing = cells[0].pids(), time.monotonic()
-        kill(pids)
+        kill_at_once(pids)
         killed, before = time.monotonic(), answered(log)
         wait_until(lambda: "ready/one is DOWN" in log.read_text(), "HAProxy stops asking the dead cell")
         noticed = time.monotonic() - killed
