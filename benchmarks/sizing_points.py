@@ -1,6 +1,6 @@
 """Measure the costs of an image on this machine, and check sizing.py's arithmetic against measured points.
 
-    .venv/bin/python benchmarks/sizing_points.py            5 minutes; prints the costs and a table
+    .venv/bin/python benchmarks/sizing_points.py            6 minutes; prints the costs and a table
     .venv/bin/python benchmarks/sizing_points.py --write    also writes the costs to benchmarks/costs.json
 
 The points are 1 to 8 model servers on one Redis, and 1 to 4 cells, with a model that only sleeps; one server whose
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from bench import machine
 from measure import Bench, Figures
@@ -33,7 +33,7 @@ PICTURES = ("jpeg-90kB", "png-432kB")
 CLIENTS = 32  # for each model server: its two batches, and as many images that wait
 SLEEPS = {"MODEL_MS": "160", "BATCH_SIZE": "8"}  # 100 images/s: two batches of 8 at once
 MODEL_RATE = 100.0
-LARGE = {"MODEL_MS": "160", "BATCH_SIZE": "32"}  # 400 images/s
+LARGE = {"MODEL_MS": "40", "BATCH_SIZE": "32"}  # 1,600 images/s
 FAST = {"MODEL_MS": "1", "BATCH_SIZE": "64"}
 UNLIMITED = 1e9
 WEB_CLIENTS = 64
@@ -66,7 +66,7 @@ def sleeping(cells: int, servers: int) -> Point:
 
 POINTS = (*(sleeping(1, servers) for servers in (1, 2, 4, 8)), *(sleeping(cells, 2) for cells in (2, 3, 4)),
           Point(1, 1, FAST, UNLIMITED, 4 * CLIENTS))  # fmt: skip
-COST_POINTS = (sleeping(1, 3), Point(1, 1, LARGE, 4 * MODEL_RATE, 4 * CLIENTS))
+COST_POINTS = (sleeping(1, 3), Point(1, 1, LARGE, 16 * MODEL_RATE, 4 * CLIENTS))
 
 
 def measure(point: Point, seconds: float) -> Figures:
@@ -127,19 +127,23 @@ def web_costs(bench: Bench, service: Measured) -> tuple[dict[str, float], dict[s
     return web, sizes
 
 
-def queue_costs(bench: Bench) -> dict[str, float]:
-    """Return the costs of an image that do not depend on the picture, from small and large batches."""
-    points = []
-    for point in COST_POINTS:
-        bench.show("the costs of an image in Redis and the model servers")
-        points.append(measure(point, bench.seconds))
-    small, large = [(1 / each["batch"], each["cpu_ms"]["model server"]) for each in points]
-    batch_ms = (small[1] - large[1]) / (small[0] - large[0])
+def queue_loads(bench: Bench) -> list[Figures]:
+    """Return the figures of small batches on a Redis with little to do, and of large ones on a busy Redis."""
+    bench.show("the costs of an image in Redis and the model servers")
+    return [measure(point, bench.seconds) for point in COST_POINTS]
+
+
+def queue_costs(loads: list[list[Figures]]) -> dict[str, float]:
+    """Return the costs of an image that do not depend on the picture, from several results of queue_loads()."""
+    small, large = [[median(each[n]["cpu_ms"][name] for each in loads) for name in ("Redis", "model server")]
+                    for n in (0, 1)]  # fmt: skip
+    shares = [1 / fmean(each[n]["batch"] for each in loads) for n in (0, 1)]  # of a batch that an image has
+    batch_ms = (small[1] - large[1]) / (shares[0] - shares[1])
     return {
-        "redis_ms": round(fmean(each["cpu_ms"]["Redis"] for each in points), 3),
-        "model_server_ms": round(small[1] - batch_ms * small[0], 3),
+        "redis_ms": round((small[0] + large[0]) / 2, 3),
+        "model_server_ms": round(small[1] - batch_ms * shares[0], 3),
         "batch_ms": round(batch_ms, 2),
-        "job_bytes": round(points[0]["job_bytes"]),
+        "job_bytes": round(fmean(each["job_bytes"] for pair in loads for each in pair)),
     }
 
 
@@ -186,14 +190,16 @@ def measure_all(bench: Bench) -> tuple[Costs, list[str]]:
     with whole_service() as service:
         web, sizes = web_costs(bench, service)
         shares, mix = mixed(bench, service)
-    costs = Costs(web, sizes, **queue_costs(bench))
-    rows = []
-    for point in POINTS:
+    loads, measured = [queue_loads(bench)], []
+    for number, point in enumerate(POINTS, 1):
         bench.show(point.name)
-        rows.append(checked(point.name, point.limit, costs, measure(point, bench.seconds)))
+        measured.append(measure(point, bench.seconds))
+        if number in (len(POINTS) // 2, len(POINTS)):  # the speed of a machine drifts
+            loads.append(queue_loads(bench))
+    costs = Costs(web, sizes, **queue_costs(loads))
+    rows = [checked(point.name, point.limit, costs, each) for point, each in zip(POINTS, measured, strict=True)]
     web_ms = sum(share * web[picture] for picture, share in shares.items())
-    rows.append(checked("the whole service, two pictures", UNLIMITED, costs, mix, web_ms))
-    return costs, rows
+    return costs, [*rows, checked("the whole service, two pictures", UNLIMITED, costs, mix, web_ms)]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT
@@ -120,6 +121,19 @@ def test_point_without_a_limit_is_compared_with_what_the_cores_allow(monkeypatch
 
     assert row.startswith("| all | 250, 275 (+10%) |")  # 8 ms an image
     assert row.endswith("| 1.75, 1.93 (+10%) |")
+
+
+def test_costs_of_an_image_and_of_a_batch_follow_from_small_and_large_batches() -> None:
+    def load(batch: float, redis: float, server: float) -> dict[str, Any]:
+        return {"batch": batch, "job_bytes": 200_000.0, "cpu_ms": {"Redis": redis, "model server": server}}
+
+    usual = [load(8, 0.22, 0.25), load(32, 0.18, 0.1)]
+    slow = [load(8, 0.5, 0.9), load(32, 0.5, 0.9)]  # other programs ran
+
+    costs = sizing_points.queue_costs([usual, slow, usual])
+
+    # 0.15 ms are 3/32 of a batch.
+    assert costs == {"redis_ms": 0.2, "model_server_ms": 0.05, "batch_ms": 1.6, "job_bytes": 200_000}
 
 
 @pytest.mark.slow("runs two cells of its own")
