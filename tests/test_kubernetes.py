@@ -1,14 +1,18 @@
-"""deploy/kubernetes without a cluster: kubectl renders the manifests, Kubernetes' schemas check them, and each name in
-them is one of the images', the settings' or another manifest's.
+"""deploy/kubernetes without a cluster: kubectl renders the manifests, the schemas of Kubernetes and of the custom
+resources check them, and each name in them is one of the images', the settings' or another manifest's.
 """
 
 import json
+import operator
 import re
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import crd_schemas
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -76,18 +80,55 @@ def settings_of(manifests: list[Manifest]) -> dict[str, str]:
 
 
 def test_kubernetes_accepts_the_manifests(manifests: list[Manifest]) -> None:
-    others = {"HTTPRoute", "ScaledObject", "TriggerAuthentication", "PodMonitor"}  # not of Kubernetes itself
     for manifest in manifests:
-        if manifest["kind"] not in others:
-            kubernetes_validate.validate(manifest, "1.37", strict=True)
-            assert manifest["kind"] == "Namespace" or manifest["metadata"]["namespace"] == "keras-rest-api"
+        if manifest["kind"] in crd_schemas.KINDS:
+            crd_schemas.validate(manifest)
+        else:
+            kubernetes_validate.validate(manifest, crd_schemas.KUBERNETES, strict=True)
+        assert manifest["kind"] == "Namespace" or manifest["metadata"]["namespace"] == "keras-rest-api"
 
 
 def test_misspelled_fields_would_be_noticed() -> None:
     [web] = [each for each in rendered("cpu") if each["kind"] == "Deployment" and each["metadata"]["name"] == "web"]
     web["spec"]["template"]["spec"]["enableServiceLink"] = False
     with pytest.raises(kubernetes_validate.ValidationError, match="enableServiceLink"):
-        kubernetes_validate.validate(web, "1.37", strict=True)
+        kubernetes_validate.validate(web, crd_schemas.KUBERNETES, strict=True)
+
+
+SCALE_DOWN = ("spec", "advanced", "horizontalPodAutoscalerConfig", "behavior", "scaleDown")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "field"),
+    [
+        ("HTTPRoute", ("spec", "rules", 0, "timeouts"), "requests"),
+        ("HTTPRoute", ("metadata",), "label"),
+        ("PodMonitor", ("spec", "podMetricsEndpoints", 0), "intervall"),
+        ("ScaledObject", SCALE_DOWN, "stabilisationWindowSeconds"),
+    ],
+)
+def test_misspelled_fields_of_custom_resources_would_be_noticed(kind: str, place: list[str], field: str) -> None:
+    [resource] = of_kind(rendered("keda"), kind)
+    reduce(operator.getitem, place, resource)[field] = "10s"
+    with pytest.raises(jsonschema.ValidationError, match=f"'{field}' was unexpected"):
+        crd_schemas.validate(resource)
+
+
+def test_values_of_a_wrong_type_would_be_noticed() -> None:
+    manifests = rendered("keda")
+    [scaled] = of_kind(manifests, "ScaledObject")
+    scaled["spec"]["maxReplicaCount"] = "4"
+    with pytest.raises(jsonschema.ValidationError, match="'4' is not of type 'integer'"):
+        crd_schemas.validate(scaled)
+
+    [monitor] = of_kind(manifests, "PodMonitor")
+    endpoint = monitor["spec"]["podMetricsEndpoints"][0]
+    for port in (9100, "metrics"):  # may be a number or a name
+        endpoint["targetPort"] = port
+        crd_schemas.validate(monitor)
+    endpoint["targetPort"] = 91.5
+    with pytest.raises(jsonschema.ValidationError, match="targetPort"):
+        crd_schemas.validate(monitor)
 
 
 def test_pods_are_hardened_as_in_compose(manifests: list[Manifest]) -> None:
