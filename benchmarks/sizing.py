@@ -1,7 +1,7 @@
 """Print what a load needs: cells, hosts, cores, GPUs and network.
 
     .venv/bin/python benchmarks/sizing.py --images-per-second 20000 --gpu-images-per-second 5000
-    .venv/bin/python benchmarks/sizing.py --images-per-second 100 1000 --model-ms 25 --mix jpeg-90kB=0.8,png-432kB=0.2
+    .venv/bin/python benchmarks/sizing.py --images-per-second 100 1000 --model-ms 25 --mix jpeg-90kB=1
 
 A cell is one Redis with its own web hosts and model servers. Redis has one thread, so its CPU for each image decides
 how many cells there are, unless its network is full first. The costs of an image are in benchmarks/costs.json, which
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images-per-second", type=float, nargs="+", required=True, help="one or more loads")
-    add("--mix", default="jpeg-90kB=1", help="the share of each picture in costs.json (default: %(default)s)")
+    add("--mix", default="jpeg-90kB=0.8,png-432kB=0.2", help="share of each picture of costs.json (default: %(default)s)")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--gpu-images-per-second", type=float, default=0.0, help="of the model on one GPU")
     model.add_argument("--model-ms", type=float, default=0.0, help="CPU of an image in the model, without a GPU")

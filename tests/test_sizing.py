@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from console_blocks import commands
 from harness import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -103,6 +104,16 @@ def test_program_prints_a_row_for_each_load(tmp_path: Path) -> None:
     assert len(printed) == 4
     assert printed[2] == "| 100 | 1 | 1.4, the same host | 0.04 | 1 | 0.05, the same host | 1 | 0.24, 0.16 |"
     assert printed[3] == "| 10,000 | 4 | 140, 12 | 4 | 12 | 5, 12 | 12 | 24, 16 |"
+
+
+def test_documented_table_is_what_the_program_prints() -> None:
+    text = (ROOT / "docs/scaling.md").read_text()
+    [command] = [each for each in commands(text) if "sizing.py" in each]
+    table = text.partition(command)[2].partition("|")[2].partition("\n\n")[0]
+
+    printed = subprocess.check_output([sys.executable, *command.split()[1:]], cwd=ROOT, text=True)
+
+    assert printed == f"|{table}\n"
 
 
 def test_point_is_compared_with_what_the_costs_predict() -> None:
