@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 COSTS = Path(__file__).with_name("costs.json")
+MIX = "jpeg-90kB=0.8,png-432kB=0.2"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images-per-second", type=float, nargs="+", required=True, help="one or more loads")
-    add("--mix", default="jpeg-90kB=0.8,png-432kB=0.2", help="share of each picture of costs.json (default: %(default)s)")
+    add("--mix", default=MIX, help="the share of each picture in costs.json (default: %(default)s)")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--gpu-images-per-second", type=float, default=0.0, help="of the model on one GPU")
     model.add_argument("--model-ms", type=float, default=0.0, help="CPU of an image in the model, without a GPU")
