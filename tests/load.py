@@ -24,6 +24,7 @@ CLIENTS = 32
 TOLERANCE = 1e-4  # probabilities closer than this count as equal
 TIMEOUT = 150  # seconds for a request
 Record = Callable[[str, object], None]  # pytest's record_property
+Post = Callable[..., requests.Response]  # requests.post, or a session's
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ class Outcome:
         return self.status == 200 and not self.code
 
 
-def ask(url: str, image: Known, page: str = "/predict", **options: Any) -> Outcome:
-    """Post one image on a new connection, like curl."""
+def ask(url: str, image: Known, page: str = "/predict", *, post: Post = requests.post, **options: Any) -> Outcome:
+    """Post one image: on a new connection, like curl, or with a session's `post`."""
     started = time.monotonic()
     status, message, retry_after, version = 0, "", False, ""
     try:
-        response = requests.post(f"{url}{page}", files={"image": image.data}, **{"timeout": TIMEOUT, **options})
+        response = post(f"{url}{page}", files={"image": image.data}, **{"timeout": TIMEOUT, **options})
         status, retry_after = response.status_code, "Retry-After" in response.headers
         body, version = response.json(), response.headers.get("X-Model-Version", "")
         if status == 200:
@@ -107,16 +108,22 @@ def ask(url: str, image: Known, page: str = "/predict", **options: Any) -> Outco
 
 
 class Load:
-    """Clients in a closed loop: each sends its next image when the last one is answered."""
+    """Clients in a closed loop: each sends its next image when the last one is answered.
 
-    def __init__(self, url: str, images: Sequence[Known] = (), page: str = "/predict", clients: int = CLIENTS) -> None:
+    `sessions` of them keep their connection, like most programs, and the others make a new one each time, like curl.
+    """
+
+    def __init__(
+        self, url: str, images: Sequence[Known] = (), page: str = "/predict", clients: int = CLIENTS, sessions: int = 0
+    ) -> None:
         self.url = url
         self.page = page
         self.outcomes: list[Outcome] = []
         self._stopping = threading.Event()
         images = images or known_images()
         self._threads = [
-            threading.Thread(target=self._send, args=[images[i::clients]], daemon=True) for i in range(clients)
+            threading.Thread(target=self._send, args=[images[i::clients], i < sessions], daemon=True)
+            for i in range(clients)
         ]
 
     def __enter__(self) -> "Load":
@@ -130,11 +137,13 @@ class Load:
             thread.join(TIMEOUT)
         assert not any(thread.is_alive() for thread in self._threads)
 
-    def _send(self, images: Sequence[Known]) -> None:
+    def _send(self, images: Sequence[Known], is_session: bool) -> None:
         number = 0
-        while not self._stopping.is_set():
-            self.outcomes.append(ask(self.url, images[number % len(images)], self.page))
-            number += 1
+        with requests.Session() as session:
+            post = session.post if is_session else requests.post
+            while not self._stopping.is_set():
+                self.outcomes.append(ask(self.url, images[number % len(images)], self.page, post=post))
+                number += 1
 
     def wait_for(self, more: int, seconds: float = 120) -> None:
         """Wait for this many answers to requests sent from now on; requests in flight now do not count."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Process, answers, free_port, redis_server, running, wait_until
-from namespaces import Network
+from namespaces import Host
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -53,33 +53,43 @@ class Trio:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.sentinels: list[Address] = []
         self.servers: dict[Address, Process] = {}
+        self._prefixes: dict[Address, Sequence[str]] = {}
         self._folder = folder
         self._stack = stack
 
     def add_server(self, host: str, *options: str, prefix: Sequence[str] = ()) -> Address:
         """Run a Redis, and return its address when it answers."""
         place = Address(host, free_port())
-        self._run(place, options, prefix)
+        self._prefixes[place] = prefix
+        self._run(place, *options)
         return place
 
     def restart(self, place: Address) -> None:
         """Run a Redis again, as an administrator or systemd would. The Sentinels make it a replica."""
-        self._run(place, (), ())
+        self._run(place)
 
-    def _run(self, place: Address, options: Sequence[str], prefix: Sequence[str]) -> None:
+    def _run(self, place: Address, *options: str) -> None:
         # Copies itself to a new replica at once, and keeps nothing on disk.
         command = [redis_server(), "--port", str(place[1]), "--bind", place[0], "--save", "", "--dir",
                    str(self._folder), "--repl-diskless-sync-delay", "0", "--protected-mode", "no"]  # fmt: skip
         log = self._folder / f"redis-{place[1]}"
-        self.servers[place] = self._stack.enter_context(running([*prefix, *command, *options], log))
+        self.servers[place] = self._stack.enter_context(running([*self._prefixes[place], *command, *options], log))
         wait_until(lambda: answers(client_of(place)), "Redis answers")
 
     def add_sentinel(self, host: str, primary: Address, prefix: Sequence[str] = ()) -> None:
         """Run a Sentinel that watches `primary`, and wait until it answers."""
         place = Address(host, free_port())
+        self._prefixes[place] = prefix
         self._stack.enter_context(run_sentinel(self._folder / f"sentinel-{place[1]}", place, primary, prefix=prefix))
         wait_until(lambda: answers(client_of(place)), "the Sentinel answers")
         self.sentinels.append(place)
+
+    def restart_sentinel(self, place: Address) -> None:
+        """Run a Sentinel again, with the configuration that it has written."""
+        log = self._folder / f"sentinel-{place[1]}"
+        command = [redis_server(), str(log.with_suffix(".conf")), "--sentinel"]
+        self._stack.enter_context(running([*self._prefixes[place], *command], log))
+        wait_until(lambda: answers(client_of(place)), "the Sentinel answers")
 
     @property
     def url(self) -> str:
@@ -130,9 +140,9 @@ def client_of(place: Address) -> Redis:
 
 
 @contextmanager
-def run_trio(folder: Path, there: Network | None = None) -> Iterator[Trio]:
-    """Run the five. The first Redis, which is the primary, and the first Sentinel run in the network `there`."""
-    first, second, prefix = (there.host, there.peer, there.prefix) if there else ("127.0.0.1", "127.0.0.1", [])
+def run_trio(folder: Path, there: Host | None = None) -> Iterator[Trio]:
+    """Run the five. The first Redis, which is the primary, and the first Sentinel run on the host `there`."""
+    first, second, prefix = (there.address, there.peer, there.prefix) if there else ("127.0.0.1", "127.0.0.1", [])
     with ExitStack() as stack:
         trio = Trio(folder, stack)
         primary = trio.add_server(first, prefix=prefix)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,20 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import requests
-from harness import ROOT, Process, apache_of, descendants, free_port, need, responds, run_apache, running, wait_until
+from haproxy import admin, haproxy_command
+from harness import (
+    ROOT,
+    Process,
+    apache_of,
+    descendants,
+    free_port,
+    kill_at_once,
+    need,
+    responds,
+    run_apache,
+    running,
+    wait_until,
+)
 from harness import run_model_server as model_server
 from load import Load, Record, ask, known_images
 from redis import Redis
@@ -37,29 +49,17 @@ class Balanced:
         return (self.folder / "requests").read_text()
 
 
-def configured(text: str, ports: list[int], changes: dict[str, str]) -> str:
-    """Return a configuration of deploy/ for hosts at these ports of this machine, with other `changes`."""
-    changes = {f"192.0.2.{11 + i}:80": f"127.0.0.1:{port}" for i, port in enumerate(ports)} | changes
-    for old, new in changes.items():
-        assert old in text, old
-        text = text.replace(old, new)
-    return text
-
-
-def haproxy_command(folder: Path, port: int, ports: list[int]) -> list[str]:
+def local_haproxy(folder: Path, port: int, ports: list[int]) -> list[str]:
     """The command that runs HAProxy with its configuration of deploy/."""
-    changes = {
-        "bind :80": f"bind 127.0.0.1:{port}", "/run/haproxy/admin.sock": f"{folder}/admin.sock",
-        "log /dev/log local0": "log stdout format raw local0", "slowstart 10s": "",
-    }  # fmt: skip
-    text = configured((ROOT / "deploy/haproxy/haproxy.cfg").read_text(), ports, changes)
-    (folder / "haproxy.cfg").write_text(text)
-    return [need("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")]
+    hosts = {f"192.0.2.{11 + i}:80": f"127.0.0.1:{port}" for i, port in enumerate(ports)}
+    return haproxy_command(folder, {**hosts, "bind :80": f"bind 127.0.0.1:{port}", "slowstart 10s": ""})
 
 
 def nginx_command(folder: Path, port: int, ports: list[int]) -> list[str]:
     """The command that runs nginx with its configuration of deploy/, as Debian's nginx.conf includes it."""
-    site = configured((ROOT / "deploy/nginx/keras-rest-api.conf").read_text(), ports, {"listen 80": f"listen {port}"})
+    site = (ROOT / "deploy/nginx/keras-rest-api.conf").read_text().replace("listen 80", f"listen {port}")
+    for i, host in enumerate(ports):
+        site = site.replace(f"192.0.2.{11 + i}:80", f"127.0.0.1:{host}")
     (folder / "site.conf").write_text(site)
     places = "".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -72,7 +72,7 @@ def nginx_command(folder: Path, port: int, ports: list[int]) -> list[str]:
     return [need("nginx"), "-e", "stderr", "-c", str(folder / "nginx.conf")]
 
 
-COMMANDS: dict[str, Callable[[Path, int, list[int]], list[str]]] = {"haproxy": haproxy_command, "nginx": nginx_command}
+COMMANDS: dict[str, Callable[[Path, int, list[int]], list[str]]] = {"haproxy": local_haproxy, "nginx": nginx_command}
 
 
 @contextmanager
@@ -96,9 +96,7 @@ def balanced(kind: str, **environment: str) -> Iterator[Balanced]:
 def kill_host(url: str) -> None:
     """End an Apache and its web processes at once, as when the machine loses power."""
     apache = apache_of(url)
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen first, so that none reports the end of another
-        for pid in (apache, *descendants(apache)):
-            os.kill(pid, number)
+    kill_at_once([apache, *descendants(apache)])
 
 
 @pytest.mark.timeout(120)
@@ -160,14 +158,6 @@ def test_large_uploads_reach_the_service(kind: str, redis: Redis) -> None:
 
     assert answer.status_code == 413
     assert "16.8 MB" in answer.json()["error"]["message"] or "16 MB" in answer.json()["error"]["message"]
-
-
-def admin(folder: Path, command: str) -> str:
-    """Send a command to HAProxy's socket, as socat does."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(folder / "admin.sock"))
-        connection.sendall(f"{command}\n".encode())
-        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
 
 @pytest.mark.timeout(120)

@@ -3,9 +3,7 @@
 A run prints the figures for the table of faults in docs/reliability.md.
 """
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from haproxy import haproxy_command
 from harness import (
-    ROOT,
     Service,
     answers,
     apache_of,
-    command_line,
     descendants,
     free_port,
-    need,
+    kill_at_once,
     responds,
     run_redis,
     run_service,
@@ -33,7 +30,6 @@ from redis import Redis
 
 pytestmark = pytest.mark.fault
 
-CONFIG = ROOT / "deploy/haproxy/haproxy.cfg"
 CELLS = ("one", "two", "three")
 
 
@@ -59,14 +55,6 @@ class Cell:
         return [apache, *descendants(apache), self.redis.popen.pid, self.service.servers[0].popen.pid]
 
 
-def kill(pids: list[int]) -> None:
-    """Kill these processes at once, as when their machine loses its power; return when they have ended."""
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen first, so that none reports the end of another
-        for pid in pids:
-            os.kill(pid, number)
-    wait_until(lambda: not any(command_line(pid) for pid in pids), "the processes have ended")  # a zombie has none
-
-
 @pytest.fixture
 def cells(tmp_path: Path) -> Iterator[list[Cell]]:
     with ExitStack() as stack, ThreadPoolExecutor(len(CELLS)) as pool:
@@ -78,15 +66,9 @@ def balancer(cells: list[Cell], tmp_path: Path) -> Iterator[str]:
     """The URL of an HAProxy with the configuration of deploy/, for these cells; its log is the file haproxy.log."""
     changes = {
         "192.0.2.11:80": cells[0].address, "192.0.2.12:80": f"{cells[1].address}\n    server three {cells[2].address}",
-        "bind :80": f"bind 127.0.0.1:{(port := free_port())}", "/run/haproxy/admin.sock": f"{tmp_path}/admin.sock",
-        "log /dev/log local0": "log stdout format raw local0", "slowstart 10s": "",
+        "bind :80": f"bind 127.0.0.1:{(port := free_port())}", "slowstart 10s": "",
     }  # fmt: skip
-    text = CONFIG.read_text()
-    for old, new in changes.items():
-        assert old in text, old
-        text = text.replace(old, new)
-    (tmp_path / "haproxy.cfg").write_text(text)
-    command = [need("haproxy"), "-db", "-f", str(tmp_path / "haproxy.cfg")]
+    command = haproxy_command(tmp_path, changes)
     with running(command, tmp_path / "haproxy.log") as process:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: responds(url, "/readyz") or not process.alive, f"HAProxy answers: {process.log}")
@@ -106,7 +88,7 @@ def test_one_of_three_cells_dies_and_only_its_requests_in_flight_are_lost(
     with Load(balancer) as load:
         wait_until(lambda: min(answered(log).values()) > 30, "each cell has answered some requests", 120)
         pids, killing = cells[0].pids(), time.monotonic()
-        kill(pids)
+        kill_at_once(pids)
         killed, before = time.monotonic(), answered(log)
         wait_until(lambda: "ready/one is DOWN" in log.read_text(), "HAProxy stops asking the dead cell")
         noticed = time.monotonic() - killed

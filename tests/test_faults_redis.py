@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import pytest
 import requests
+from clocks import wrong_clock
 from forwarder import Name, name_for
 from harness import (
-    AS_INSTALLED,
     Serve,
     Service,
     answers,
@@ -35,7 +35,7 @@ from harness import (
     web_processes,
 )
 from load import Load, Record, ask, freeze_in_mid_batch, in_flight, known_images, name_of
-from namespaces import network
+from namespaces import hosts
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -104,11 +104,12 @@ def test_redis_and_the_model_server_killed_together_lose_nothing(served: Serve, 
 
 def test_a_network_cut_for_ten_seconds_loses_nothing(tmp_path: Path, record_property: Record) -> None:
     port = free_port()
-    with network() as there:
-        command = [*there.prefix, need("redis-server"), "--port", str(port), "--bind", there.host, "--save", ""]
+    with hosts(redis=1) as on:
+        there = on["redis"]
+        command = [*there.prefix, need("redis-server"), "--port", str(port), "--bind", there.address, "--save", ""]
         with running([*command, "--protected-mode", "no"], tmp_path / "redis"):
-            wait_until(lambda: answers(Redis(there.host, port)), "Redis answers")
-            where = {"REDIS_HOST": there.host, "REDIS_PORT": str(port)}
+            wait_until(lambda: answers(Redis(there.address, port)), "Redis answers")
+            where = {"REDIS_HOST": there.address, "REDIS_PORT": str(port)}
             with run_service(tmp_path, 1, **where) as service, Load(service.url) as load:
                 load.wait_for(100)
                 there.cable("down")
@@ -289,24 +290,15 @@ def test_redis_with_few_connections_serves_or_refuses_and_recovers(pair: Pair, r
     record_property("figures", f"{figures}; then {connected} of 30 connections in use")
 
 
-CLOCK = """
-import os, time
-real, shift = time.time, float(os.environ["CLOCK_SHIFT"])
-time.time = lambda: real() + shift
-"""
-
-
 def test_model_servers_with_wrong_clocks_answer_all(pair: Pair, tmp_path: Path, record_property: Record) -> None:
     """One clock is 90 seconds fast, the other 3 hours slow."""
-    as_installed = Path(AS_INSTALLED["PYTHONPATH"], "sitecustomize.py").read_text()
-    (tmp_path / "sitecustomize.py").write_text(as_installed + CLOCK)
     queue = pair.service.queue
-    settings = {"IMAGE_QUEUE": queue, "REDIS_PORT": str(pair.name.port), "PYTHONPATH": str(tmp_path)}
+    settings = {"IMAGE_QUEUE": queue, "REDIS_PORT": str(pair.name.port)}
     command = [sys.executable, "run_model_server.py"]
     right = pair.service.servers[0]
     with (
-        running(command, tmp_path / "fast", **settings, CLOCK_SHIFT="90") as fast,
-        running(command, tmp_path / "slow", **settings, CLOCK_SHIFT="-10800") as slow,
+        running(command, tmp_path / "fast", **settings, **wrong_clock(tmp_path, 90)) as fast,
+        running(command, tmp_path / "slow", **settings, **wrong_clock(tmp_path, -10800)) as slow,
     ):
         for server in (fast, slow):
             server.wait_for_log("* Joined the queue")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import Service, run_service, wait_until
 from load import Load, Record
-from namespaces import network
+from namespaces import hosts
 from sentinels import NAME, Trio, client_of, run_trio
 
 pytestmark = pytest.mark.fault
@@ -84,13 +84,13 @@ def test_a_fail_over_on_request_behind_sentinels_loses_nothing(
 def test_a_primary_cut_off_behind_sentinels_loses_nothing(tmp_path: Path, record_property: Record) -> None:
     """The network of the primary and of one Sentinel is cut, and is restored after the fail-over."""
     with (
-        network() as there,
-        run_trio(tmp_path, there) as trio,
+        hosts(there=1) as on,
+        run_trio(tmp_path, on["there"]) as trio,
         run_service(tmp_path, REDIS_URL=trio.url) as service,
     ):
 
         def cut() -> None:
-            there.cable("down")
-            threading.Timer(10, there.cable, ["up"]).start()
+            on["there"].cable("down")
+            threading.Timer(10, on["there"].cable, ["up"]).start()
 
         fail_over(service, trio, cut, record_property, seconds=15)

@@ -156,6 +156,21 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended and closed its files, though its parent may not have noticed yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return True
+
+
+def kill_at_once(pids: list[int]) -> None:
+    """Kill processes as when their machine loses its power; return when they have ended."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen first, so that none reports the end of another
+        for pid in pids:
+            os.kill(pid, number)
+    wait_until(lambda: all(map(has_ended, pids)), "the processes have ended")
+
+
 def resident_bytes(pid: int) -> int:
     """Return the resident memory of a process. Raises OSError when it has ended."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
