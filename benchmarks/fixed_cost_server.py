@@ -1,6 +1,7 @@
 """run_model_server.py with a model that only sleeps.
 
 Like a model on a GPU it takes no CPU time, so the CPU time measured is the service's. MODEL_MS is the time for a batch.
+LOADED_AT is the Unix time at which the model is loaded; by default it is loaded at once.
 """
 
 import os
@@ -19,6 +20,7 @@ import settings
 from helpers import USUAL_SHAPE, model_name
 
 ONE = np.ones(1, np.float32)
+LOADED_AT = float(os.environ.get("LOADED_AT", "0"))
 SECONDS = float(os.environ.get("MODEL_MS", "20")) / 1000
 
 
@@ -31,7 +33,8 @@ class Sleeper:
     about = {"model": model_name(settings.MODEL), "weights": "none"}  # noqa: RUF012 - so it has the default queue
 
     def warm_up(self) -> None:
-        """Do nothing: there is nothing to compile."""
+        """Wait until LOADED_AT."""
+        time.sleep(max(0.0, LOADED_AT - time.time()))
 
     def classify(self, images: Any) -> Any:
         """Sleep for the time of a batch; return a probability of 1 for each image."""

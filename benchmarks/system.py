@@ -151,6 +151,7 @@ def role(command: str) -> str:
     """Return the name of the program that a command line belongs to."""
     for mark, name in (
         ("run_model_server", "model server"),
+        ("fixed_cost_server", "model server"),
         ("(wsgi:", "web"),
         ("redis-server", "Redis"),
         ("apache2", "Apache"),

@@ -44,6 +44,8 @@ ELSEWHERE = {
     "docker build": "test_docker.py::test_hardened_images_answer_and_stop",
     "deploy/kubernetes/make-secret": "test_kubernetes.py::test_secret_gives_each_program_what_it_needs",
     "kubectl apply": "test_kubernetes.py::test_kubernetes_accepts_the_manifests",
+    ".venv/bin/python benchmarks/sizing.py": "test_sizing.py::test_documented_table_is_what_the_program_prints",
+    ".venv/bin/python benchmarks/sizing_points.py": "test_sizing.py::test_points_count_the_images_of_all_cells",
     "bin/test": "test_docs.py::test_every_command_is_run_here_or_by_another_test",
 }
 RUN = ("curl -F ", "curl -H ", ".venv/bin/python s", "API_KEY=", "openssl ")

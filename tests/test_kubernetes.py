@@ -20,7 +20,12 @@ from harness import ROOT, Missing, answers, free_port, need, run_redis, wait_unt
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
+import settings
 from helpers import model_name
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import autoscale
 
 FOLDER = ROOT / "deploy/kubernetes"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -100,7 +105,6 @@ SCALE_DOWN = ("spec", "advanced", "horizontalPodAutoscalerConfig", "behavior", "
         ("HTTPRoute", ("metadata",), "label"),
         ("PodMonitor", ("spec", "podMetricsEndpoints", 0), "intervall"),
         ("ScaledObject", SCALE_DOWN, "stabilisationWindowSeconds"),
-        ("TriggerAuthentication", ("spec", "secretTargetRef", 0), "keys"),
     ],
 )
 def test_misspelled_fields_of_custom_resources_would_be_noticed(kind: str, place: list[str], field: str) -> None:
@@ -252,20 +256,33 @@ def test_gpus_are_not_awaited_while_old_pods_hold_them() -> None:
             assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
-def test_keda_scales_the_model_server_by_its_queue() -> None:
+def test_keda_scales_the_model_server_by_its_pending_images() -> None:
     manifests = rendered("keda")
     [scaled] = of_kind(manifests, "ScaledObject")
     [model] = [each for each in of_kind(manifests, "Deployment") if each["metadata"]["name"] == "model"]
     [trigger] = scaled["spec"]["triggers"]
-    [login] = of_kind(manifests, "TriggerAuthentication")
+    [(metric, label, name)] = re.findall(r'^max\((\w+)\{(\w+)="(\w+)"\}\)$', trigger["metadata"]["query"])
 
     assert scaled["spec"]["scaleTargetRef"]["name"] == model["metadata"]["name"]
     assert "replicas" not in model["spec"]
-    assert trigger["metadata"]["address"] == "redis.keras-rest-api.svc.cluster.local:6379"
-    assert trigger["metadata"]["listName"] == "image_queue"
-    assert trigger["authenticationRef"]["name"] == login["metadata"]["name"]
-    secret = yaml.safe_load(made_secret())["stringData"]
-    assert {each["key"] for each in login["spec"]["secretTargetRef"]} <= secret.keys()
+    assert name == settings_of(manifests)["DEFAULT_MODEL"]
+    assert re.search(rf'"{metric}", "[^"]*", labels=\["{label}"\]', (ROOT / "web/metrics.py").read_text())
+    [monitor] = of_kind(manifests, "PodMonitor")
+    assert {"port": "http", "path": "/metrics", "interval": "15s"} in monitor["spec"]["podMetricsEndpoints"]
+
+
+def test_keda_has_the_numbers_that_the_simulation_recommends() -> None:
+    [scaled] = of_kind(rendered("keda"), "ScaledObject")
+    [up, percent] = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleUp"]["policies"]
+    down = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
+    [trigger] = scaled["spec"]["triggers"]
+    rule = autoscale.RECOMMENDED
+
+    assert float(trigger["metadata"]["threshold"]) / settings.BATCH_SIZE == rule.target / autoscale.BATCH
+    assert up == {"type": "Pods", "value": rule.up_pods, "periodSeconds": rule.up_period}
+    assert percent == {"type": "Percent", "value": rule.up_percent, "periodSeconds": rule.up_period}
+    assert down == {"stabilizationWindowSeconds": rule.down_window}
+    assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (rule.least, rule.most)
 
 
 # The Secret
@@ -274,10 +291,6 @@ def test_keda_scales_the_model_server_by_its_queue() -> None:
 def made_secret() -> str:
     need("openssl")
     return subprocess.check_output([str(FOLDER / "make-secret")], text=True, timeout=30)
-
-
-# What KEDA sends, shortened: it asks for the type first, since a queue may be a set too.
-KEDA_SCRIPT = "if redis.call('type', KEYS[1]).ok == 'list' then return redis.call('llen', KEYS[1]) end return 0"
 
 
 def test_secret_gives_each_program_what_it_needs(tmp_path: Path) -> None:
@@ -298,10 +311,22 @@ def test_secret_gives_each_program_what_it_needs(tmp_path: Path) -> None:
 
         check = [sys.executable, "deploy/check_redis.py"]
         assert subprocess.check_output(check, cwd=ROOT, env={"REDIS_URL": url, "PATH": "/usr/bin"}, text=True) == ""
-        Redis.from_url(url).rpush("image_queue", "a", "b")
-        names = {"username": "KEDA_USERNAME", "password": "KEDA_PASSWORD"}
-        login = {name: secret["stringData"][key] for name, key in names.items()}
-        keda = Redis(port=port, protocol=3, driver_info=None, **login)
+
+
+# What KEDA's trigger `redis` sends, shortened: it asks for the type first, since a queue may be a set too.
+KEDA_SCRIPT = "if redis.call('type', KEYS[1]).ok == 'list' then return redis.call('llen', KEYS[1]) end return 0"
+
+
+def test_documented_user_of_keda_reads_the_length_of_the_queue_and_nothing_else(tmp_path: Path) -> None:
+    [user] = re.findall(r"^    (user keda .*)$", (ROOT / "docs/kubernetes.md").read_text(), re.MULTILINE)
+    (tmp_path / "users.acl").write_text(f"user default on nopass ~* +@all\n{user}\n")
+    port = free_port()
+
+    with run_redis(tmp_path / "log", port, "--aclfile", str(tmp_path / "users.acl")):
+        web = Redis(port=port, socket_timeout=5)
+        wait_until(lambda: answers(web), "Redis answers")
+        web.rpush("image_queue", "a", "b")
+        keda = Redis(port=port, protocol=3, driver_info=None, username="keda", password="PASSWORD")
         assert keda.eval(KEDA_SCRIPT, 1, "image_queue") == 2
         with pytest.raises(NoPermissionError):
             keda.lpop("image_queue")
