@@ -4,10 +4,11 @@ resources check them, and each name in them is one of the images', the settings'
 
 import json
 import operator
+import os
 import re
 import subprocess
 import sys
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,24 @@ Manifest = dict[str, Any]
 pytestmark = pytest.mark.tools
 
 
-def rendered(overlay: str) -> list[Manifest]:
-    """The manifests that `kubectl apply -k` would send."""
+@cache
+def kustomize(folder: Path) -> str:
+    """What `kubectl apply -k` would send."""
     kubectl = SCRIPTS / "kubectl"
     if not kubectl.exists():
         raise Missing("kubectl is not installed")
-    command = [str(kubectl), "kustomize", str(FOLDER / "overlays" / overlay)]
-    return list(yaml.safe_load_all(subprocess.check_output(command, text=True, timeout=60)))
+    return subprocess.check_output([str(kubectl), "kustomize", str(folder)], text=True, timeout=60)
 
 
-MANIFESTS: dict[str, list[Manifest]] = {}
+def rendered(overlay: str, folder: Path = FOLDER / "overlays") -> list[Manifest]:
+    """The manifests of an overlay."""
+    return list(yaml.safe_load_all(kustomize(folder / overlay)))
 
 
 @pytest.fixture(params=OVERLAYS)
 def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
     """The manifests of each overlay."""
-    return MANIFESTS.setdefault(request.param, rendered(request.param))
+    return rendered(request.param)
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
@@ -129,6 +132,22 @@ def test_values_of_a_wrong_type_would_be_noticed() -> None:
     endpoint["targetPort"] = 91.5
     with pytest.raises(jsonschema.ValidationError, match="targetPort"):
         crd_schemas.validate(monitor)
+
+
+def test_a_redis_of_ones_own_replaces_the_one_in_the_base(tmp_path: Path) -> None:
+    where = os.path.relpath(FOLDER, tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/kustomization.yaml").write_text(
+        f"resources: [{where}/overlays/cpu]\ncomponents: [{where}/components/own-redis]\n"
+    )
+    manifests = rendered("mine", tmp_path)
+
+    assert {each["metadata"]["name"] for each in rendered("cpu")} - {"redis"} == {
+        each["metadata"]["name"] for each in manifests
+    }
+    for template in pods(manifests).values():
+        [url] = [each for each in template["spec"]["containers"][0]["env"] if each["name"] == "REDIS_URL"]
+        assert url["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "REDIS_URL"}
 
 
 def test_pods_are_hardened_as_in_compose(manifests: list[Manifest]) -> None:

@@ -1,17 +1,20 @@
 """The Sentinels of docs/operations.md, with TLS and passwords for all: the configuration files are run as they are."""
 
 import re
+import shutil
 import time
 from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
 import pytest
-from harness import ROOT, answers, free_port, make_certificates, redis_server, running, wait_until
+from harness import ROOT, answers, free_port, make_certificates, redis_server, run_service, running, wait_until
+from load import Load
 from queue_fixtures import ANSWER, IMAGE, answer
 from redis import Redis
 from redis.exceptions import RedisError
@@ -72,6 +75,10 @@ class Documented:
         """Return the reply of a Sentinel to a SENTINEL command."""
         client: Any = self.admin(port)
         return client.execute_command("SENTINEL", *words, NAME)
+
+    def primary(self) -> Any:
+        """Return the address of the primary that the first Sentinel names."""
+        return self.ask(self.sentinels[0], "GET-MASTER-ADDR-BY-NAME")
 
     def is_ready(self) -> bool:
         with suppress(RedisError):  # a Sentinel that does not know the others yet
@@ -146,6 +153,26 @@ def test_documented_sentinels_serve_a_queue_before_and_after_a_fail_over(
 
     assert answers == [ANSWER] * 3
     everyone = [documented_trio.admin(port) for port in [*documented_trio.servers, *documented_trio.sentinels]]
+    assert [entry for client in everyone for entry in client.acl_log()] == []
+
+
+@pytest.mark.slow("starts a service")
+def test_documented_sentinels_serve_clients_through_a_fail_over(documented_trio: Documented, tmp_path: Path) -> None:
+    """Apache and the model server too, which read the certificate as users without rights."""
+    trio = documented_trio
+    wait_until(trio.is_ready, "a fail-over can happen", 60)
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        url = trio.url().replace(trio.files["ca"], shutil.copy(trio.files["ca"], folder))
+        with run_service(tmp_path, REDIS_URL=url) as service, Load(service.url, clients=8) as load:
+            load.wait_for(40)
+            old = trio.primary()
+            assert trio.ask(trio.sentinels[0], "FAILOVER") == b"OK"
+            wait_until(lambda: trio.primary() != old, "another Redis is the primary")
+            load.wait_for(80)
+
+    assert load.failures == {}
+    everyone = [trio.admin(port) for port in [*trio.servers, *trio.sentinels]]
     assert [entry for client in everyone for entry in client.acl_log()] == []
 
 
