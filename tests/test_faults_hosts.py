@@ -82,7 +82,7 @@ def test_a_dead_web_host_loses_only_the_requests_that_it_held(bed: HostBed, reco
     assert all(each.started < fault.begun and each.seconds < KEPT_ALIVE for each in fault.lost)
     # HAProxy only closes a connection that has had an answer before, as for a request that a browser may send again.
     assert {each.status for each in fault.lost} <= {502, 0}
-    assert {each.code for each in fault.lost if each.status} == {"bad_gateway"}
+    assert {each.code for each in fault.lost if each.status} <= {"bad_gateway"}
 
 
 def test_a_dead_model_host_loses_nothing(bed: HostBed, record_property: Record) -> None:
