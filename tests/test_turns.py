@@ -163,6 +163,42 @@ def test_without_a_folder_each_process_has_its_own_turns(caplog: pytest.LogCaptu
     assert len([line for line in caplog.messages if "limits decoding by itself" in line]) == 1
 
 
+def test_memory_of_an_image_that_failed_is_free_when_another_gets_it(tmp_path: Path) -> None:
+    """Its error, which is still on its way to the response, must not keep it alive."""
+    turns = Turns(lambda: tmp_path)
+    alive: list[object] = []
+    seen: list[tuple[str, int]] = []
+
+    class Pixels:
+        def __init__(self) -> None:
+            alive.append(self.__class__)
+
+        def __del__(self) -> None:
+            alive.clear()
+
+    def prepare() -> None:
+        pixels = Pixels()
+        raise ValueError(f"{pixels} can't be decoded")
+
+    lock = turns.lock
+
+    def noticed(name: str, how: int = 0) -> Any:
+        release = lock(name, how)
+
+        def look_and_release() -> None:
+            seen.append((name, len(alive)))
+            if release:
+                release()
+
+        return release and look_and_release
+
+    turns.lock = noticed  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="decoded"), turns.memory(settings.MAX_DECODE_BYTES, 1):
+        prepare()
+
+    assert {count for name, count in seen if name.startswith("share-")} == {0}
+
+
 def test_memory_wait_ends_at_its_limit(tmp_path: Path) -> None:
     turns, half, got = Turns(lambda: tmp_path, 4), settings.MAX_DECODE_BYTES // 2, threading.Event()
 

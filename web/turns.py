@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -179,7 +180,11 @@ class Turns:
         with ExitStack() as held:
             if wanted > 0:
                 self.collect(wanted, time.monotonic() + seconds, held)
-            yield
+            try:
+                yield
+            except Exception as error:
+                clear_frames_of(error)  # before another image gets the memory
+                raise
 
     def collect(self, wanted: int, limit: float, held: ExitStack) -> None:
         """Lock `wanted` shares until `held` ends. Raises NoTurn at the monotonic time `limit`."""
@@ -236,6 +241,13 @@ class Turns:
         except FileNotFoundError:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             return os.open(f"{folder}/{name}", flags, 0o600)
+
+
+def clear_frames_of(error: BaseException | None) -> None:
+    """Clear the variables of the functions that an error and its causes came through: they keep an image alive."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def wait_until(limit: float, condition: Callable[[], bool]) -> None:
