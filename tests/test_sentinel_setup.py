@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, answers, free_port, make_certificates, redis_server, run_service, running, wait_until
-from load import Load
+from load import Load, Record
 from queue_fixtures import ANSWER, IMAGE, answer
 from redis import Redis
 from redis.exceptions import RedisError
@@ -84,8 +84,10 @@ class Documented:
         with suppress(RedisError):  # a Sentinel that does not know the others yet
             quorums = [self.ask(port, "CKQUORUM") for port in self.sentinels]
             replicas = [self.ask(port, "REPLICAS") for port in self.sentinels]
-            synced = self.admin(self.servers[1]).info("replication")["master_link_status"] == "up"
-            return synced and all(b"3 usable" in text for text in quorums) and all(len(each) == 1 for each in replicas)
+            states = [self.admin(port).info("replication") for port in self.servers]
+            synced = [each["master_link_status"] for each in states if each["role"] == "slave"]
+            known = all(b"3 usable" in text for text in quorums) and all(len(each) == 1 for each in replicas)
+            return known and synced == ["up"]
         return False
 
     def url(self) -> str:
@@ -157,20 +159,24 @@ def test_documented_sentinels_serve_a_queue_before_and_after_a_fail_over(
 
 
 @pytest.mark.slow("starts a service")
-def test_documented_sentinels_serve_clients_through_a_fail_over(documented_trio: Documented, tmp_path: Path) -> None:
+def test_documented_sentinels_serve_clients_through_a_fail_over(
+    documented_trio: Documented, tmp_path: Path, record_property: Record
+) -> None:
     """Apache and the model server too, which read the certificate as users without rights."""
     trio = documented_trio
     wait_until(trio.is_ready, "a fail-over can happen", 60)
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         url = trio.url().replace(trio.files["ca"], shutil.copy(trio.files["ca"], folder))
-        with run_service(tmp_path, REDIS_URL=url) as service, Load(service.url, clients=8) as load:
+        where = {"REDIS_URL": url, "IMAGE_QUEUE": "image_queue"}  # the only one that the documented user may use
+        with run_service(tmp_path, 1, **where) as service, Load(service.url, clients=8) as load:
             load.wait_for(40)
             old = trio.primary()
             assert trio.ask(trio.sentinels[0], "FAILOVER") == b"OK"
             wait_until(lambda: trio.primary() != old, "another Redis is the primary")
             load.wait_for(80)
 
+    record_property("figures", load.figures)
     assert load.failures == {}
     everyone = [trio.admin(port) for port in [*trio.servers, *trio.sentinels]]
     assert [entry for client in everyone for entry in client.acl_log()] == []
