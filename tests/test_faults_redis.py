@@ -29,6 +29,7 @@ from harness import (
     need,
     run_apache,
     run_redis,
+    run_redis_cluster,
     run_service,
     running,
     wait_until,
@@ -214,7 +215,7 @@ def test_both_programs_refuse_a_redis_cluster(tmp_path: Path) -> None:
     port = free_port()
     image = known_images()[0]
     with (
-        run_redis(tmp_path / "redis", port, "--cluster-enabled", "yes"),
+        run_redis_cluster(tmp_path / "redis", port),
         run_apache(log=tmp_path / "apache", REDIS_PORT=str(port)) as url,
         running([sys.executable, "run_model_server.py"], tmp_path / "server", REDIS_PORT=str(port)) as server,
     ):

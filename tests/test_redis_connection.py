@@ -18,7 +18,7 @@ from typing import Any
 import flask
 import pytest
 from forwarder import name_for
-from harness import ROOT, answers, free_port, make_certificates, run_redis, wait_until
+from harness import ROOT, answers, free_port, make_certificates, run_redis, run_redis_cluster, wait_until
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -333,7 +333,7 @@ def test_image_for_an_unchecked_cluster_is_refused_at_once(
 ) -> None:
     port = free_port()
     use(monkeypatch, port)
-    with run_redis(tmp_path / "log", port, "--cluster-enabled", "yes"):
+    with run_redis_cluster(tmp_path / "log", port):
         wait_until(lambda: answers(Redis(port=port)), "Redis answers")
         started = time.monotonic()
         for _ in range(3):
