@@ -46,7 +46,7 @@ class HostBed:
 
     def _start_balancer(self) -> None:
         host = self.on["balancer"]
-        command = haproxy_command(self._folder, {"192.0.2.": f"{host.address.removesuffix('1')}"})
+        command = haproxy_command(self._folder, {"192.0.2.": host.address.removesuffix("1")})
         process = self._run("balancer", command)
         wait_until(lambda: responds(self.url) or not process.alive, f"HAProxy answers: {process.log}")
 
@@ -76,20 +76,18 @@ class HostBed:
 
     def restart_redis(self, host: Host) -> None:
         """Start the Redis and the Sentinel of a host again."""
-        for place, start in [
-            *((place, self.trio.restart) for place in list(self.trio.servers)),
-            *((place, self.trio.restart_sentinel) for place in self.trio.sentinels),
-        ]:
-            if place.host == host.address:
-                start(place)
+        for place in [place for place in self.trio.servers if place.host == host.address]:
+            self.trio.restart(place)
+        for place in [place for place in self.trio.sentinels if place.host == host.address]:
+            self.trio.restart_sentinel(place)
 
     def admin(self, command: str) -> str:
         """Send a command to HAProxy."""
         return admin(self._folder, command)
 
-    def states(self, backend: str = "ready") -> dict[str, str]:
+    def states(self) -> dict[str, str]:
         """Return what HAProxy says of each web host: UP, DOWN, DRAIN, ..."""
-        rows = [row.split(",") for row in self.admin(f"show stat {backend} 4 -1").splitlines()[1:] if row]
+        rows = [row.split(",") for row in self.admin("show stat ready 4 -1").splitlines()[1:] if row]
         return {row[1]: row[17].split()[0] for row in rows}
 
     def model_servers(self) -> list[str]:

@@ -119,9 +119,24 @@ def test_dead_host_loses_only_what_it_held(kind: str, redis: Redis, tmp_path: Pa
     lost = [each for each in load.outcomes if not each.right]
     assert {each.status for each in lost} <= {502}
     assert len(lost) <= 32  # at most one for each client: those in flight when the host died
+    assert {each.code for each in lost} <= {"bad_gateway"}  # as JSON, like the service's own errors
     late = [each for each in lost if each.started > min(o.started for o in lost) + 3]
     assert late == []
     record_property("figures", f"{kind}: {load.figures}, all in the dead host")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code", "retry"), [("haproxy", 503, "unavailable", "5"), ("nginx", 502, "bad_gateway", None)]
+)
+def test_without_a_host_the_error_is_json(kind: str, status: int, code: str, retry: str | None, redis: Redis) -> None:
+    with balanced(kind, IMAGE_QUEUE=f"queue-{free_port()}") as service:
+        for host in service.hosts:
+            kill_host(host)
+        answer = requests.post(f"{service.url}/predict", timeout=30)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers.get("Retry-After") == retry
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -298,6 +298,25 @@ def test_model_announced_a_moment_ago_is_not_called_unknown(
     assert models.queue("cats").model == "cats"
 
 
+def test_default_model_of_the_settings_is_not_looked_for_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it has no server, each look scans all keys of Redis."""
+    looks: list[Redis] = []
+
+    def noted(redis: Redis) -> dict[str, dict[str, Any]]:
+        looks.append(redis)
+        return {}
+
+    monkeypatch.setattr("web.served_models.REFRESH_EVERY", 5.0)
+    monkeypatch.setattr("web.served_models.announced", noted)
+    use(monkeypatch, model="digits.keras")
+    models = ServedModels(WebQueue(), lambda model, event, times: None)
+    for _ in range(2):
+        assert models.queue().model == models.queue("digits").model == "digits"
+        time.sleep(0.5)  # a tenth of REFRESH_EVERY, within which the list is not read twice anyway
+
+    assert len(looks) == 1
+
+
 def test_first_request_after_the_only_model_was_announced_counts_as_its(
     serve: Join, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

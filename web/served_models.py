@@ -63,7 +63,7 @@ class ServedModels:
         Raises UnknownModel, RedisDown.
         """
         known, default = self.known(), self.default()
-        if (name or default) not in known and (name != default or not default):
+        if not (name or default) or name not in ("", default, *known):
             known = self._known.latest() or {}  # it may have been announced just now
             if name and name not in known:
                 raise self.unknown(name)
