@@ -297,6 +297,7 @@ def test_keda_has_the_numbers_that_the_simulation_recommends() -> None:
     [trigger] = scaled["spec"]["triggers"]
     rule = autoscale.RECOMMENDED
 
+    assert trigger["metadata"]["ignoreNullValues"] == "false"  # no figures must not count as 0
     assert float(trigger["metadata"]["threshold"]) / settings.BATCH_SIZE == rule.target / autoscale.BATCH
     assert up == {"type": "Pods", "value": rule.up_pods, "periodSeconds": rule.up_period}
     assert percent == {"type": "Percent", "value": rule.up_percent, "periodSeconds": rule.up_period}
