@@ -180,7 +180,7 @@ def test_memory_of_an_image_that_failed_is_free_when_another_gets_it(tmp_path: P
         pixels = Pixels()
         raise ValueError(f"{pixels} can't be decoded")
 
-    lock = turns.lock
+    lock = turns.locks.lock
 
     def noticed(name: str, how: int = 0) -> Any:
         release = lock(name, how)
@@ -192,7 +192,7 @@ def test_memory_of_an_image_that_failed_is_free_when_another_gets_it(tmp_path: P
 
         return release and look_and_release
 
-    turns.lock = noticed  # type: ignore[method-assign]
+    turns.locks.lock = noticed  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="decoded"), turns.memory(settings.MAX_DECODE_BYTES, 1):
         prepare()
 

@@ -16,7 +16,7 @@ from web.body_parts import Part, PixelPart
 from web.errors import OUR_FAULT, ModelFailed, ModelReplaced
 from web.image_preparation import BadImage, bytes_to_decode, open_image, prepare_image, reason
 from web.metrics import Metrics
-from web.process import shared_folder
+from web.process import shared_folder, web_processes
 from web.turns import NoTurn, Turns
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Pipeline:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         # Decoding a photo takes a core and up to a few hundred megabytes, so images take turns in order of arrival.
-        self.turns = Turns(shared_folder)
+        self.turns = Turns(shared_folder, processes=web_processes())
         # For requests with several images: one thread per image, which waits for its answer.
         self.threads = ThreadPoolExecutor(128, thread_name_prefix="ask")
 

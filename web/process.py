@@ -1,8 +1,9 @@
-"""Set up a web process: memory, open files, log, temporary folder, and the thread that watches Redis."""
+"""Set up a web process: memory, open files, log, temporary folder, cores, and the thread that watches Redis."""
 
 import logging
 import os
 import resource
+import sys
 import tempfile
 import threading
 import time
@@ -13,7 +14,9 @@ from redis.exceptions import RedisError
 import settings
 from helpers import M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, log_to_stderr, pauses, set_malloc
 from image_queue import CLOSE_SURPLUS_EVERY, IMAGES_REFUSED, UnusableRedis, WebQueue
+from web.cores import share_of
 from web.storage import choose_temporary_folder
+from web.turns import CLAIM_EVERY, Turns
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,37 @@ def allow_many_files() -> None:
     """Raise the limit on open files: each waiting request has three, and a common limit is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def web_processes() -> int | None:
+    """Return how many web processes Apache runs; None outside of Apache."""
+    return getattr(sys.modules.get("mod_wsgi"), "maximum_processes", None)
+
+
+def keep_to_own_cores(turns: Turns) -> None:
+    """Keep this process on its share of the cores. While an older process still has it, a thread waits for it.
+
+    With a quota of CPU time there is no share: other containers may use the same cores, and would choose the same ones.
+    Surplus processes, beyond one for each core, use all cores.
+    """
+    if not turns.processes or turns.count < len(turns.cores.all):
+        return
+    if not _keep_to_own_cores(turns):
+        threading.Thread(target=_wait_for_own_cores, args=[turns], name="own-cores", daemon=True).start()
+
+
+def _keep_to_own_cores(turns: Turns) -> bool:
+    number = turns.number()
+    if number is None or not turns.processes:
+        return False
+    turns.cores.keep_to(share_of(turns.cores.all, number, turns.processes))
+    return True
+
+
+def _wait_for_own_cores(turns: Turns) -> None:
+    while not _keep_to_own_cores(turns):
+        time.sleep(CLAIM_EVERY)
+    _keep_to_own_cores(turns)  # again, for threads that were started meanwhile
 
 
 def watch_redis(queue: WebQueue) -> None:

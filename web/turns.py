@@ -1,11 +1,9 @@
 """Limit how many images are decoded at once: one for each core, and together within MAX_DECODE_BYTES.
 
-The limits hold for all web processes of a service together. The processes share a folder of lock files: the kernel
-wakes the next waiter without delay, and releases the locks of a process that dies.
+The limits hold for all web processes of a service together, by the locks of lock_files.py.
 """
 
 import fcntl
-import logging
 import math
 import os
 import threading
@@ -13,14 +11,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import settings
 from helpers import available_cores
-
-log = logging.getLogger(__name__)
+from web.cores import Cores
+from web.lock_files import LockFiles, Release
 
 SHARES = 32  # lock files for the memory, each for an equal share; an image locks as many as it needs
 POLL_EVERY = 0.01  # seconds between two tries of an image that waits for memory
@@ -28,8 +25,7 @@ BORROW_AFTER = 0.01  # seconds for which an image waits before it may use the tu
 # Seconds for which a process passes a turn on among its own images, before another process may have it. To pass it to
 # another process takes longer.
 KEEP, KEEP_BORROWED = 0.05, 0.02
-
-Release = Callable[[], object]
+CLAIM_EVERY = 1.0  # seconds between two tries to get a number
 
 
 class NoTurn(Exception):
@@ -37,11 +33,12 @@ class NoTurn(Exception):
 
 
 class Turn:
-    """A turn that this process holds: how to release it, and until when to keep it."""
+    """A turn that this process holds: how to release it, whether it is borrowed, and until when to keep it."""
 
-    def __init__(self, release: Release, keep: float) -> None:
+    def __init__(self, release: Release, *, borrowed: bool) -> None:
         self.release = release
-        self.keep_until = time.monotonic() + keep
+        self.borrowed = borrowed
+        self.keep_until = time.monotonic() + (KEEP_BORROWED if borrowed else KEEP)
 
 
 class Waiter:
@@ -64,22 +61,29 @@ class Turns:
     lock, to hand the turn to the thread that has waited longest.
     """
 
-    def __init__(self, folder: Callable[[], Path], cores: int | None = None) -> None:
-        """Share `cores` turns (default: the available cores) by locks in `folder`."""
-        self.folder = folder
-        self.cores = cores or available_cores()
+    def __init__(self, folder: Callable[[], Path], count: int | None = None, processes: int | None = None) -> None:
+        """Share `count` turns (default: one for each available core) by locks in `folder`.
+
+        `processes` is the number of web processes, if known.
+        """
+        self.count = count or available_cores()
+        self.processes = processes
+        self.cores = Cores()
+        self.locks = LockFiles(folder)
         self.waiting: deque[Waiter] = deque()
         self.changed = threading.Condition(threading.Lock())
         self.started = False
-        self.own_locks: dict[str, threading.Lock] = {}  # used if the folder can't be
-        self.warned = False
+        self._number: int | None = None
+        self._claim_at = 0.0  # time.monotonic() of the next try
+        self._claiming = threading.Lock()
 
     @contextmanager
     def turn(self, seconds: float) -> Iterator[None]:
         """Hold a turn, in order of arrival. Raises NoTurn if there is none within `seconds`."""
         turn = self.take(seconds)
         try:
-            yield
+            with self.cores.use_all() if turn.borrowed else nullcontext():
+                yield
         finally:
             self.give_back(turn)
 
@@ -117,25 +121,31 @@ class Turns:
         waiter.turn = turn
         waiter.called.release()
 
-    @cached_property
+    @property
     def own(self) -> int:
-        """The number of this process's turn. Processes share one only if there are more of them than turns."""
-        for number in range(self.cores):
-            if self.lock(f"owner-{number}", fcntl.LOCK_NB):  # never unlocked while this process lives
-                return number
-        return os.getpid() % self.cores
+        """The number of this process's turn. Processes share one while there are more of them than turns."""
+        number = self.number()
+        return os.getpid() % self.count if number is None else number
+
+    def number(self) -> int | None:
+        """Return a number that no other process has while this one lives; None while others have all of them."""
+        with self._claiming:
+            if self._number is None and time.monotonic() >= self._claim_at:
+                self._number = self.locks.claim("owner", min(self.count, self.processes or self.count))
+                self._claim_at = time.monotonic() + CLAIM_EVERY
+            return self._number
 
     @property
     def others(self) -> list[int]:
         """The numbers of the other turns, the next one first."""
-        return [(self.own + step) % self.cores for step in range(1, self.cores)]
+        return [(self.own + step) % self.count for step in range(1, self.count)]
 
     def free_turn(self, numbers: list[int]) -> Turn | None:
         """Return the first turn of `numbers` that nobody holds, or None."""
         for number in numbers:
-            release = self.lock(f"turn-{number}", fcntl.LOCK_NB)
+            release = self.locks.lock(f"turn-{number}", fcntl.LOCK_NB)
             if release:
-                return Turn(release, KEEP if number == self.own else KEEP_BORROWED)
+                return Turn(release, borrowed=number != self.own)
         return None
 
     def start_threads(self) -> None:
@@ -151,11 +161,11 @@ class Turns:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
-            release = self.lock(f"turn-{self.own}")
+            release = self.locks.lock(f"turn-{self.own}")
             assert release
             with self.changed:
                 if self.waiting:
-                    self.hand_over(Turn(release, KEEP))
+                    self.hand_over(Turn(release, borrowed=False))
                     continue
             release()
 
@@ -204,43 +214,10 @@ class Turns:
 
     def lock_until(self, name: str, held: ExitStack) -> bool:
         """Lock the file `name` until `held` ends. Return False if it is locked already."""
-        release = self.lock(name, fcntl.LOCK_NB)
+        release = self.locks.lock(name, fcntl.LOCK_NB)
         if release:
             held.callback(release)
         return bool(release)
-
-    def lock(self, name: str, how: int = 0) -> Release | None:
-        """Lock the file `name` and return what unlocks it. With LOCK_NB in `how`, return None if it is locked already.
-
-        Opens the file each time, since the lock belongs to the open file. If that fails, the limits hold for each
-        process alone.
-        """
-        try:
-            file = self.open(name)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | how)
-            except OSError:
-                os.close(file)
-                raise
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if not self.warned:
-                log.warning("Each web process limits decoding by itself, since locks can't be shared (%s)", error)
-            self.warned = True
-            own = self.own_locks.setdefault(name, threading.Lock())
-            return own.release if own.acquire(blocking=not how) else None
-        return partial(os.close, file)
-
-    def open(self, name: str) -> int:
-        """Open a lock file. Raises OSError."""
-        folder = self.folder() / "turns"
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            return os.open(f"{folder}/{name}", flags, 0o600)
-        except FileNotFoundError:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return os.open(f"{folder}/{name}", flags, 0o600)
 
 
 def clear_frames_of(error: BaseException | None) -> None:
