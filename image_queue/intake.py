@@ -12,7 +12,7 @@ from image_queue.entry_parser import EntryParser
 
 # Redis carries out all commands that it has received before it sends their replies. If it received those of a whole
 # batch, it would first collect 50 MB while this side waits. With a few at a time, both work at once.
-AT_ONCE = 4  # commands to send together, whenever no more than these are unanswered
+AT_ONCE = 8  # commands to send together, whenever no more than these are unanswered
 
 
 class Intake:
