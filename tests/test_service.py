@@ -436,7 +436,7 @@ def test_few_queued_images_are_kept_in_memory(redis: Redis, record_property: Cal
         grown = max(map(resident_bytes, web_processes(url))) - before
         assert {each.result().status_code for each in asked} == {504}
 
-    # Each process has about 128 images of 1.4 MB as text, of which 8 MB may stay in memory. With all of them it grows
+    # Each process has about 128 images of 1.4 MB as text, of which 16 MB may stay in memory. With all of them it grows
     # by more than 250 MB; with none, by about 80 MB for what it imports, its threads, and the images of one moment.
     assert grown < 150e6
     record_property("figures", f"grown by {grown / 1e6:.0f} MB")
