@@ -2,8 +2,8 @@
 
 During a request, the threads of a process pass its Python interpreter on to each other dozens of times. If the next one
 is on another core, that core must be woken, and its caches hold another process's data. With one core for each of two
-processes, the service answers 18% more JPEG files of 90 kB with a model that costs nothing, and 30% more beside a
-program that uses a whole core (two cores, 64 clients).
+processes, the service answers 13% more JPEG files of 90 kB with a model that costs nothing, and 30% more beside a
+program that uses a whole core (docs/performance.md).
 """
 
 import os
