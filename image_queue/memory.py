@@ -6,7 +6,7 @@ Hundreds may wait at once. What finds no room here waits in temporary files.
 from collections import deque
 from threading import Lock
 
-MOST = 2**24  # bytes in use at once: 32 uploads of 432 kB, which files would cost 3% more CPU time
+MOST = 2**24  # bytes in use at once: room for 32 uploads of 432 kB, which cost the web 3% more CPU in files
 
 _lock = Lock()
 _free = MOST
